@@ -1,0 +1,54 @@
+"""Block levels to index lists: for every query-block row, its key blocks, level by level.
+
+A row's entries are adjacent and ordered by level, ascending inside a level. `bounds` holds the
+absolute start of every segment plus the row's end, so rows may lie anywhere in `indices`:
+packed end to end (memory proportional to the kept blocks; finding the total costs one device
+sync) or each in its own stretch of num_k_blocks entries (no sync, for plans made per call).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def segment_counts(levels: Tensor, kept: tuple[int, ...]) -> Tensor:
+    """Entries per row and level: [..., N] block levels -> int64 [..., len(kept)]."""
+    return torch.stack([(levels == level).sum(-1) for level in kept], dim=-1)
+
+
+def packed_lists(levels: Tensor, kept: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Rows end to end. Returns (indices int32 [entries], bounds int32 [..., len(kept) + 1])."""
+    counts = segment_counts(levels, kept)
+    ends = counts.flatten().cumsum(0).reshape(counts.shape)
+    bounds = torch.cat([ends[..., :1] - counts[..., :1], ends], dim=-1)
+    if len(kept) == 1:
+        columns = (levels == kept[0]).nonzero()[:, -1]
+    else:
+        # One plane per level between row and column: nonzero walks row, level, column, which is
+        # the order wanted, so nothing has to be sorted.
+        planes = torch.stack([levels == level for level in kept], dim=-2)
+        columns = planes.nonzero()[:, -1]
+    return columns.to(torch.int32), bounds.to(torch.int32)
+
+
+def strided_lists(levels: Tensor, kept: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Every row in its own num_k_blocks entries; no device sync. Returns as packed_lists."""
+    num_k_blocks = levels.shape[-1]
+    counts = segment_counts(levels, kept)
+    rows = counts[..., 0].numel()
+    row_starts = torch.arange(rows, device=levels.device).mul_(num_k_blocks)
+    row_starts = row_starts.reshape(counts.shape[:-1]).unsqueeze(-1)
+    bounds = torch.cat([row_starts, row_starts + counts.cumsum(-1)], dim=-1)
+
+    # Blocks that are not listed all write to one spare entry behind the lists.
+    spare = rows * num_k_blocks
+    slots = torch.full(levels.shape, spare, dtype=torch.int64, device=levels.device)
+    for position, level in enumerate(kept):
+        listed = levels == level
+        rank = listed.cumsum(-1) - 1
+        slots = torch.where(listed, bounds[..., position, None] + rank, slots)
+    columns = torch.arange(num_k_blocks, dtype=torch.int32, device=levels.device)
+    indices = torch.zeros(spare + 1, dtype=torch.int32, device=levels.device)
+    indices.scatter_(0, slots.flatten(), columns.expand(levels.shape).flatten())
+    return indices[:spare], bounds.to(torch.int32)

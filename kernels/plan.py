@@ -1,0 +1,235 @@
+"""BlockPlan: which key blocks every query block attends to, and at what resolution.
+
+A policy makes a plan, a kernel consumes it; neither knows the other. Level 1 is full
+resolution; level h replaces a key block by the means of its groups of h consecutive tokens,
+each with bias ln(tokens in the group) (arXiv 2512.04025). The pooled remainder is the coarsest
+level, one mean per skipped block. A skipped block without it is not listed at all.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .lists import packed_lists, strided_lists
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PYRAMID_LEVELS = (1, 2, 4, 8)
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+MAX_ENTRIES = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPlan:
+    """Key-block lists per (batch or 1, head or 1, query block).
+
+    Attributes:
+        block_m, block_n: tokens per query block and per key block; the last ones may be ragged.
+        q_len, k_len: tokens in q and in k and v.
+        levels: the levels that may occur, ascending, e.g. (1,), (1, 2, 4, 8) or (1, 128).
+        indices: int32 [entries], key-block numbers.
+        bounds: int32 [B or 1, H or 1, M, len(levels) + 1]; the entries of row i at levels[l] are
+            indices[bounds[b, h, i, l] : bounds[b, h, i, l + 1]], ascending.
+
+    A batch or head extent of 1 is shared by all samples or heads. Every row has an entry.
+    """
+
+    block_m: int
+    block_n: int
+    q_len: int
+    k_len: int
+    levels: tuple[int, ...]
+    indices: Tensor
+    bounds: Tensor
+
+    @classmethod
+    def from_mask(
+        cls,
+        mask: Tensor,
+        *,
+        block_m: int,
+        block_n: int,
+        q_len: int,
+        k_len: int,
+        pooled_remainder: bool = False,
+        packed: bool = True,
+    ) -> BlockPlan:
+        """Plan from a block mask.
+
+        Args:
+            mask: bool [M, N], [H, M, N] or [B, H, M, N] with M = ceil(q_len / block_m) and
+                N = ceil(k_len / block_n); True keeps the block.
+            pooled_remainder: attend to every skipped block through one mean key and value
+                (level block_n) instead of dropping it.
+            packed: True for memory proportional to the kept blocks and a check that no row is
+                empty, at one device sync; False for plans made inside a sampling step.
+
+        Raises:
+            ValueError: the mask is not boolean, has another shape, or leaves a row empty.
+        """
+        if mask.dtype != torch.bool:
+            raise ValueError(f"a block mask is boolean; got {mask.dtype}")
+        return cls.from_levels(
+            mask.to(torch.int8),
+            block_m=block_m,
+            block_n=block_n,
+            q_len=q_len,
+            k_len=k_len,
+            pooled_remainder=pooled_remainder,
+            packed=packed,
+            allowed=(1,),
+        )
+
+    @classmethod
+    def from_levels(
+        cls,
+        levels: Tensor,
+        *,
+        block_m: int,
+        block_n: int,
+        q_len: int,
+        k_len: int,
+        pooled_remainder: bool = False,
+        packed: bool = True,
+        allowed: tuple[int, ...] = PYRAMID_LEVELS,
+    ) -> BlockPlan:
+        """Plan from block levels.
+
+        Args:
+            levels: integer [M, N], [H, M, N] or [B, H, M, N]; 0 skips a block.
+            allowed: the levels that can occur besides 0, ascending, each a divisor of block_n.
+                With packed=False this is taken on trust: a value outside it is skipped.
+            pooled_remainder, packed: as in from_mask.
+
+        Raises:
+            ValueError: a shape or a level is wrong, or a row is empty.
+        """
+        if block_m not in BLOCK_SIZES or block_n not in BLOCK_SIZES:
+            raise ValueError(
+                f"block sizes are one of {BLOCK_SIZES}; got block_m={block_m}, block_n={block_n}"
+            )
+        rows, columns = -(-q_len // block_m), -(-k_len // block_n)
+        if levels.ndim not in (2, 3, 4) or tuple(levels.shape[-2:]) != (rows, columns):
+            raise ValueError(
+                f"block levels for {q_len} queries and {k_len} keys at {block_m}x{block_n} have "
+                f"shape [{rows}, {columns}], with [heads] or [batch, heads] before it; got "
+                f"{list(levels.shape)}"
+            )
+        kept = tuple(sorted(allowed))
+        if any(level < 1 or block_n % level for level in kept):
+            raise ValueError(f"levels must divide block_n={block_n}; got {kept}")
+        levels = levels.reshape((1,) * (4 - levels.ndim) + tuple(levels.shape))
+        if packed:
+            present = set(levels.unique().tolist())
+            if not present <= {0, *kept}:
+                raise ValueError(
+                    f"block levels are 0 or one of {kept}; got {sorted(present - {0, *kept})}"
+                )
+            kept = tuple(level for level in kept if level in present) or kept[:1]
+        if pooled_remainder:
+            # int16: level 128 and up does not fit int8.
+            levels = levels.to(torch.int16).masked_fill(levels == 0, block_n)
+            kept = tuple(sorted({*kept, block_n}))
+        if levels.numel() > MAX_ENTRIES:
+            raise ValueError(
+                f"{levels.numel()} block pairs exceed the limit of {MAX_ENTRIES}; use larger blocks"
+            )
+        indices, bounds = (packed_lists if packed else strided_lists)(levels, kept)
+        plan = cls(block_m, block_n, q_len, k_len, kept, indices, bounds)
+        if packed and bool((plan.entries_per_row() == 0).any()):
+            raise ValueError("a query block attends to no key block; every row needs at least one")
+        return plan
+
+    @property
+    def num_q_blocks(self) -> int:
+        return -(-self.q_len // self.block_m)
+
+    @property
+    def num_k_blocks(self) -> int:
+        return -(-self.k_len // self.block_n)
+
+    @property
+    def device(self) -> torch.device:
+        return self.indices.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the lists."""
+        return self.indices.nbytes + self.bounds.nbytes
+
+    def counts(self) -> Tensor:
+        """int32 [B or 1, H or 1, M, len(levels)]: entries per row and level."""
+        return self.bounds.diff(dim=-1)
+
+    def entries_per_row(self) -> Tensor:
+        """int32 [B or 1, H or 1, M]."""
+        return self.bounds[..., -1] - self.bounds[..., 0]
+
+    def density_tensor(self) -> Tensor:
+        """Mean over block pairs of 1 / level (0 where skipped): fp32 scalar, no device sync."""
+        counts = self.counts().float()
+        weights = torch.tensor([1.0 / level for level in self.levels], device=counts.device)
+        return (counts.mean(dim=(0, 1, 2)) * weights).sum() / self.num_k_blocks
+
+    @functools.cached_property
+    def _density(self) -> float:
+        return float(self.density_tensor())
+
+    def density(self) -> float:
+        """Mean over block pairs of 1 / level; 1.0 is dense attention. Syncs once per plan."""
+        return self._density
+
+    def flops(self, head_dim: int, *, batch: int = 1, heads: int = 1) -> float:
+        """Multiply-adds times two of both products over the listed blocks, whole blocks counted.
+
+        Args:
+            batch, heads: of the call; the plan's own where it is not shared.
+        """
+        pairs = self.density() * self.num_q_blocks * self.num_k_blocks * batch * heads
+        return 4.0 * pairs * self.block_m * self.block_n * head_dim
+
+    def to_levels(self) -> Tensor:
+        """int16 [B or 1, H or 1, M, N]: the level of every block, 0 where skipped."""
+        bounds = self.bounds.long()
+        lengths = bounds.diff(dim=-1).flatten()
+        segments = torch.arange(lengths.numel(), device=self.device).repeat_interleave(lengths)
+        entry = torch.arange(segments.numel(), device=self.device)
+        first = (lengths.cumsum(0) - lengths)[segments]
+        entry = bounds[..., :-1].flatten()[segments] + entry - first
+        out = torch.zeros(
+            (*self.bounds.shape[:3], self.num_k_blocks), dtype=torch.int16, device=self.device
+        )
+        value = torch.tensor(self.levels, dtype=torch.int16, device=self.device)
+        row = segments // len(self.levels)
+        flat = row * self.num_k_blocks + self.indices[entry].long()
+        out.view(-1)[flat] = value[segments % len(self.levels)]
+        return out
+
+    def on_device(self, device: torch.device | str) -> BlockPlan:
+        """The same plan with its lists on another device."""
+        if self.device == torch.device(device):
+            return self
+        return replace(self, indices=self.indices.to(device), bounds=self.bounds.to(device))
+
+    def to_image(self, *, batch: int = 0, head: int | None = None, cell: int = 2) -> Image.Image:
+        """Picture of the plan: a row per query block, white = full resolution, black = skipped.
+
+        Args:
+            head: one head, or None for the mean over heads.
+            cell: pixels per block.
+        """
+        from PIL import Image
+
+        levels = self.to_levels()[batch].float()
+        kept = torch.where(levels > 0, 1.0 / levels.clamp(min=1), torch.zeros_like(levels))
+        shade = kept.mean(0) if head is None else kept[head]
+        # The square root keeps coarse levels apart from skipped ones in the picture.
+        pixels = shade.sqrt().mul(255).round().to(torch.uint8).cpu()
+        pixels = pixels.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
+        return Image.fromarray(pixels.numpy())

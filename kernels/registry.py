@@ -1,0 +1,94 @@
+"""The kernels that can run a plan: what each needs, and why one is not used.
+
+Availability is data with a reason, never an exception at import. A kernel is a frozen record of
+four functions; the registry only keeps them in order of preference.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .plan import BlockPlan
+
+PRECISIONS = ("auto", "native", "int8", "fp8")
+
+# Modules that register kernels when they are imported, in order of registration. Those that wrap
+# other people's libraries live a floor above this folder, so they are named and not imported.
+PROVIDERS = (".torch_kernel",)
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """One call as a kernel sees it. q, k, v: [B, H, N, D], any strides."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    plan: BlockPlan
+    scale: float
+    precision: str = "native"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A way to run a plan.
+
+    Attributes:
+        name: as users write it.
+        unavailable: () -> None, or why it cannot run on this machine and what would change that.
+            Called once per process.
+        refuses: (call) -> None, or why it cannot serve this call at call.precision, which is
+            never "auto". Called before every run: no device work, no sync.
+        run: (call) -> [B, H, N, D] in q's dtype; its memory is laid out as [B, N, H, D], so that
+            the caller's transpose and flatten copy nothing.
+        auto_precision: (call) -> the precision "auto" means for this call.
+        rank: (call) -> expected speed relative to the torch kernel on the same device (larger
+            wins), from measurements where there are any.
+    """
+
+    name: str
+    unavailable: Callable[[], str | None]
+    refuses: Callable[[KernelCall], str | None]
+    run: Callable[[KernelCall], Tensor]
+    auto_precision: Callable[[KernelCall], str]
+    rank: Callable[[KernelCall], float]
+
+
+_KERNELS: dict[str, Kernel] = {}
+
+
+def register(kernel: Kernel) -> None:
+    """Add a kernel, or replace the one of the same name."""
+    _KERNELS[kernel.name] = kernel
+    unavailable_reason.cache_clear()
+
+
+@functools.cache
+def _load_providers() -> None:
+    for module in PROVIDERS:
+        importlib.import_module(module, __package__)
+
+
+def kernels() -> dict[str, Kernel]:
+    """All kernels by name."""
+    _load_providers()
+    return _KERNELS
+
+
+@functools.cache
+def unavailable_reason(name: str) -> str | None:
+    """None, or why the kernel cannot run on this machine. A probe that raises is a reason."""
+    try:
+        return kernels()[name].unavailable()
+    except Exception as error:  # a broken wheel can raise anything
+        return f"its probe failed: {type(error).__name__}: {error}"
+
+
+def available() -> dict[str, str | None]:
+    """Every kernel's name with None, or the reason it cannot run on this machine."""
+    return {name: unavailable_reason(name) for name in kernels()}
