@@ -1,1 +1,1 @@
-
+"""The nodes, one small file each: a schema and one call inward."""

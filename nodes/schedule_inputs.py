@@ -1,0 +1,133 @@
+"""Inputs that every sparse node shares: when it acts, on which kernel, from how many tokens."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..kernels.registry import PRECISIONS
+
+CATEGORY = "model/patch/attention"
+
+# Listed by name so that a workflow opens on any machine; what cannot run is said when it is used.
+KERNELS = (
+    "auto",
+    "torch",
+    "triton",
+    "hopper",
+    "flash_attn4",
+    "spas_sage_attn",
+    "sparse_sageattn",
+    "flex",
+)
+
+
+def model_input() -> io.Model.Input:
+    return io.Model.Input("model", tooltip="A WAN or CogVideoX model. It is not changed.")
+
+
+def dense_layers_input(default: str = "0", *, advanced: bool = False) -> io.String.Input:
+    return io.String.Input(
+        "dense_layers",
+        default=default,
+        optional=True,
+        advanced=advanced or None,
+        tooltip=(
+            "Transformer layers that keep full attention. Numbers and ranges, counted from 0: "
+            '"0", "0-2, 39", "-1" for the last layer; empty for none. The first layer matters most '
+            "for quality."
+        ),
+    )
+
+
+def dense_timesteps_input() -> io.Int.Input:
+    return io.Int.Input(
+        "dense_timesteps",
+        default=-1,
+        min=-1,
+        max=100,
+        optional=True,
+        tooltip=(
+            "How many of this sampler's first steps keep full attention. -1 is a quarter of them "
+            "(at least one). More means closer to the original picture and less speed. In a graph "
+            "that splits one schedule over two samplers, set this per sampler or use "
+            "start_percent."
+        ),
+    )
+
+
+def advanced_inputs() -> list[io.Input]:
+    return [
+        io.Int.Input(
+            "last_dense_timesteps",
+            default=0,
+            min=0,
+            max=100,
+            optional=True,
+            advanced=True,
+            tooltip=(
+                "How many of this sampler's last steps keep full attention. 1 helps LoRAs that "
+                "need only 4 to 8 steps."
+            ),
+        ),
+        io.Float.Input(
+            "start_percent",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            optional=True,
+            advanced=True,
+            tooltip=(
+                "Sparse attention acts from this part of the whole noise schedule on (0 is pure "
+                "noise). It means the same however many samplers share the schedule."
+            ),
+        ),
+        io.Float.Input(
+            "end_percent",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            optional=True,
+            advanced=True,
+            tooltip=(
+                "Sparse attention acts up to this part of the whole noise schedule (1 is the end)."
+            ),
+        ),
+    ]
+
+
+def kernel_inputs() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "kernel",
+            options=list(KERNELS),
+            default="auto",
+            optional=True,
+            advanced=True,
+            tooltip="Which kernel computes the sparse attention. auto takes the fastest that fits.",
+        ),
+        io.Combo.Input(
+            "precision",
+            options=list(PRECISIONS),
+            default="auto",
+            optional=True,
+            advanced=True,
+            tooltip=(
+                "native computes in the model's own precision, int8 and fp8 in 8 bits. auto takes "
+                "8 bits only where that was measured to be faster."
+            ),
+        ),
+        io.Int.Input(
+            "min_tokens",
+            default=4096,
+            min=0,
+            max=1_000_000,
+            optional=True,
+            advanced=True,
+            tooltip=(
+                "Videos with fewer tokens than this keep full attention, which is faster there. "
+                "832x480 with 81 frames has 32760."
+            ),
+        ),
+    ]

@@ -1,0 +1,132 @@
+"""Putting a choice on a MODEL: a clone with our wrappers, our override and one settings object."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..kernels import registry
+from .forward import diffusion_model_wrapper
+from .layout import is_readable, model_family, supported_families
+from .log import log
+from .record import RunHistory
+from .router import OVERRIDE_KEY, AttentionRouter, find_router
+from .run import RUN_KEY, OuterSampleWrapper, RunState
+from .settings import SETTINGS_KEY, AttentionSettings
+
+KEY = SETTINGS_KEY
+
+
+def describe_model(model: Any) -> tuple[str, int]:
+    """(family, attention layers) of a MODEL the sparse methods support.
+
+    Raises:
+        ValueError: neither WAN nor CogVideoX, naming the detected class and the supported ones.
+    """
+    diffusion_model = getattr(getattr(model, "model", None), "diffusion_model", None)
+    family = None if diffusion_model is None else model_family(diffusion_model)
+    if family is None:
+        found = type(diffusion_model if diffusion_model is not None else model).__name__
+        raise ValueError(
+            f"this model is a {found}; sparse video attention supports {supported_families()} "
+            "models only"
+        )
+    return family, len(diffusion_model.blocks)
+
+
+def _check_kernel(name: str) -> None:
+    """Raise ValueError if a kernel asked for by name cannot run on this machine."""
+    if name == "auto":
+        return
+    if name not in registry.kernels():
+        raise ValueError(f"kernel {name!r}: allowed are auto, {', '.join(registry.kernels())}")
+    reason = registry.unavailable_reason(name)
+    if reason is not None:
+        raise ValueError(f"kernel {name!r} cannot run here: {reason}")
+
+
+def install(model: Any, settings: AttentionSettings) -> Any:
+    """A clone of a MODEL that follows the settings; the MODEL passed in is not changed.
+
+    A part the settings leave None keeps what an earlier node of this pack chose.
+
+    Args:
+        model: ComfyUI's ModelPatcher.
+
+    Raises:
+        ValueError: the model is not supported, or a kernel asked for by name cannot run here.
+    """
+    from comfy.patcher_extension import CallbacksMP, WrappersMP
+
+    describe_model(model)
+    if settings.sparse is not None:
+        _check_kernel(settings.sparse.kernel)
+    patched = model.clone()
+    options = patched.model_options.setdefault("transformer_options", {})
+    earlier: AttentionSettings | None = options.get(KEY)
+    _say_what_changes(earlier, settings, patched.model.diffusion_model)
+    options[KEY] = settings.merged_over(earlier)
+
+    # A router that is already in the slot is replaced; deeper in the chain it stays and passes
+    # calls on, because a forward names the one router that acts.
+    current = options.get(OVERRIDE_KEY)
+    previous = current.previous if isinstance(current, AttentionRouter) else current
+    router = AttentionRouter(previous)
+    options[OVERRIDE_KEY] = router
+
+    history = RunHistory()
+    patched.set_attachments(KEY, history)
+    for kind, wrapper in (
+        (WrappersMP.DIFFUSION_MODEL, diffusion_model_wrapper),
+        (WrappersMP.OUTER_SAMPLE, OuterSampleWrapper(history)),
+    ):
+        patched.remove_wrappers_with_key(kind, KEY)
+        patched.add_wrapper_with_key(kind, KEY, wrapper)
+    patched.remove_callbacks_with_key(CallbacksMP.ON_PREPARE_STATE, KEY)
+    patched.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, KEY, _ReassertOverride(router))
+    return patched
+
+
+def run_history(model: Any) -> RunHistory | None:
+    """Records of a patched MODEL's runs, None if this pack did not patch it."""
+    history = model.get_attachment(KEY)
+    return history if isinstance(history, RunHistory) else None
+
+
+def _say_what_changes(
+    earlier: AttentionSettings | None, settings: AttentionSettings, diffusion_model: Any
+) -> None:
+    if settings.sparse is None:
+        return
+    if earlier is not None and earlier.sparse is not None:
+        log.info(
+            f"{settings.sparse.policy.describe()} replaces {earlier.sparse.policy.describe()} "
+            "on this model"
+        )
+    if not is_readable(diffusion_model):
+        log.warning(
+            f"{type(diffusion_model).__name__} stays dense: where it keeps its video tokens is "
+            "not known"
+        )
+
+
+class _ReassertOverride:
+    """ON_PREPARE_STATE: a node that took the one override slot after us is put beneath us, once."""
+
+    def __init__(self, router: AttentionRouter) -> None:
+        self._router = router
+
+    def __call__(self, patcher: Any, timestep: Any, model_options: dict[str, Any]) -> None:
+        options = model_options.get("transformer_options", {})
+        run: RunState | None = options.get(RUN_KEY)
+        current = options.get(OVERRIDE_KEY)
+        if run is None or run.reasserted or find_router(current) is self._router:
+            return
+        run.reasserted = True
+        # A fresh router on this run's options: the shared one must not learn of another run's
+        # neighbour.
+        options[OVERRIDE_KEY] = self._router.on_top_of(current)
+        name = getattr(current, "__qualname__", type(current).__name__)
+        log.warning(
+            f"attention override {name} had replaced this pack's; it now gets the calls that "
+            "stay dense"
+        )

@@ -1,0 +1,80 @@
+"""Static plans and token orders, kept while a patched MODEL lives: built once per grid."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..kernels import BlockPlan, TokenLayout
+from .settings import SparsePolicy
+
+# Context windows and a changed resolution alternate between a few grids; more than this is churn.
+MAX_GRIDS = 8
+
+T = TypeVar("T")
+
+
+class _BoundedCache(Generic[T]):
+    """Least recently used entries go first; a build happens once, also between threads."""
+
+    def __init__(self, limit: int) -> None:
+        self._entries: OrderedDict[Hashable, T] = OrderedDict()
+        self._limit = limit
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, build: Callable[[], T]) -> T:
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+                return self._entries[key]
+            entry = self._entries[key] = build()
+            while len(self._entries) > self._limit:
+                self._entries.popitem(last=False)
+            return entry
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+class TokenOrder:
+    """A token order and its inverse on one device.
+
+    Attributes:
+        forward: int64 [N], attention position -> token.
+        backward: int64 [N], token -> attention position.
+    """
+
+    def __init__(self, forward: Tensor, device: torch.device) -> None:
+        backward = torch.empty_like(forward)
+        backward[forward] = torch.arange(forward.numel(), device=forward.device)
+        self.forward = forward.to(device)
+        self.backward = backward.to(device)
+
+
+class PlanCache:
+    """Static plans and token orders by policy, layout and device."""
+
+    def __init__(self, limit: int = MAX_GRIDS) -> None:
+        self._plans: _BoundedCache[BlockPlan] = _BoundedCache(limit)
+        self._orders: _BoundedCache[TokenOrder | None] = _BoundedCache(limit)
+
+    def plan(self, policy: SparsePolicy, layout: TokenLayout, device: torch.device) -> BlockPlan:
+        key = (policy, layout, device)
+        return self._plans.get(key, lambda: policy.static_plan(layout, device))
+
+    def order(
+        self, policy: SparsePolicy, layout: TokenLayout, device: torch.device
+    ) -> TokenOrder | None:
+        def build() -> TokenOrder | None:
+            order = policy.order(layout)
+            return None if order is None else TokenOrder(order, device)
+
+        return self._orders.get((policy, layout, device), build)
+
+    def __len__(self) -> int:
+        return len(self._plans) + len(self._orders)

@@ -1,0 +1,152 @@
+"""What ran in a sampling run: sparse where, at what density and speed, and dense where and why."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .timing import Stopwatch
+
+
+class CallRecord(NamedTuple):
+    """One self-attention call.
+
+    Attributes:
+        step, layer: None where they are not known.
+        ran: kernel and precision of a sparse call, "dense" or the dense backend otherwise.
+        density: of a sparse call's plan; a scalar tensor until the run is over.
+        reason: why the call was dense, None for a sparse one.
+    """
+
+    step: int | None
+    layer: int | None
+    ran: str
+    density: float | Tensor | None
+    reason: str | None
+    watch: Stopwatch
+
+
+class SparseSummary(NamedTuple):
+    """Sparse calls of a run taken together."""
+
+    calls: int
+    layers: int
+    steps: int
+    density: float
+    seconds: float
+    kernels: list[str]
+
+
+@dataclass
+class RunRecord:
+    """Everything that happened to attention in one run of one sampler. Safe between threads.
+
+    Attributes:
+        method: the sparse policy and its parameters, as the log says them.
+        model: class of the diffusion model.
+        num_layers: its attention layers.
+        total_steps: of this sampler; 0 if unknown.
+        layouts: token layouts seen, in order.
+        notes: things said once per run.
+    """
+
+    method: str
+    model: str = ""
+    num_layers: int = 0
+    total_steps: int = 0
+    layouts: list[str] = field(default_factory=list)
+    calls: list[CallRecord] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    _started: float = field(default_factory=time.perf_counter)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add_forward(self, layout: str | None, calls: list[CallRecord]) -> None:
+        with self._lock:
+            self.calls.extend(calls)
+            if layout is not None and layout not in self.layouts:
+                self.layouts.append(layout)
+
+    def note(self, text: str) -> bool:
+        """Keep a note; False if it was there already."""
+        with self._lock:
+            if text in self.notes:
+                return False
+            self.notes.append(text)
+            return True
+
+    def finish(self) -> None:
+        """Close the run: read clocks and densities that are still on the device, all at once."""
+        self.seconds = time.perf_counter() - self._started
+        pending = [call.density for call in self.calls if isinstance(call.density, Tensor)]
+        # Grouped by device: a multi-GPU run leaves densities on several.
+        values: dict[int, float] = {}
+        for device in {density.device for density in pending}:
+            there = [density for density in pending if density.device == device]
+            read = torch.stack(there).tolist()
+            values.update(zip(map(id, there), read, strict=True))
+        self.calls = [
+            call._replace(density=values[id(call.density)])
+            if isinstance(call.density, Tensor)
+            else call
+            for call in self.calls
+        ]
+
+    def sparse(self) -> SparseSummary:
+        """The sparse calls; a finished record only."""
+        calls = [call for call in self.calls if call.reason is None]
+        densities = [float(call.density) for call in calls if call.density is not None]
+        return SparseSummary(
+            calls=len(calls),
+            layers=len({call.layer for call in calls}),
+            steps=len({call.step for call in calls}),
+            density=sum(densities) / len(densities) if densities else 1.0,
+            seconds=sum(call.watch.seconds() for call in calls),
+            kernels=[name for name, _ in Counter(call.ran for call in calls).most_common()],
+        )
+
+    def dense_reasons(self) -> Counter[str]:
+        """How many self-attention calls were dense, by reason."""
+        return Counter(call.reason for call in self.calls if call.reason is not None)
+
+    def dense_seconds(self) -> float:
+        return sum(call.watch.seconds() for call in self.calls if call.reason is not None)
+
+    def summary(self) -> str:
+        """The run in one line."""
+        where = f"{self.method} on {self.model or 'the model'}"
+        if self.layouts:
+            where += f", {' then '.join(self.layouts)} tokens"
+        if not self.calls:
+            return (
+                f"{where}: no self-attention call reached this pack; another attention patch "
+                "or an acceleration that skips the model took them all"
+            )
+        sparse = self.sparse()
+        if sparse.calls:
+            steps = f" on {sparse.steps} of {self.total_steps} steps" if self.total_steps else ""
+            ran = (
+                f"{sparse.layers} of {self.num_layers} layers sparse{steps}, density "
+                f"{sparse.density:.3f}, kernel {' + '.join(sparse.kernels)}"
+            )
+        else:
+            ran = "nothing ran sparse"
+        dense = ", ".join(f"{count} x {why}" for why, count in self.dense_reasons().most_common())
+        times = (
+            f"self-attention {sparse.seconds:.2f} s sparse + {self.dense_seconds():.2f} s dense "
+            f"of {self.seconds:.2f} s"
+        )
+        return "; ".join([f"{where}: {ran}", f"dense calls: {dense or 'none'}", times, *self.notes])
+
+
+class RunHistory:
+    """The latest finished run of a patched MODEL and of everything cloned from it."""
+
+    def __init__(self) -> None:
+        self.latest: RunRecord | None = None

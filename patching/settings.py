@@ -1,0 +1,81 @@
+"""What the nodes chose, frozen: the sparse method with its schedule, and who runs dense calls."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..kernels import BlockPlan, TokenLayout
+from .schedule import Schedule
+
+SETTINGS_KEY = "sparse_video_attention"
+
+
+class AttentionSite(enum.Enum):
+    """The places of a diffusion transformer where attention happens, by LightX2V's names."""
+
+    SELF = "self_attn_1_type"
+    CROSS_TEXT = "cross_attn_1_type"
+    CROSS_IMAGE = "cross_attn_2_type"
+
+
+class SparsePolicy(Protocol):
+    """Turns (q, k, layout) into a BlockPlan. Frozen and hashable: it is part of cache keys."""
+
+    @property
+    def name(self) -> str:
+        """The method, as the log names it."""
+
+    @property
+    def is_static(self) -> bool:
+        """True if the plan depends on the layout alone."""
+
+    def describe(self) -> str:
+        """The method and its parameters, for the log."""
+
+    def dense_reason(self, layout: TokenLayout) -> str | None:
+        """Why the method cannot act on this layout, or None."""
+
+    def order(self, layout: TokenLayout) -> Tensor | None:
+        """int64 [layout.num_tokens]: attention position -> token, or None to keep the order."""
+
+    def static_plan(self, layout: TokenLayout, device: torch.device) -> BlockPlan:
+        """The plan of a static policy."""
+
+    def plan(
+        self, q: Tensor, k: Tensor, layout: TokenLayout, *, layer: int, scale: float
+    ) -> BlockPlan:
+        """The plan of a dynamic policy. q, k: [B, H, N, D], any strides, in the policy's order."""
+
+
+@dataclass(frozen=True)
+class SparseChoice:
+    """A sparse method and when it acts.
+
+    Attributes:
+        kernel, precision: as in kernels.block_sparse_attention.
+        min_tokens: calls with fewer tokens stay dense, since sparse attention gains nothing there.
+    """
+
+    policy: SparsePolicy
+    schedule: Schedule
+    kernel: str = "auto"
+    precision: str = "auto"
+    min_tokens: int = 4096
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """The one settings object that a patched MODEL carries. None leaves a part as it was."""
+
+    sparse: SparseChoice | None = None
+
+    def merged_over(self, earlier: AttentionSettings | None) -> AttentionSettings:
+        """This node's part over what an earlier node of the pack chose."""
+        if earlier is None or self.sparse is not None:
+            return self
+        return replace(self, sparse=earlier.sparse)

@@ -1,0 +1,44 @@
+"""Seconds spent in attention calls, measured without making the device wait."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+
+class Stopwatch:
+    """Time of one call on a device's current stream; read it only when the run is over.
+
+    On CUDA two events are recorded and nothing waits. Elsewhere the host clock is read, which on
+    an asynchronous device other than CUDA (MPS, XPU) measures the launch only.
+    """
+
+    __slots__ = ("_begin", "_end", "_seconds")
+
+    def __init__(self, device: torch.device) -> None:
+        self._seconds: float | None = None
+        self._begin: torch.cuda.Event | None = None
+        self._end: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                self._seconds = 0.0  # events cannot be timed inside a captured graph
+                return
+            self._begin = torch.cuda.Event(enable_timing=True)
+            self._begin.record()
+        else:
+            self._seconds = -time.perf_counter()
+
+    def stop(self) -> None:
+        if self._begin is not None:
+            self._end = torch.cuda.Event(enable_timing=True)
+            self._end.record()
+        elif self._seconds is not None and self._seconds < 0:
+            self._seconds += time.perf_counter()
+
+    def seconds(self) -> float:
+        """Elapsed time; waits for the device if it has not come that far."""
+        if self._begin is not None and self._end is not None:
+            self._end.synchronize()
+            return self._begin.elapsed_time(self._end) / 1000.0
+        return self._seconds or 0.0
