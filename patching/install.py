@@ -24,7 +24,7 @@ def describe_model(model: Any) -> tuple[str, int]:
     """
     diffusion_model = getattr(getattr(model, "model", None), "diffusion_model", None)
     family = None if diffusion_model is None else model_family(diffusion_model)
-    if family is None:
+    if family is None or diffusion_model is None:
         found = type(diffusion_model if diffusion_model is not None else model).__name__
         raise ValueError(
             f"this model is a {found}; sparse video attention supports {supported_families()} "

@@ -63,9 +63,9 @@ def _argument(args: Sequence[Any], kwargs: dict[str, Any], position: int, name: 
     return args[position] if len(args) > position else kwargs.get(name)
 
 
-def _read_wan(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> ForwardTokens:
+def _read_wan(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> ForwardTokens:
     """WanModel.forward(x, timestep, context, clip_fea, time_dim_concat, transformer_options)."""
-    patch: Sequence[int] = model.patch_size  # type: ignore[assignment]
+    patch: Sequence[int] = model.patch_size
     frames, height, width = _grid(_argument(args, kwargs, 0, "x"), patch)
     extra_frames = _argument(args, kwargs, 4, "time_dim_concat")
     if extra_frames is not None:
@@ -85,15 +85,15 @@ def _read_wan(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> 
     )
 
 
-def _read_cogvideox(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> ForwardTokens:
+def _read_cogvideox(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> ForwardTokens:
     """CogVideoXTransformer3DModel.forward(x, timestep, context, ofs, transformer_options)."""
     patch = (model.patch_embed.patch_size_t or 1, model.patch_size, model.patch_size)
-    frames, height, width = _grid(_argument(args, kwargs, 0, "x"), patch)  # type: ignore[arg-type]
+    frames, height, width = _grid(_argument(args, kwargs, 0, "x"), patch)
     text = _argument(args, kwargs, 2, "context")
     return ForwardTokens(TokenLayout(frames, height, width, prefix_tokens=text.shape[1]))
 
 
-_Reader = Callable[[nn.Module, Sequence[Any], dict[str, Any]], ForwardTokens]
+_Reader = Callable[[Any, Sequence[Any], dict[str, Any]], ForwardTokens]
 _READERS: dict[str, _Reader] = {
     "WanModel": _read_wan,
     "CogVideoXTransformer3DModel": _read_cogvideox,

@@ -1,0 +1,140 @@
+"""A real ComfyUI in this process, tiny checkpoints of the real models, and one way to sample."""
+
+import logging
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+GOLDEN = REPOSITORY / "tests" / "golden"
+
+
+def comfyui_path() -> Path:
+    path = Path(os.environ.get("COMFYUI_PATH") or REPOSITORY / ".comfyui" / "ComfyUI")
+    if not (path / "comfy" / "sd.py").is_file():
+        pytest.fail(f"no ComfyUI at {path}; python dev.py setup brings one, or set COMFYUI_PATH")
+    return path
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Folder of the published arrays."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def comfyui():
+    """ComfyUI's own modules, imported on the CPU as its main.py would."""
+    root = str(comfyui_path())
+    if root not in sys.path:
+        # First: ComfyUI's modules have short names (nodes, server, utils).
+        sys.path.insert(0, root)
+    arguments, sys.argv = sys.argv, ["main.py", "--cpu"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.sample
+    import comfy.samplers
+    import comfy.sd
+
+    sys.argv = arguments
+    return comfy
+
+
+@pytest.fixture(scope="session")
+def checkpoints(comfyui, tmp_path_factory):
+    """Paths of tiny checkpoints by model name, written by the demo's own code when asked for."""
+    from demo.checkpoints import make_cogvideox_checkpoint, make_wan_checkpoint
+
+    makers = {
+        "wan": lambda path: make_wan_checkpoint(path),
+        "wan_i2v": lambda path: make_wan_checkpoint(path, model_type="i2v"),
+        "cogvideox": lambda path: make_cogvideox_checkpoint(path, version="1.0"),
+        "cogvideox_1.5": lambda path: make_cogvideox_checkpoint(path, version="1.5"),
+    }
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    class Checkpoints(dict):
+        def __missing__(self, name):
+            path = folder / f"{name}.safetensors"
+            makers[name](path)
+            self[name] = path
+            return path
+
+    return Checkpoints()
+
+
+@pytest.fixture(scope="session")
+def load_model(comfyui, checkpoints):
+    """load_model(name): a fresh MODEL through ComfyUI's own loader."""
+
+    def load(name):
+        return comfyui.sd.load_diffusion_model(str(checkpoints[name]))
+
+    return load
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """One sampling run. shape: latent [B, C, T, H, W]."""
+
+    shape: tuple[int, ...] = (1, 16, 5, 16, 20)
+    steps: int = 4
+    cfg: float = 3.0
+    sampler: str = "euler"
+    scheduler: str = "simple"
+    text_tokens: int = 40
+    seed: int = 7
+    options: dict = field(default_factory=dict)
+
+
+@pytest.fixture(scope="session")
+def sample(comfyui):
+    """sample(model, Sampling fields...): the latent that ComfyUI's KSampler makes."""
+
+    def run(model, **fields):
+        how = Sampling(**{k: v for k, v in fields.items() if k in Sampling.__dataclass_fields__})
+        extra = {k: v for k, v in fields.items() if k not in Sampling.__dataclass_fields__}
+        generator = torch.Generator().manual_seed(how.seed)
+        context = torch.randn(2, how.text_tokens, 4096, generator=generator)
+        positive, negative = ([[context[i : i + 1], {}]] for i in range(2))
+        latent = extra.pop("latent", torch.zeros(how.shape))
+        # One noise for all samples of a batch would hide a mix-up between them.
+        noise = torch.randn(how.shape, generator=generator)
+        noise = extra.pop("noise", noise)
+        return comfyui.sample.sample(
+            model,
+            noise,
+            how.steps,
+            how.cfg,
+            how.sampler,
+            how.scheduler,
+            positive,
+            negative,
+            latent,
+            seed=how.seed,
+            disable_pbar=True,
+            **extra,
+        )
+
+    return run
+
+
+@pytest.fixture
+def run_lines(caplog):
+    """run_lines(): the pack's log lines so far, without its prefix."""
+    caplog.set_level(logging.INFO, logger="sparse_video_attention")
+    prefix = "[sparse_video_attention] "
+
+    def lines():
+        return [
+            message.removeprefix(prefix)
+            for message in caplog.messages
+            if message.startswith(prefix)
+        ]
+
+    return lines
