@@ -173,9 +173,10 @@ class BlockPlan:
 
     def density_tensor(self) -> Tensor:
         """Mean over block pairs of 1 / level (0 where skipped): fp32 scalar, no device sync."""
-        counts = self.counts().float()
-        weights = torch.tensor([1.0 / level for level in self.levels], device=counts.device)
-        return (counts.mean(dim=(0, 1, 2)) * weights).sum() / self.num_k_blocks
+        # Divided level by level: a tensor of weights would have to be copied from the host.
+        kept = self.counts().float().mean(dim=(0, 1, 2)).unbind(-1)
+        parts = [count / level for count, level in zip(kept, self.levels, strict=True)]
+        return torch.stack(parts).sum() / self.num_k_blocks
 
     @functools.cached_property
     def _density(self) -> float:

@@ -1,0 +1,116 @@
+"""Kernels that fail in the middle of a run: the run completes and the log says what happened."""
+
+import pytest
+import torch
+from sparse_video_attention.kernels import registry
+from sparse_video_attention.kernels.registry import Kernel
+from sparse_video_attention.patching import run_history
+
+pytestmark = pytest.mark.comfy
+
+
+@pytest.fixture
+def failing_kernel(monkeypatch):
+    """failing_kernel(run): a kernel that "auto" prefers over all others."""
+
+    def add(run):
+        registry.kernels()
+        kernel = Kernel(
+            name="faulty",
+            unavailable=lambda: None,
+            refuses=lambda call: None,
+            run=run,
+            auto_precision=lambda call: "native",
+            rank=lambda call: 1e9,
+        )
+        monkeypatch.setitem(registry._KERNELS, "faulty", kernel)
+        registry.unavailable_reason.cache_clear()
+        return kernel
+
+    yield add
+    registry.unavailable_reason.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def model(load_model):
+    return load_model("wan")
+
+
+def test_a_kernel_that_raises_is_set_aside_and_the_next_serves(
+    model, install_band, sample, failing_kernel, run_lines
+):
+    expected = sample(install_band(model))
+    tries = []
+
+    def run(call):
+        tries.append(1)
+        raise RuntimeError("out of luck")
+
+    failing_kernel(run)
+    patched = install_band(model)
+    assert torch.equal(sample(patched), expected)
+    assert len(tries) == 1
+    said = [line for line in run_lines() if "out of luck" in line]
+    assert len(said) == 2, "once when it happens, once in the run line"
+    assert "kernel torch" in run_lines()[-1]
+
+
+def test_a_kernel_whose_first_output_has_a_nan_is_set_aside(
+    model, install_band, sample, failing_kernel, run_lines
+):
+    expected = sample(install_band(model))
+    failing_kernel(lambda call: torch.full_like(call.q, float("nan")))
+    assert torch.equal(sample(install_band(model)), expected)
+    assert "holds a NaN" in run_lines()[-1]
+
+
+def test_a_kernel_that_fails_later_in_the_run_is_set_aside_then(
+    model, install_band, sample, failing_kernel
+):
+    torch_kernel = registry.kernels()["torch"]
+    expected = sample(install_band(model))
+    tries = []
+
+    def run(call):
+        tries.append(1)
+        if len(tries) > 4:
+            raise torch.OutOfMemoryError("no memory left")
+        return torch_kernel.run(call)
+
+    failing_kernel(run)
+    patched = install_band(model)
+    assert torch.equal(sample(patched), expected)
+    ran = [call.ran for call in run_history(patched).latest.calls if call.reason is None]
+    assert ran == ["faulty"] * 4 + ["torch"] * 5
+
+
+def test_without_any_kernel_the_run_is_dense(model, install_band, sample, monkeypatch, run_lines):
+    registry.kernels()
+    refusing = registry.kernels()["torch"].__class__(
+        **{**vars(registry.kernels()["torch"]), "refuses": lambda call: "not today"}
+    )
+    monkeypatch.setattr(registry, "_KERNELS", {"torch": refusing})
+    registry.unavailable_reason.cache_clear()
+    patched = install_band(model)
+    assert torch.equal(sample(patched), sample(model))
+    assert "not today" in run_lines()[-1] or any("not today" in line for line in run_lines())
+
+
+def test_a_cancelled_run_ends_as_comfyui_ends_it_and_the_next_is_clean(
+    model, install_band, sample, run_lines
+):
+    patched = install_band(model)
+    expected = sample(patched)
+
+    class Cancelled(BaseException):
+        pass
+
+    def cancel(step, denoised, x, total):
+        if step == 1:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        sample(patched, callback=cancel)
+    assert "the run ended early" in run_lines()[-1]
+    assert torch.equal(sample(patched), expected)
+    assert "the run ended early" not in run_lines()[-1]
