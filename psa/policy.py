@@ -1,0 +1,182 @@
+"""PsaPolicy: a preset as a policy that makes one block plan per attention call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..kernels import BlockPlan, TokenLayout
+from ..kernels.plan import PYRAMID_LEVELS
+from .importance import block_importance
+from .levels import assign_levels, topk_segments
+from .preset import PsaPreset, SimThresholds
+from .sampling import sample_tokens, tokens_per_block
+from .similarity import similarity_cap
+
+
+@dataclass(frozen=True)
+class PsaPolicy:
+    """Pyramid Sparse Attention (arXiv 2512.04025) with one preset's parameters.
+
+    Attributes:
+        label: the preset, as the log names it.
+        mask_ratios: ((level, (lower, upper)), ...) of a PsaPreset.
+        sim_thresholds: None without the similarity cap.
+        rearrange_method: "Gilbert", "STA" or None for the model's own token order.
+
+    The other attributes are a preset's. Hashable: equal policies make equal plans.
+    """
+
+    mask_ratios: tuple[tuple[int, tuple[float, float]], ...]
+    mask_mode: str = "thresholdbound"
+    block_m: int = 128
+    block_n: int = 128
+    tile_n: int = 32
+    sim_thresholds: SimThresholds | None = None
+    rearrange_method: str | None = None
+    tile_size: tuple[int, int, int] = (2, 8, 8)
+    label: str = "custom"
+
+    name: ClassVar[str] = "psa"
+    is_static: ClassVar[bool] = False
+
+    @classmethod
+    def from_preset(cls, preset: PsaPreset, *, label: str = "custom") -> PsaPolicy:
+        """The policy of a preset of type psa.
+
+        Args:
+            label: the preset's name, "section/preset".
+
+        Raises:
+            ValueError: the preset is of type dense, which is the absence of a policy.
+        """
+        if preset.type == "dense":
+            raise ValueError(f"preset {label!r} is dense attention; it has no sparse policy")
+        return cls(
+            mask_ratios=tuple(preset.mask_ratios.items()),
+            mask_mode=preset.mask_mode,
+            block_m=preset.block_size.m,
+            block_n=preset.block_size.n,
+            tile_n=preset.block_size.tile_n,
+            sim_thresholds=preset.sim_thresholds if preset.use_sim_mask else None,
+            rearrange_method=preset.token_order,
+            tile_size=preset.tile_size,
+            label=label,
+        )
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The levels a plan of this policy can hold."""
+        if self.sim_thresholds is not None:
+            return PYRAMID_LEVELS  # the cap refines a level to any finer one
+        # Level 1 also serves text and rows that would be empty.
+        return tuple(sorted({1, *(level for level, _ in self.mask_ratios if level)}))
+
+    def describe(self) -> str:
+        """The method and its parameters, for the log."""
+        bounds = "/".join(f"{upper:g}" for level, (_, upper) in self.mask_ratios if level)
+        parts = [f"{self.mask_mode} {bounds}", f"blocks {self.block_m}x{self.block_n}"]
+        parts += ["similarity cap"] if self.sim_thresholds is not None else []
+        parts += [f"{self.rearrange_method} order"] if self.rearrange_method else []
+        return f"psa {self.label} ({', '.join(parts)})"
+
+    def dense_reason(self, layout: TokenLayout) -> str | None:
+        """Why PSA cannot act on this layout, or None."""
+        if layout.num_tokens <= max(self.block_m, self.block_n):
+            block = max(self.block_m, self.block_n)
+            return f"{layout.num_tokens} tokens are no more than one block of {block}"
+        return None
+
+    def order(self, layout: TokenLayout) -> Tensor | None:
+        """int64 [layout.num_tokens]: attention position -> token; None keeps the order."""
+        if self.rearrange_method is None:
+            return None
+        from ..kernels.orders import video_order
+
+        return video_order(layout, self.rearrange_method, self.tile_size)
+
+    def plan(
+        self, q: Tensor, k: Tensor, layout: TokenLayout, *, layer: int, scale: float
+    ) -> BlockPlan:
+        """The plan of one call: scores, levels, similarity cap, then text at full resolution.
+
+        Args:
+            q, k: [B, H, N, D] with N = layout.num_tokens, any strides, in the order of
+                `order`: prefix, video, suffix.
+            scale: of the logits.
+
+        Every row attends to something: where the bounds leave a row empty (topk with fewer
+        blocks than 1 / upper bound), its most important block is kept at level 1.
+
+        Raises:
+            ValueError: q or k does not have the layout's tokens.
+        """
+        if not q.shape[2] == k.shape[2] == layout.num_tokens:
+            raise ValueError(
+                f"the layout {layout} has {layout.num_tokens} tokens; got {q.shape[2]} queries "
+                f"and {k.shape[2]} keys"
+            )
+        importance = block_importance(
+            sample_tokens(q, self.block_m),
+            sample_tokens(k, self.block_n),
+            tokens_per_q_block=tokens_per_block(self.block_m),
+            tokens_per_k_block=tokens_per_block(self.block_n),
+            scale=scale,
+        )
+        levels = assign_levels(
+            importance,
+            dict(self.mask_ratios),
+            mask_mode=self.mask_mode,
+            block_n=self.block_n,
+            tile_n=self.tile_n,
+        )
+        if self._may_empty_rows(levels.shape[-1]):
+            keep_best_block(levels, importance)
+        if self.sim_thresholds is not None:
+            cap = similarity_cap(k, block_n=self.block_n, **self.sim_thresholds._asdict())
+            torch.minimum(levels, cap.unsqueeze(2), out=levels)
+        keep_text(levels, layout, block_m=self.block_m, block_n=self.block_n)
+        return BlockPlan.from_levels(
+            levels,
+            block_m=self.block_m,
+            block_n=self.block_n,
+            q_len=layout.num_tokens,
+            k_len=layout.num_tokens,
+            packed=False,
+            allowed=self.levels,
+        )
+
+    def _may_empty_rows(self, num_k_blocks: int) -> bool:
+        ratios = dict(self.mask_ratios)
+        if self.mask_mode == "thresholdbound":
+            # Level 1 always takes a block there, if the preset has it.
+            return 1 not in ratios
+        segments = topk_segments(ratios, num_k_blocks, block_n=self.block_n, tile_n=self.tile_n)
+        return segments[-1][1] == 0
+
+
+def keep_best_block(levels: Tensor, importance: Tensor) -> None:
+    """Put the most important block of rows that are all 0 at level 1, in place.
+
+    levels: int8 [B, H, M, N]; importance: fp32 [B, H, M, N].
+    """
+    empty = levels.amax(-1, keepdim=True) == 0
+    best = importance.argmax(-1, keepdim=True)
+    levels.scatter_(-1, best, levels.gather(-1, best).masked_fill(empty, 1))
+
+
+def keep_text(levels: Tensor, layout: TokenLayout, *, block_m: int, block_n: int) -> None:
+    """Put every block row and column that holds a token outside the video at level 1, in place.
+
+    levels: int8 [B, H, M, N].
+    """
+    before, after = layout.prefix_tokens, layout.num_tokens - layout.suffix_tokens
+    if before:
+        levels[..., : -(-before // block_m), :] = 1
+        levels[..., : -(-before // block_n)] = 1
+    if layout.suffix_tokens:
+        levels[..., after // block_m :, :] = 1
+        levels[..., after // block_n :] = 1

@@ -1,0 +1,134 @@
+"""YAML as plain data that remembers its lines, so an error can say where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from yaml import Node, SafeLoader
+
+Path = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class LinedYaml:
+    """A document, and the line (from 1) of everything in it by its path of keys and positions."""
+
+    file: str
+    data: Any
+    lines: dict[Path, int] = field(default_factory=dict)
+
+    def where(self, path: Path) -> str:
+        """'presets.yaml, line 12' of a path, or of the nearest thing around it."""
+        for length in range(len(path), -1, -1):
+            if path[:length] in self.lines:
+                return f"{self.file}, line {self.lines[path[:length]]}"
+        return self.file
+
+
+def read_yaml(file: str | FilePath) -> LinedYaml:
+    """Read one YAML document of plain data.
+
+    Raises:
+        ValueError: the file cannot be read, is empty, does not parse (with line and column), has
+            a key twice, or an anchor that contains itself.
+    """
+    import yaml
+
+    name = str(file)
+    try:
+        text = FilePath(file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ValueError(f"{name} cannot be read: {reason}") from error
+    try:
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                raise ValueError(f"{name} is empty; it needs at least one model section")
+            lines: dict[Path, int] = {}
+            data = _Reader(loader, name, lines).read(node, ())
+        finally:
+            loader.dispose()
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deeply for a presets file") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} is not valid YAML: {_describe(error)}") from error
+    return LinedYaml(name, data, lines)
+
+
+def _describe(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
+    if mark is None:
+        return str(problem)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
+
+
+class _Reader:
+    def __init__(self, loader: SafeLoader, name: str, lines: dict[Path, int]) -> None:
+        self._loader = loader
+        self._name = name
+        self._lines = lines
+        self._open: list[Node] = []
+
+    def read(self, node: Node, path: Path) -> Any:
+        import yaml
+
+        self._lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node)
+        if any(node is outer for outer in self._open):
+            raise ValueError(f"{self._at(node)}: an anchor must not contain itself")
+        self._open.append(node)
+        try:
+            if isinstance(node, yaml.SequenceNode):
+                return [self.read(item, (*path, i)) for i, item in enumerate(node.value)]
+            return self._mapping(node, path)
+        finally:
+            self._open.pop()
+
+    def _mapping(self, node: Any, path: Path) -> dict[Any, Any]:
+        self._refuse_duplicates(node)
+        # Resolves "<<"; what was merged in comes first, so the mapping's own keys win.
+        self._loader.flatten_mapping(node)
+        mapping = {}
+        for key_node, value_node in node.value:
+            key = self._key(key_node)
+            self._lines[(*path, key)] = key_node.start_mark.line + 1
+            mapping[key] = self.read(value_node, (*path, key))
+        return mapping
+
+    def _key(self, node: Node) -> Hashable:
+        import yaml
+
+        if not isinstance(node, yaml.ScalarNode):
+            raise ValueError(f"{self._at(node)}: a list or mapping cannot be a key")
+        key: Hashable = self._scalar(node)
+        return key
+
+    def _scalar(self, node: Any) -> Any:
+        try:
+            return self._loader.construct_object(node)
+        except ValueError as error:  # a date that is none, for example
+            raise ValueError(f"{self._at(node)}: {node.value!r} {error}") from error
+
+    def _refuse_duplicates(self, node: Any) -> None:
+        first: dict[Hashable, int] = {}
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self._key(key_node)
+            line = key_node.start_mark.line + 1
+            if key in first:
+                raise ValueError(
+                    f"{self._at(key_node)}: key {key!r} is already given in line {first[key]}"
+                )
+            first[key] = line
+
+    def _at(self, node: Node) -> str:
+        return f"{self._name}, line {node.start_mark.line + 1}"
