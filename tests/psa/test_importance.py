@@ -113,7 +113,6 @@ def test_scratch_does_not_grow_with_heads_and_rows(heads, q_blocks, monkeypatch)
         out = block_importance(q, k, tokens_per_q_block=8, tokens_per_k_block=8)
     for tensor in (q, k, out):
         made.sizes.pop(tensor.untyped_storage().data_ptr(), None)
-    assert out.numel() * 8 >= 2**11
     assert max(made.sizes.values()) <= 2 * 4 * 2**12
 
 
