@@ -1,0 +1,117 @@
+"""Sparge's dynamic block map: which key blocks each query block attends to.
+
+Every block is stood for by its mean token. Where the tokens of a block are alike the mean says
+enough to predict attention between blocks; where they are not, the block is kept
+(arXiv 2502.18137; thu-ml/SpargeAttn).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .statistics import block_statistics
+from .thresholds import Threshold, check_threshold, per_head, topk_counts
+
+# Scores looked at together: a full sort of them takes under 100 MiB.
+CHUNK_SCORES = 2**22
+
+
+def block_map(
+    q: Tensor,
+    k: Tensor,
+    *,
+    block_q: int = 128,
+    block_k: int = 64,
+    simthreshd1: Threshold,
+    cdfthreshd: Threshold | None = None,
+    topk: Threshold | None = None,
+    attention_sink: bool = False,
+    scale: float | None = None,
+    subtract_key_mean: bool = False,
+) -> Tensor:
+    """Block map of one attention call.
+
+    A key block is kept for a query block if its score, the product of the mean tokens, is among
+    the highest. Query and key blocks that are not self-similar (mean pairwise cosine at most
+    simthreshd1, or ragged) keep their whole row or column, and such key blocks do not compete.
+
+    Args:
+        q: [B, H, N, D]; k: [B, H, N', D]; fp32, bf16 or fp16, any strides.
+        block_q, block_k: tokens per block.
+        simthreshd1: number, or one per head (list or tensor [H]). A head at infinity is dense.
+        cdfthreshd: keep the highest scores while their softmax sums up to at most this.
+        topk: keep this share of the key blocks. Exactly one of cdfthreshd and topk is given.
+        attention_sink: keep the first key block for every query.
+        scale: of the logits; 1 / sqrt(D) by default.
+        subtract_key_mean: subtract the mean key of the sequence first, which leaves the softmax
+            as it is and lets self-similarity see what tells keys apart. The published attention
+            calls do so before they make their map; the published map on its own does not.
+
+    Returns:
+        bool [B, H, ceil(N / block_q), ceil(N' / block_k)].
+
+    Raises:
+        ValueError: a threshold is out of range, has another count than heads, or not exactly one
+            of cdfthreshd and topk is given.
+    """
+    heads = q.shape[1]
+    check_threshold("simthreshd1", simthreshd1, -math.inf, math.inf, heads)
+    if (cdfthreshd is None) == (topk is None):
+        raise ValueError(
+            "give exactly one of cdfthreshd and topk; got "
+            + ("neither" if topk is None else f"cdfthreshd={cdfthreshd} and topk={topk}")
+        )
+    for name, value in (("cdfthreshd", cdfthreshd), ("topk", topk)):
+        if value is not None:
+            check_threshold(name, value, 0.0, 1.0, heads)
+
+    mean_key = k.mean(dim=2, keepdim=True, dtype=torch.float32) if subtract_key_mean else None
+    of_q = block_statistics(q, block_q)
+    of_k = block_statistics(k, block_k, mean_key)
+    similar = per_head(simthreshd1, q.device)
+    q_alike = of_q.similarity > similar
+    k_alike = of_k.similarity > similar
+
+    num_q_blocks, num_k_blocks = q_alike.shape[-1], k_alike.shape[-1]
+    kept = torch.empty(*q_alike.shape, num_k_blocks, dtype=torch.bool, device=q.device)
+    q_mean = of_q.mean.float() * (q.shape[-1] ** -0.5 if scale is None else scale)
+    k_mean = of_k.mean.float().transpose(-1, -2)
+    k_apart = ~k_alike.unsqueeze(-2)  # [B, H, 1, N]
+    rows = max(1, CHUNK_SCORES // (q.shape[0] * heads * num_k_blocks))
+    for first in range(0, num_q_blocks, rows):
+        chunk = slice(first, first + rows)
+        scores = torch.matmul(q_mean[:, :, chunk], k_mean).masked_fill_(k_apart, -torch.inf)
+        if topk is not None:
+            chosen = _highest_count(scores, topk_counts(topk, num_k_blocks))
+        else:
+            assert cdfthreshd is not None
+            chosen = _highest_mass(scores, per_head(cdfthreshd, q.device))
+        kept[:, :, chunk] = chosen.logical_or_(k_apart)
+    kept |= ~q_alike.unsqueeze(-1)
+    if attention_sink:
+        kept[..., 0] = True
+    return kept
+
+
+def _highest_count(scores: Tensor, counts: int | list[int] | Tensor) -> Tensor:
+    """The `counts` highest scores of every row, as a mask; no more is sorted than is kept."""
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    if isinstance(counts, int):
+        return chosen.scatter_(-1, scores.topk(counts, dim=-1, sorted=False).indices, True)
+    most = scores.shape[-1] if isinstance(counts, Tensor) else max(counts)
+    highest = scores.topk(most, dim=-1).indices
+    limit = torch.as_tensor(counts).to(scores.device, non_blocking=True).view(-1, 1, 1)
+    within = torch.arange(most, device=scores.device) < limit
+    return chosen.scatter_(-1, highest, within.expand_as(highest))
+
+
+def _highest_mass(scores: Tensor, limit: float | Tensor) -> Tensor:
+    """The highest scores of every row whose softmax sums up to at most `limit`, as a mask."""
+    mass, highest = scores.softmax(dim=-1).sort(dim=-1, descending=True)
+    limit = limit.unsqueeze(-1) if isinstance(limit, Tensor) else limit
+    within = mass.cumsum_(dim=-1) <= limit
+    within[..., 0] = True
+    return torch.zeros_like(within).scatter_(-1, highest, within)

@@ -1,0 +1,173 @@
+"""SpargePolicy: the block map of every call as a block plan."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..kernels import BlockPlan, TokenLayout
+from ..kernels.plan import BLOCK_SIZES
+from .checkpoint import LayerThresholds, SpargeCheckpoint
+from .dynamic_map import block_map
+
+SKIPPED_BLOCKS = ("drop", "pool")
+BLOCK_ORDERS = ("raster", "Gilbert")
+# Space-time tiles of the orders that take one: depth, height, width.
+TILE_SIZE = (2, 8, 8)
+
+
+@dataclass(frozen=True)
+class SpargePolicy:
+    """Sparge attention (arXiv 2502.18137): a block map per call, sample and head.
+
+    The published kernel's second skip (pvthreshd: leave out P.V where a tile's weights are
+    negligible) is not applied, also not with a tuned checkpoint: what it would skip is computed.
+
+    Attributes:
+        topk: share of key blocks kept for every query block.
+        simthreshd1: blocks whose mean pairwise cosine is not above this are kept whole.
+        cdfthreshd: keep the highest scores up to this sum of their softmax; replaces topk.
+        attention_sink: keep the first key block for every query.
+        block_order: "raster", or "Gilbert" to let blocks be compact in space and time.
+        skipped_blocks: "drop", or "pool" to attend to each through one mean key and value.
+        checkpoint: tuned thresholds per layer and head; they replace topk, cdfthreshd and
+            simthreshd1.
+        block_m, block_n: tokens per query block and per key block.
+    """
+
+    topk: float = 0.5
+    simthreshd1: float = -0.1
+    cdfthreshd: float | None = None
+    attention_sink: bool = False
+    block_order: str = "raster"
+    skipped_blocks: str = "drop"
+    checkpoint: SpargeCheckpoint | None = None
+    block_m: int = 128
+    block_n: int = 64
+
+    name: ClassVar[str] = "sparge"
+    is_static: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name, choice, allowed in (
+            ("block_order", self.block_order, BLOCK_ORDERS),
+            ("skipped_blocks", self.skipped_blocks, SKIPPED_BLOCKS),
+            ("block_m", self.block_m, BLOCK_SIZES),
+            ("block_n", self.block_n, BLOCK_SIZES),
+        ):
+            if choice not in allowed:
+                choices = ", ".join(str(option) for option in allowed)
+                raise ValueError(f"{name} must be one of {choices}; got {choice!r}")
+        for name, value, low in (
+            ("topk", self.topk, 0.0),
+            ("simthreshd1", self.simthreshd1, -1.0),
+            ("cdfthreshd", self.cdfthreshd, 0.0),
+        ):
+            if value is not None and not low <= value <= 1.0:
+                raise ValueError(f"{name} must be between {low:g} and 1; got {value}")
+
+    def describe(self) -> str:
+        """The method and its parameters, for the log."""
+        if self.checkpoint is not None:
+            parts = [f"thresholds of {self.checkpoint.name}"]
+        else:
+            kept = f"topk {self.topk:g}"
+            if self.cdfthreshd is not None:
+                kept = f"cdfthreshd {self.cdfthreshd:g}"
+            parts = [kept, f"simthreshd1 {self.simthreshd1:g}"]
+        parts += ["attention sink"] if self.attention_sink else []
+        parts += [f"{self.block_order} order"] if self.block_order != "raster" else []
+        parts += ["skipped blocks pooled"] if self.skipped_blocks == "pool" else []
+        return f"sparge ({', '.join(parts)})"
+
+    def dense_reason(self, layout: TokenLayout) -> str | None:
+        """Why Sparge cannot act on this layout, or None."""
+        smallest = max(self.block_m, 2 * self.block_n)
+        if layout.num_tokens < smallest:
+            return f"{layout.num_tokens} tokens are fewer than the {smallest} of a block map"
+        return None
+
+    def order(self, layout: TokenLayout) -> Tensor | None:
+        """int64 [layout.num_tokens]: attention position -> token, or None to keep the order."""
+        if self.block_order == "raster":
+            return None
+        from ..kernels.orders import video_order
+
+        return video_order(layout, self.block_order, TILE_SIZE)
+
+    def static_plan(self, layout: TokenLayout, device: torch.device | str) -> BlockPlan:
+        """Raises ValueError: there is no plan without q and k."""
+        raise ValueError("Sparge has no static plan: its block map depends on q and k")
+
+    def plan(
+        self, q: Tensor, k: Tensor, layout: TokenLayout, *, layer: int, scale: float
+    ) -> BlockPlan:
+        """The plan of one call. Tokens outside the video grid keep their rows and columns.
+
+        Args:
+            q, k: [B, H, layout.num_tokens, D], any strides, in this policy's order.
+            layer: index of the attention layer, for a tuned checkpoint.
+
+        Raises:
+            ValueError: the checkpoint has no such layer, or another number of heads.
+        """
+        tuned = None if self.checkpoint is None else self._tuned(self.checkpoint, layer, q.shape[1])
+        kept = block_map(
+            q,
+            k,
+            block_q=self.block_m,
+            block_k=self.block_n,
+            simthreshd1=self.simthreshd1 if tuned is None else tuned.simthreshd1,
+            cdfthreshd=self.cdfthreshd if tuned is None else tuned.cdfthreshd,
+            topk=self.topk if tuned is None and self.cdfthreshd is None else None,
+            attention_sink=self.attention_sink,
+            scale=scale,
+            subtract_key_mean=True,
+        )
+        tokens = layout.num_tokens
+        if layout.prefix_tokens:
+            kept[:, :, : -(-layout.prefix_tokens // self.block_m)] = True
+            kept[..., : -(-layout.prefix_tokens // self.block_n)] = True
+        if layout.suffix_tokens:
+            first = tokens - layout.suffix_tokens
+            kept[:, :, first // self.block_m :] = True
+            kept[..., first // self.block_n :] = True
+        return BlockPlan.from_mask(
+            kept,
+            block_m=self.block_m,
+            block_n=self.block_n,
+            q_len=tokens,
+            k_len=tokens,
+            pooled_remainder=self.skipped_blocks == "pool",
+            packed=False,
+        )
+
+    def _tuned(self, checkpoint: SpargeCheckpoint, layer: int, heads: int) -> _TunedThresholds:
+        if layer >= len(checkpoint) or heads != checkpoint.num_heads:
+            raise ValueError(
+                f"{checkpoint.name} is tuned for {len(checkpoint)} layers with "
+                f"{checkpoint.num_heads} heads; this is layer {layer} with {heads} heads"
+            )
+        return _tuned_thresholds(checkpoint[layer])
+
+
+@dataclass(frozen=True, eq=False)
+class _TunedThresholds:
+    simthreshd1: Tensor
+    cdfthreshd: Tensor
+
+
+# On the CPU: memory of the accelerator must not outlive the call that asked for it.
+@functools.lru_cache(maxsize=256)
+def _tuned_thresholds(layer: LayerThresholds) -> _TunedThresholds:
+    """A layer's thresholds as tensors, with dense heads out of reach of any similarity."""
+    pairs = zip(layer.simthreshd1, layer.is_sparse, strict=True)
+    return _TunedThresholds(
+        torch.tensor([value if sparse else math.inf for value, sparse in pairs]),
+        torch.tensor(layer.cdfthreshd),
+    )

@@ -1,0 +1,151 @@
+"""SpargePolicy: its plan against the block map, dense attention and a tuned checkpoint."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from sparse_video_attention.kernels import TokenLayout
+from sparse_video_attention.sparge import (
+    LayerThresholds,
+    SpargeCheckpoint,
+    SpargePolicy,
+    block_map,
+    load_checkpoint,
+)
+
+PUBLISHED = Path(__file__).parents[1] / "golden" / "sparge_cogvideox_2b.pt"
+
+
+def qk(layout, heads=2, head_dim=32, batch=1, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    shape = (batch, heads, layout.num_tokens, head_dim)
+    slow = torch.randn(batch, heads, layout.num_tokens // 64 + 1, head_dim, generator=gen)
+    slow = slow.repeat_interleave(64, dim=2)[:, :, : layout.num_tokens]
+    return tuple(slow * 2 + torch.randn(shape, generator=gen) for _ in range(2))
+
+
+def kept(policy, layout, heads=2, layer=0, seed=0):
+    q, k = qk(layout, heads, seed=seed)
+    plan = policy.plan(q, k, layout, layer=layer, scale=q.shape[-1] ** -0.5)
+    return plan.to_levels(), q, k
+
+
+def test_plan_is_the_block_map_of_the_call():
+    layout = TokenLayout(5, 10, 20)
+    levels, q, k = kept(SpargePolicy(topk=0.3), layout)
+    expected = block_map(q, k, simthreshd1=-0.1, topk=0.3, subtract_key_mean=True)
+    assert torch.equal(levels, expected.to(levels.dtype))
+    assert 0.3 <= expected.float().mean() < 0.7
+
+
+def test_topk_decides_the_density_where_all_blocks_are_self_similar():
+    layout = TokenLayout(8, 16, 16)  # 2048 tokens: no ragged block
+    for topk in (0.25, 0.5, 1.0):
+        levels, _, _ = kept(SpargePolicy(topk=topk, simthreshd1=-1.0), layout)
+        assert levels.float().mean() == topk
+
+
+def test_text_before_and_frames_after_the_video_are_always_attended_to():
+    layout = TokenLayout(8, 16, 16, prefix_tokens=130, suffix_tokens=70)
+    levels, q, k = kept(SpargePolicy(topk=0.01, simthreshd1=-1.0), layout)
+    alone = block_map(q, k, simthreshd1=-1.0, topk=0.01, subtract_key_mean=True)
+    rows = torch.zeros(levels.shape[-2], dtype=torch.bool)
+    columns = torch.zeros(levels.shape[-1], dtype=torch.bool)
+    for token in [*range(130), *range(layout.num_tokens - 70, layout.num_tokens)]:
+        rows[token // 128], columns[token // 64] = True, True
+    expected = alone | rows[:, None] | columns
+    assert torch.equal(levels, expected.to(levels.dtype))
+    assert levels.float().mean() < 1
+
+
+def test_skipped_blocks_can_be_pooled():
+    layout = TokenLayout(8, 16, 16)
+    dropped, _, _ = kept(SpargePolicy(topk=0.3), layout)
+    pooled, _, _ = kept(SpargePolicy(topk=0.3, skipped_blocks="pool"), layout)
+    assert torch.equal(pooled, dropped.masked_fill(dropped == 0, 64))
+
+
+def test_dense_heads_of_a_checkpoint_keep_everything_and_the_rest_their_thresholds():
+    layout = TokenLayout(8, 16, 16)
+    sparse, dense = (True, 0.5, -0.5, 50.0), (False, 1.0, 1.0, 50.0)
+    layers = tuple(
+        LayerThresholds(*zip(*heads, strict=True)) for heads in ((sparse, dense), (dense, sparse))
+    )
+    policy = SpargePolicy(checkpoint=SpargeCheckpoint("tuned.pt", "WAN", layers))
+    for layer, (sparse_head, dense_head) in enumerate(((0, 1), (1, 0))):
+        levels, q, k = kept(policy, layout, layer=layer)
+        assert (levels[:, dense_head] == 1).all()
+        expected = block_map(
+            q[:, sparse_head : sparse_head + 1],
+            k[:, sparse_head : sparse_head + 1],
+            simthreshd1=-0.5,
+            cdfthreshd=0.5,
+            subtract_key_mean=True,
+        )
+        assert torch.equal(levels[:, sparse_head], expected[:, 0].to(levels.dtype))
+        assert expected.float().mean() < 1
+
+
+def test_a_dense_head_stays_dense_where_all_its_tokens_are_the_same():
+    """Rounding puts the mean cosine of identical tokens above 1, the stored threshold."""
+    layout = TokenLayout(8, 16, 16)
+    layer = LayerThresholds((False,), (0.1,), (1.0,), (50.0,))
+    policy = SpargePolicy(checkpoint=SpargeCheckpoint("tuned.pt", "WAN", (layer,)))
+    q = torch.randn(1, 1, 1, 32, generator=torch.Generator().manual_seed(0))
+    q = q.expand(1, 1, layout.num_tokens, 32)
+    assert (policy.plan(q, q, layout, layer=0, scale=1.0).to_levels() == 1).all()
+
+
+def test_published_checkpoint_makes_a_plan_per_layer():
+    layout = TokenLayout(3, 20, 20, prefix_tokens=226)
+    checkpoint = load_checkpoint(PUBLISHED)
+    policy = SpargePolicy(checkpoint=checkpoint)
+    for layer in (0, 29):
+        levels, _, _ = kept(policy, layout, heads=30, layer=layer)
+        for head, sparse in enumerate(checkpoint[layer].is_sparse):
+            assert sparse or (levels[:, head] == 1).all()
+    with pytest.raises(ValueError, match="30 layers with 30 heads; this is layer 30"):
+        kept(policy, layout, heads=30, layer=30)
+    with pytest.raises(ValueError, match="this is layer 0 with 2 heads"):
+        kept(policy, layout)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("topk", 1.5),
+        ("topk", math.nan),
+        ("simthreshd1", -2.0),
+        ("cdfthreshd", 2.0),
+        ("block_order", "zigzag"),
+        ("skipped_blocks", "keep"),
+        ("block_n", 48),
+    ],
+    ids=str,
+)
+def test_a_wrong_field_is_a_sentence(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be .*; got '?{value}"):
+        SpargePolicy(**{field: value})
+
+
+def test_too_few_tokens_for_a_map_are_dense():
+    assert "100 tokens" in SpargePolicy().dense_reason(TokenLayout(1, 10, 10))
+    assert SpargePolicy().dense_reason(TokenLayout(2, 10, 10)) is None
+
+
+def test_policies_are_equal_and_hash_alike_by_value():
+    assert SpargePolicy(topk=0.4) == SpargePolicy(topk=0.4)
+    assert len({SpargePolicy(topk=0.4), SpargePolicy(topk=0.4), SpargePolicy()}) == 2
+    first, second = (SpargePolicy(checkpoint=load_checkpoint(PUBLISHED)) for _ in range(2))
+    assert first == second and hash(first) == hash(second)
+
+
+def test_description_names_what_was_chosen():
+    assert SpargePolicy().describe() == "sparge (topk 0.5, simthreshd1 -0.1)"
+    tuned = SpargePolicy(
+        checkpoint=load_checkpoint(PUBLISHED), block_order="Gilbert", skipped_blocks="pool"
+    )
+    assert tuned.describe() == (
+        "sparge (thresholds of sparge_cogvideox_2b.pt, Gilbert order, skipped blocks pooled)"
+    )
