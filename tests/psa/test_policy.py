@@ -1,0 +1,253 @@
+"""Plans that the policy makes: dense where everything is kept, the definition elsewhere."""
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sparse_video_attention.kernels import TokenLayout
+from sparse_video_attention.kernels.reference import reference_attention
+from sparse_video_attention.psa import (
+    PsaPolicy,
+    PsaPreset,
+    assign_levels,
+    block_importance,
+    load_sections,
+    similarity_cap,
+)
+from sparse_video_attention.psa.preset import SimThresholds
+
+BUNDLED = {
+    f"{section.name}/{name}": preset
+    for section in load_sections().values()
+    for name, preset in section.presets.items()
+    if preset.type == "psa"
+}
+EVERYTHING = ((1, (0.0, 1.0)),)
+PYRAMID = ((1, (0.0, 0.2)), (2, (0.2, 0.4)), (4, (0.4, 0.6)), (8, (0.6, 0.8)))
+
+
+def random_qkv(layout, *, batch=1, heads=2, head_dim=64, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (3, batch, layout.num_tokens, heads, head_dim)
+    return torch.randn(shape, generator=generator).to(dtype).transpose(2, 3).unbind()
+
+
+def levels_of(policy, q, k, layout):
+    return policy.plan(q, k, layout, layer=0, scale=q.shape[-1] ** -0.5).to_levels()
+
+
+LAYOUTS = {
+    "N1000": TokenLayout(4, 10, 25),
+    "N639-prefix31": TokenLayout(8, 4, 19, prefix_tokens=31),
+    "N512-both": TokenLayout(4, 10, 10, prefix_tokens=64, suffix_tokens=48),
+    "N129": TokenLayout(3, 1, 43),
+    "N63": TokenLayout(3, 3, 7),
+    "N1": TokenLayout(1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("mask_mode", ["topk", "thresholdbound"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_everything_at_level_1_is_dense_attention(layout, mask_mode):
+    policy = PsaPolicy(EVERYTHING, mask_mode, block_n=64)
+    q, k, v = random_qkv(layout, batch=2, head_dim=128)
+    plan = policy.plan(q, k, layout, layer=3, scale=0.2)
+    assert plan.density() == 1.0
+    out = reference_attention(q, k, v, plan, scale=0.2, dtype=torch.float32)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, scale=0.2))
+
+
+@pytest.mark.parametrize("method", ["Gilbert", "STA"])
+@pytest.mark.parametrize("name", ["N1000", "N639-prefix31", "N512-both"])
+def test_permuted_attention_with_everything_kept_is_dense(name, method):
+    layout = LAYOUTS[name]
+    policy = PsaPolicy(EVERYTHING, "topk", rearrange_method=method, tile_size=(2, 4, 8))
+    order = policy.order(layout)
+    assert order.dtype == torch.int64
+    assert not torch.equal(order, torch.arange(layout.num_tokens))
+    q, k, v = random_qkv(layout)
+    permuted = [x[:, :, order] for x in (q, k, v)]
+    plan = policy.plan(*permuted[:2], layout, layer=0, scale=0.125)
+    out = torch.empty_like(q)
+    out[:, :, order] = reference_attention(*permuted, plan, dtype=torch.float32)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("method", ["Gilbert", "STA"])
+def test_order_leaves_text_in_place(method):
+    layout = LAYOUTS["N512-both"]
+    order = PsaPolicy(PYRAMID, rearrange_method=method).order(layout)
+    assert order[:64].tolist() == list(range(64))
+    assert order[-48:].tolist() == list(range(464, 512))
+    assert sorted(order.tolist()) == list(range(512))
+
+
+def test_no_rearrangement_has_no_order():
+    assert PsaPolicy(PYRAMID).order(LAYOUTS["N1000"]) is None
+
+
+def clamped_sample(x, block):
+    places = torch.arange(-(-x.shape[2] // block) * block).view(-1, 4)[:, 2]
+    return x.index_select(2, places.clamp(max=x.shape[2] - 1))
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+@pytest.mark.parametrize(
+    ("layout", "head_dim", "dtype"),
+    [
+        (TokenLayout(5, 20, 21), 128, torch.bfloat16),
+        (TokenLayout(3, 20, 30, prefix_tokens=226), 64, torch.float16),
+    ],
+    ids=["N2100-D128-bf16", "N2026-text226-D64-fp16"],
+)
+def test_plan_follows_the_definition(name, layout, head_dim, dtype):
+    preset = BUNDLED[name]
+    policy = PsaPolicy.from_preset(preset, label=name)
+    q, k, _ = random_qkv(layout, batch=2, heads=3, head_dim=head_dim, dtype=dtype)
+    # Smooth keys, so that the similarity cap has something to let through.
+    k = (k + 2 * k.roll(-1, 2) + k.roll(-2, 2)).to(dtype)
+    _, block_n, tile_n = preset.block_size
+    want = assign_levels(
+        block_importance(
+            clamped_sample(q, 128),
+            clamped_sample(k, block_n),
+            tokens_per_q_block=32,
+            tokens_per_k_block=block_n // 4,
+        ),
+        preset.mask_ratios,
+        mask_mode=preset.mask_mode,
+        block_n=block_n,
+        tile_n=tile_n,
+    )
+    if preset.use_sim_mask:
+        cap = similarity_cap(k, block_n=block_n, x2=0.7, x4=0.65, x8=0.6)[:, :, None]
+        want = torch.where(want > cap, cap, want)
+    text_m, text_n = -(-layout.prefix_tokens // 128), -(-layout.prefix_tokens // block_n)
+    want[:, :, :text_m] = 1
+    want[..., :text_n] = 1
+    got = levels_of(policy, q, k, layout)
+    assert torch.equal(got, want.to(got.dtype))
+    # Memory laid out the other way makes the same plan.
+    assert torch.equal(levels_of(policy, q.contiguous(), k.contiguous(), layout), got)
+
+
+@pytest.mark.parametrize("mask_mode", ["topk", "thresholdbound"])
+def test_batch_of_two_is_two_of_one(mask_mode):
+    layout = LAYOUTS["N639-prefix31"]
+    policy = PsaPolicy(PYRAMID, mask_mode, block_n=32, sim_thresholds=SimThresholds(0, 0, 0))
+    q, k, _ = random_qkv(layout, batch=2)
+    both = levels_of(policy, q, k, layout)
+    assert both.shape[0] == 2
+    for sample in range(2):
+        alone = levels_of(policy, q[sample, None], k[sample, None], layout)
+        assert torch.equal(both[sample, None], alone)
+    assert not torch.equal(both[0], both[1])
+
+
+@pytest.mark.parametrize("mask_mode", ["topk", "thresholdbound"])
+def test_text_sees_and_is_seen_at_full_resolution(mask_mode):
+    layout = TokenLayout(4, 20, 25, prefix_tokens=33, suffix_tokens=70)
+    policy = PsaPolicy(PYRAMID, mask_mode, block_m=64, block_n=32)
+    q, k, _ = random_qkv(layout)
+    levels = levels_of(policy, q, k, layout)[0]
+    text = [*range(33), *range(2033, 2103)]
+    rows, columns = {token // 64 for token in text}, {token // 32 for token in text}
+    assert (levels[:, sorted(rows)] == 1).all()
+    assert (levels[:, :, sorted(columns)] == 1).all()
+    others = [row for row in range(levels.shape[1]) if row not in rows]
+    assert (levels[:, others] != 1).any(-1).all()
+
+
+def test_rows_too_short_for_a_share_keep_their_best_block():
+    layout = TokenLayout(2, 8, 20)
+    policy = PsaPolicy(((1, (0.0, 0.1)), (8, (0.1, 0.15))), "topk", block_m=64, block_n=64)
+    q, k, _ = random_qkv(layout)
+    importance = block_importance(
+        clamped_sample(q, 64), clamped_sample(k, 64), tokens_per_q_block=16, tokens_per_k_block=16
+    )
+    levels = levels_of(policy, q, k, layout)
+    assert torch.equal(levels.sum(-1), torch.ones_like(levels[..., 0], dtype=torch.int64))
+    assert torch.equal(levels.argmax(-1), importance.argmax(-1))
+
+
+def test_threshold_preset_without_level_1_leaves_no_row_empty():
+    layout = TokenLayout(2, 8, 20)
+    policy = PsaPolicy(((8, (0.0, 0.01)),), "thresholdbound", block_m=64, block_n=64)
+    q, k, _ = random_qkv(layout)
+    assert (levels_of(policy, q, k, layout).sum(-1) >= 1).all()
+
+
+def test_similarity_cap_refines_levels_and_revives_nothing():
+    layout = LAYOUTS["N1000"]
+    free = PsaPolicy(PYRAMID, "topk", block_n=32)
+    q, k, _ = random_qkv(layout)
+    before = levels_of(free, q, k, layout)
+    # Random keys are not similar, so every level there is becomes 1.
+    capped = dataclasses.replace(free, sim_thresholds=SimThresholds())
+    assert torch.equal(levels_of(capped, q, k, layout), before.clamp(max=1))
+    open_cap = dataclasses.replace(free, sim_thresholds=SimThresholds(-1, -1, -1))
+    assert torch.equal(levels_of(open_cap, q, k, layout), before)
+
+
+def test_scale_reaches_the_scores():
+    layout = LAYOUTS["N1000"]
+    policy = PsaPolicy(((1, (0.0, 0.5)),), "thresholdbound", block_n=32)
+    q, k, _ = random_qkv(layout)
+    flat, sharp = (policy.plan(q, k, layout, layer=0, scale=s).density() for s in (0.01, 4.0))
+    assert sharp < 0.8 * flat
+
+
+def test_global_random_state_is_untouched():
+    layout = LAYOUTS["N1000"]
+    q, k, _ = random_qkv(layout)
+    policy = PsaPolicy(PYRAMID, sim_thresholds=SimThresholds(), block_n=32)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    policy.plan(q, k, layout, layer=0, scale=0.125)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert (np.random.get_state()[1] == before[2]).all()
+
+
+def test_same_call_makes_the_same_plan():
+    layout = LAYOUTS["N1000"]
+    q, k, _ = random_qkv(layout)
+    policy = PsaPolicy(PYRAMID, block_n=32)
+    assert torch.equal(levels_of(policy, q, k, layout), levels_of(policy, q, k, layout))
+
+
+def test_policies_are_cache_keys():
+    one, same = (
+        PsaPolicy.from_preset(preset) for preset in [BUNDLED["Wan2.1_14b/psa_balanced"]] * 2
+    )
+    assert one == same
+    assert len({one: 1, same: 2}) == 1
+    assert one != PsaPolicy.from_preset(BUNDLED["Wan2.2_5B/psa_balanced"])
+
+
+def test_dense_preset_has_no_policy():
+    with pytest.raises(ValueError, match="'Wan2.1_14b/baseline' is dense attention"):
+        PsaPolicy.from_preset(PsaPreset(type="dense"), label="Wan2.1_14b/baseline")
+
+
+def test_description_names_preset_and_parameters():
+    text = PsaPolicy.from_preset(BUNDLED["Wan2.1_1.3b/psa_balanced"], label="a/b").describe()
+    assert text == (
+        "psa a/b (thresholdbound 0.5/0.6/0.7/0.8, blocks 128x128, similarity cap, Gilbert order)"
+    )
+
+
+def test_one_block_of_tokens_is_left_dense():
+    policy = PsaPolicy(PYRAMID, block_n=32)
+    assert policy.dense_reason(TokenLayout(1, 8, 16)) == (
+        "128 tokens are no more than one block of 128"
+    )
+    assert policy.dense_reason(TokenLayout(1, 8, 17)) is None
+
+
+def test_refuses_tokens_that_are_not_the_layouts():
+    q, k, _ = random_qkv(LAYOUTS["N129"])
+    with pytest.raises(ValueError, match="1000 tokens; got 129 queries and 129 keys"):
+        PsaPolicy(PYRAMID).plan(q, k, LAYOUTS["N1000"], layer=0, scale=1.0)
