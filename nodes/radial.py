@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from .schedule_inputs import (
     CATEGORY,
     advanced_inputs,
+    check_layers,
     dense_layers_input,
     dense_timesteps_input,
     kernel_inputs,
     model_input,
+    said,
 )
 
 
@@ -72,56 +76,22 @@ class PatchRadialAttention(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, dense_layers: str = "0") -> bool | str:
-        from ..patching.schedule import layer_spans
-
-        try:
-            # None: the input is linked and not known yet.
-            layer_spans(dense_layers or "")
-        except ValueError as error:
-            return str(error)
-        return True
+    def validate_inputs(cls, dense_layers: str | None = None) -> bool | str:
+        return said(check_layers, dense_layers)
 
     @classmethod
     def execute(
         cls,
         model: io.Model.Type,
-        dense_layers: str = "0",
-        dense_timesteps: int = -1,
         block_size: int = 128,
         decay_factor: float = 0.2,
-        last_dense_timesteps: int = 0,
-        start_percent: float = 0.0,
-        end_percent: float = 1.0,
         skipped_blocks: str = "drop",
-        kernel: str = "auto",
-        precision: str = "auto",
-        min_tokens: int = 4096,
+        dense_layers: str = "0",
+        **shared: Any,
     ) -> io.NodeOutput:
-        from ..patching import (
-            AttentionSettings,
-            Schedule,
-            SparseChoice,
-            describe_model,
-            install,
-            resolve_layers,
-        )
+        from ..patching import AttentionSettings, install, make_choice
         from ..radial_attn import RadialPolicy
 
-        _, num_layers = describe_model(model)
-        choice = SparseChoice(
-            policy=RadialPolicy(
-                block_size=block_size, decay_factor=decay_factor, skipped_blocks=skipped_blocks
-            ),
-            schedule=Schedule(
-                dense_layers=resolve_layers(dense_layers, num_layers),
-                dense_timesteps=dense_timesteps,
-                last_dense_timesteps=last_dense_timesteps,
-                start_percent=start_percent,
-                end_percent=end_percent,
-            ),
-            kernel=kernel,
-            precision=precision,
-            min_tokens=min_tokens,
-        )
+        policy = RadialPolicy(block_size, decay_factor, skipped_blocks)
+        choice = make_choice(model, policy, dense_layers=dense_layers, **shared)
         return io.NodeOutput(install(model, AttentionSettings(sparse=choice)))

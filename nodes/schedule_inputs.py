@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from comfy_api.latest import io
 
 from ..kernels.registry import PRECISIONS
@@ -19,6 +21,25 @@ KERNELS = (
     "sparse_sageattn",
     "flex",
 )
+
+
+def said(check: Callable[..., object], *values: object) -> bool | str:
+    """What validate_inputs returns: True, or the sentence a check refuses the values with."""
+    try:
+        check(*values)
+    except ValueError as error:
+        return str(error)
+    return True
+
+
+def check_layers(dense_layers: str | None) -> None:
+    """Raise ValueError for a layer list that cannot be read, before a model is known.
+
+    dense_layers: None if the input is linked, or left out.
+    """
+    from ..patching.schedule import layer_spans
+
+    layer_spans(dense_layers or "")
 
 
 def model_input() -> io.Model.Input:

@@ -144,6 +144,23 @@ class RunRecord:
         )
         return "; ".join([f"{where}: {ran}", f"dense calls: {dense or 'none'}", times, *self.notes])
 
+    def step_lines(self) -> list[str]:
+        """The run step by step, for those who want to know more."""
+        lines = []
+        for step in sorted(
+            {call.step for call in self.calls}, key=lambda s: -1 if s is None else s
+        ):
+            calls = [call for call in self.calls if call.step == step]
+            sparse = [call for call in calls if call.reason is None]
+            densities = [float(call.density) for call in sparse if call.density is not None]
+            density = f"density {sum(densities) / len(densities):.3f}, " if densities else ""
+            seconds = sum(call.watch.seconds() for call in calls)
+            name = "step unknown" if step is None else f"step {step + 1} of {self.total_steps}"
+            lines.append(
+                f"{name}: {len(sparse)} of {len(calls)} calls sparse, {density}{seconds:.3f} s"
+            )
+        return lines
+
 
 class RunHistory:
     """The latest finished run of a patched MODEL and of everything cloned from it."""

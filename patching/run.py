@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from .log import log
 from .record import RunHistory, RunRecord
 from .schedule import NoiseBounds, Schedule
-from .settings import SETTINGS_KEY, AttentionSettings
+from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice
 from .step import denoising_step
 
 RUN_KEY = "sparse_video_attention_run"
@@ -55,6 +56,20 @@ def noise_bounds(schedule: Schedule, model_patcher: Any) -> NoiseBounds:
     )
 
 
+def _say(record: RunRecord, choice: SparseChoice) -> None:
+    schedule = choice.schedule
+    if schedule.warmup_is_too_long(record.total_steps):
+        record.note(
+            f"the preset's {schedule.dense_timesteps} dense steps would take all "
+            f"{record.total_steps}; {schedule.first_dense_steps(record.total_steps)} are used"
+        )
+    log.info(record.summary())
+    level = logging.INFO if choice.verbose else logging.DEBUG
+    if log.isEnabledFor(level):
+        for line in record.step_lines():
+            log.log(level, line)
+
+
 class OuterSampleWrapper:
     """OUTER_SAMPLE wrapper: opens a record for the run and closes it, whatever happens inside."""
 
@@ -88,4 +103,4 @@ class OuterSampleWrapper:
             if not finished:
                 record.note("the run ended early")
             if finished or record.calls:
-                log.info(record.summary())
+                _say(record, settings.sparse)

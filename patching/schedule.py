@@ -84,6 +84,8 @@ class Schedule:
         start_percent, end_percent: the part of the whole noise schedule, 0 to 1, where sparse
             attention may act. Unlike the step counts it does not depend on how a graph splits
             the schedule over samplers.
+        fits_warmup: dense_timesteps is a published value made for long schedules; where it would
+            take the whole run, a quarter of the steps is used instead.
     """
 
     dense_layers: frozenset[int] = frozenset()
@@ -91,6 +93,7 @@ class Schedule:
     last_dense_timesteps: int = 0
     start_percent: float = 0.0
     end_percent: float = 1.0
+    fits_warmup: bool = False
 
     def __post_init__(self) -> None:
         for name, value, lowest in (
@@ -116,9 +119,12 @@ class Schedule:
         return self.start_percent > 0.0 or self.end_percent < 1.0
 
     def first_dense_steps(self, total_steps: int) -> int:
-        if self.dense_timesteps >= 0:
-            return self.dense_timesteps
-        return max(1, total_steps // 4)
+        if self.dense_timesteps < 0 or self.warmup_is_too_long(total_steps):
+            return max(1, total_steps // 4)
+        return self.dense_timesteps
+
+    def warmup_is_too_long(self, total_steps: int) -> bool:
+        return self.fits_warmup and 0 < total_steps <= self.dense_timesteps
 
     def dense_step_reason(
         self, step: int | None, total_steps: int, sigma: float | None, bounds: NoiseBounds | None
@@ -128,7 +134,8 @@ class Schedule:
         Args:
             step: its index in this sampler's schedule, None if the schedule is unknown.
             sigma: its noise level, None if unknown.
-            bounds: the percents as sigmas, None if the model's noise schedule is unknown.
+            bounds: the percents as sigmas, None if the model's noise schedule is unknown. The
+                start is included, the end is not.
         """
         if step is None:
             if self.dense_timesteps or self.last_dense_timesteps:
@@ -144,6 +151,6 @@ class Schedule:
                 return "the noise schedule is unknown, so percents cannot be placed"
             if sigma > bounds.start_sigma:
                 return f"before start_percent {self.start_percent:g}"
-            if sigma < bounds.end_sigma:
+            if sigma <= bounds.end_sigma:
                 return f"after end_percent {self.end_percent:g}"
         return None

@@ -59,6 +59,7 @@ class SparseChoice:
     Attributes:
         kernel, precision: as in kernels.block_sparse_attention.
         min_tokens: calls with fewer tokens stay dense, since sparse attention gains nothing there.
+        verbose: log every step of a run, not only the run.
     """
 
     policy: SparsePolicy
@@ -66,6 +67,7 @@ class SparseChoice:
     kernel: str = "auto"
     precision: str = "auto"
     min_tokens: int = 4096
+    verbose: bool = False
 
 
 @dataclass(frozen=True)

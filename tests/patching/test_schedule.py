@@ -105,7 +105,7 @@ def test_percents_bound_sparse_attention_by_noise_level():
         1.0: "before start_percent 0.25",
         0.9: None,
         0.5: None,
-        0.4: None,
+        0.4: "after end_percent 0.75",
         0.1: "after end_percent 0.75",
     }
 

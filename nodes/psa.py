@@ -1,0 +1,128 @@
+"""PatchPSA: key blocks at full, half, quarter or eighth resolution, chosen at every call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
+
+from .schedule_inputs import (
+    CATEGORY,
+    advanced_inputs,
+    check_layers,
+    dense_layers_input,
+    kernel_inputs,
+    model_input,
+    said,
+)
+
+
+def _preset_names() -> list[str]:
+    from ..psa import load_presets
+
+    return [f"{section}/{name}" for section, presets in load_presets().items() for name in presets]
+
+
+def _check_preset(preset: str | None, config_file: str | None) -> None:
+    """Raise ValueError for a file or a preset that does not exist; None is linked or left out."""
+    from ..patching.psa_choice import AUTO, config_path
+    from ..psa import find_preset, load_sections
+
+    sections = load_sections(config_path(config_file or ""))
+    if preset is not None and preset != AUTO:
+        find_preset(sections, preset)
+
+
+class PatchPSA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PatchPSA",
+            display_name="Patch Pyramid Sparse Attention",
+            category=CATEGORY,
+            description=(
+                "Faster WAN and CogVideoX sampling: every call scores its key blocks and attends "
+                "to important ones at full resolution, to others pooled by 2, 4 or 8, and skips "
+                "the rest. Put it between the model loader (and LoRAs) and the sampler."
+            ),
+            search_aliases=["psa", "pyramid sparse attention", "sparse attention", "faster video"],
+            inputs=[
+                model_input(),
+                io.Combo.Input(
+                    "preset",
+                    options=["auto", *_preset_names()],
+                    default="auto",
+                    optional=True,
+                    tooltip=(
+                        "auto picks the presets for the model it detects, and says in the log "
+                        "which and why. Presets of your own config_file can be given as "
+                        '"section/preset".'
+                    ),
+                ),
+                io.Int.Input(
+                    "warmup_steps",
+                    default=-1,
+                    min=-1,
+                    max=100,
+                    optional=True,
+                    tooltip=(
+                        "How many of this sampler's first steps keep full attention. -1 takes the "
+                        "preset's; where that is the whole run, as with LoRAs for few steps, a "
+                        "quarter of the steps is used and the log says so."
+                    ),
+                ),
+                io.String.Input(
+                    "config_file",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "A YAML file of your own presets, laid over the bundled ones: a full path, "
+                        "or a name in models/psa."
+                    ),
+                ),
+                dense_layers_input("", advanced=True),
+                *advanced_inputs(),
+                *kernel_inputs(),
+            ],
+            outputs=[io.Model.Output(tooltip="The model with pyramid sparse attention.")],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        preset: str | None = None,
+        config_file: str | None = None,
+        dense_layers: str | None = None,
+    ) -> bool | str:
+        right = said(check_layers, dense_layers)
+        return right if right is not True else said(_check_preset, preset, config_file)
+
+    @classmethod
+    def fingerprint_inputs(cls, config_file: str = "", **inputs: Any) -> str:
+        """The file's contents count as an input: an edited file is read again."""
+        from ..patching.psa_choice import config_path
+
+        try:
+            path: Path | None = config_path(config_file or "")
+        except ValueError as error:
+            return str(error)
+        return "" if path is None else path.read_text(encoding="utf-8", errors="replace")
+
+    @classmethod
+    def execute(
+        cls,
+        model: io.Model.Type,
+        preset: str = "auto",
+        warmup_steps: int = -1,
+        config_file: str = "",
+        **shared: Any,
+    ) -> io.NodeOutput:
+        from ..patching import AttentionSettings, install
+        from ..patching.psa_choice import psa_choice
+
+        choice = psa_choice(
+            model, preset=preset, warmup_steps=warmup_steps, config_file=config_file, **shared
+        )
+        return io.NodeOutput(install(model, AttentionSettings(sparse=choice)))

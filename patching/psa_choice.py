@@ -1,0 +1,104 @@
+"""PatchPSA's inputs as a SparseChoice: which section and preset, and the schedule around it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..psa import ModelFacts, PsaPolicy, PsaPreset, choose_section, find_preset, load_sections
+from ..psa.dense_preset import DensePreset
+from .choice import make_choice
+from .install import describe_model
+from .layout import WAN
+from .log import log
+from .settings import SparseChoice, SparsePolicy
+
+AUTO = "auto"
+
+
+def model_facts(model: Any) -> ModelFacts:
+    """What PSA's sections go by, read off a MODEL.
+
+    Raises:
+        ValueError: the model is neither WAN nor CogVideoX.
+    """
+    family, layers = describe_model(model)
+    net = model.model.diffusion_model
+    patch = net.patch_size[0] if family == WAN else net.patch_embed.patch_size_t or 1
+    channels = net.patch_embedding.weight.shape[1] if family == WAN else net.in_channels
+    return ModelFacts(
+        family=family.lower(),
+        dim=net.dim,
+        layers=layers,
+        latent_channels=model.model.latent_format.latent_channels,
+        in_channels=channels,
+        patch_size_t=patch,
+        has_clip_image=getattr(net, "img_emb", None) is not None,
+    )
+
+
+def config_path(name: str) -> Path | None:
+    """The file behind the config_file input: a full path, or a name in models/psa.
+
+    Returns:
+        None for an empty input.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if not name.strip():
+        return None
+    import folder_paths
+
+    path = Path(name.strip())
+    folder = Path(folder_paths.models_dir) / "psa"
+    for candidate in (path,) if path.is_absolute() else (folder / path,):
+        if candidate.is_file():
+            return candidate
+    raise ValueError(f"config_file {name!r}: no such file; give a full path or a name in {folder}")
+
+
+def choose_preset(model: Any, preset: str, config_file: str) -> tuple[str, PsaPreset]:
+    """("section/preset", the preset) for a MODEL.
+
+    Args:
+        preset: "auto" for the section that fits the model, or "section/preset".
+
+    Raises:
+        ValueError: the file or a preset in it is wrong, or the preset is not known.
+    """
+    sections = load_sections(config_path(config_file))
+    if preset != AUTO:
+        return preset, find_preset(sections, preset)[1]
+    chosen = choose_section(model_facts(model), sections)
+    log.info(f"PSA {chosen.why}")
+    return f"{chosen.section}/{chosen.preset}", sections[chosen.section].presets[chosen.preset]
+
+
+def psa_choice(
+    model: Any, *, preset: str, warmup_steps: int, config_file: str, **shared: Any
+) -> SparseChoice:
+    """The choice PatchPSA's inputs make for a MODEL.
+
+    Args:
+        warmup_steps: dense denoising steps, -1 for the preset's own.
+        shared: the inputs of make_choice.
+
+    Raises:
+        ValueError: an input is not allowed, in one sentence.
+    """
+    label, chosen = choose_preset(model, preset, config_file)
+    policy: SparsePolicy
+    if chosen.type == "dense":
+        policy = DensePreset(label)
+    else:
+        policy = PsaPolicy.from_preset(chosen, label=label)
+    own_warmup = warmup_steps < 0
+    return make_choice(
+        model,
+        policy,
+        dense_timesteps=chosen.warmup_steps if own_warmup else warmup_steps,
+        fits_warmup=own_warmup,
+        verbose=chosen.verbose,
+        **shared,
+    )
