@@ -15,6 +15,7 @@ from .schedule_inputs import (
     kernel_inputs,
     model_input,
     said,
+    skipped_blocks_input,
 )
 
 
@@ -59,17 +60,7 @@ class PatchRadialAttention(io.ComfyNode):
                     ),
                 ),
                 *advanced_inputs(),
-                io.Combo.Input(
-                    "skipped_blocks",
-                    options=["drop", "pool"],
-                    default="drop",
-                    optional=True,
-                    advanced=True,
-                    tooltip=(
-                        "What becomes of blocks outside the mask: drop ignores them, pool attends "
-                        "to the mean of each, for about one percent of the work."
-                    ),
-                ),
+                skipped_blocks_input(),
                 *kernel_inputs(),
             ],
             outputs=[io.Model.Output(tooltip="The model with radial attention.")],

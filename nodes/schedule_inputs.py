@@ -118,6 +118,20 @@ def advanced_inputs() -> list[io.Input]:
     ]
 
 
+def skipped_blocks_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "skipped_blocks",
+        options=["drop", "pool"],
+        default="drop",
+        optional=True,
+        advanced=True,
+        tooltip=(
+            "What becomes of blocks that are not attended to: drop ignores them, pool attends to "
+            "the mean of each, for about one percent of the work."
+        ),
+    )
+
+
 def kernel_inputs() -> list[io.Input]:
     return [
         io.Combo.Input(

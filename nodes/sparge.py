@@ -1,0 +1,151 @@
+"""PatchSpargeAttention: the blocks that matter, found from block means at every call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from .schedule_inputs import (
+    CATEGORY,
+    advanced_inputs,
+    check_layers,
+    dense_layers_input,
+    dense_timesteps_input,
+    kernel_inputs,
+    model_input,
+    said,
+    skipped_blocks_input,
+)
+
+
+class PatchSpargeAttention(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        from ..patching.sparge_choice import NO_CHECKPOINT, checkpoint_names
+
+        return io.Schema(
+            node_id="PatchSpargeAttention",
+            display_name="Patch Sparge Attention",
+            category=CATEGORY,
+            description=(
+                "Faster WAN and CogVideoX sampling: every call predicts from block means which "
+                "blocks matter and attends to those. Needs nothing trained; a checkpoint tuned for "
+                "the model makes it closer. Put it between the model loader (and LoRAs) and the "
+                "sampler."
+            ),
+            search_aliases=["sparge", "spargeattn", "sparse attention", "faster video"],
+            inputs=[
+                model_input(),
+                io.Combo.Input(
+                    "sparge_ckpt",
+                    options=[NO_CHECKPOINT, *checkpoint_names()],
+                    default=NO_CHECKPOINT,
+                    optional=True,
+                    tooltip=(
+                        "Thresholds tuned for exactly this model, from models/sparge. They replace "
+                        "topk, simthreshd1 and cdfthreshd."
+                    ),
+                ),
+                io.Float.Input(
+                    "topk",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Share of the key blocks every query block attends to. Less is faster.",
+                ),
+                io.Float.Input(
+                    "simthreshd1",
+                    default=-0.1,
+                    min=-1.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip=(
+                        "Blocks whose tokens are less alike than this (mean cosine) are always "
+                        "attended to, since their mean says little about them."
+                    ),
+                ),
+                dense_layers_input(),
+                dense_timesteps_input(),
+                *advanced_inputs(),
+                io.Float.Input(
+                    "cdfthreshd",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Instead of a share: keep the highest predicted scores up to this sum. 0 "
+                        "keeps by topk."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "attention_sink",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Always attend to the first key block.",
+                ),
+                io.Combo.Input(
+                    "block_order",
+                    options=["raster", "Gilbert"],
+                    default="raster",
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "raster keeps the model's token order; Gilbert makes blocks compact in "
+                        "space and time, for a copy of q, k, v and the result per call."
+                    ),
+                ),
+                skipped_blocks_input(),
+                *kernel_inputs(),
+            ],
+            outputs=[io.Model.Output(tooltip="The model with Sparge attention.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, dense_layers: str | None = None) -> bool | str:
+        return said(check_layers, dense_layers)
+
+    @classmethod
+    def fingerprint_inputs(cls, sparge_ckpt: str = "none", **inputs: Any) -> str:
+        """The file's date counts as an input: a replaced checkpoint is read again."""
+        from ..patching.sparge_choice import checkpoint_stamp
+
+        return checkpoint_stamp(sparge_ckpt)
+
+    @classmethod
+    def execute(
+        cls,
+        model: io.Model.Type,
+        sparge_ckpt: str = "none",
+        topk: float = 0.5,
+        simthreshd1: float = -0.1,
+        cdfthreshd: float = 0.0,
+        attention_sink: bool = False,
+        block_order: str = "raster",
+        skipped_blocks: str = "drop",
+        dense_layers: str = "0",
+        **shared: Any,
+    ) -> io.NodeOutput:
+        from ..patching import AttentionSettings, install
+        from ..patching.sparge_choice import sparge_choice
+
+        choice = sparge_choice(
+            model,
+            sparge_ckpt=sparge_ckpt,
+            topk=topk,
+            simthreshd1=simthreshd1,
+            cdfthreshd=cdfthreshd,
+            attention_sink=attention_sink,
+            block_order=block_order,
+            skipped_blocks=skipped_blocks,
+            dense_layers=dense_layers,
+            **shared,
+        )
+        return io.NodeOutput(install(model, AttentionSettings(sparse=choice)))

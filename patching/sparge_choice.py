@@ -1,0 +1,106 @@
+"""PatchSpargeAttention's inputs as a SparseChoice: plug-and-play, or a tuned checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..sparge import SpargeCheckpoint, SpargePolicy, load_checkpoint
+from .choice import make_choice
+from .install import describe_model
+from .layout import WAN
+from .settings import SparseChoice
+
+FOLDER = "sparge"
+NO_CHECKPOINT = "none"
+
+
+def register_folder() -> None:
+    """Let ComfyUI know models/sparge, where tuned checkpoints are kept."""
+    import folder_paths
+
+    folder = Path(folder_paths.models_dir) / FOLDER
+    folder_paths.add_model_folder_path(FOLDER, str(folder))
+
+
+def checkpoint_names() -> list[str]:
+    """Tuned checkpoints in ComfyUI's sparge folders."""
+    import folder_paths
+
+    if FOLDER not in folder_paths.folder_names_and_paths:
+        return []
+    return [name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(".pt")]
+
+
+def checkpoint_path(name: str) -> str | None:
+    """Full path of a checkpoint in ComfyUI's sparge folders, None for "none".
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if name == NO_CHECKPOINT:
+        return None
+    import folder_paths
+
+    path = folder_paths.get_full_path(FOLDER, name)
+    if path is None:
+        raise ValueError(
+            f"sparge_ckpt {name!r}: no such file in models/{FOLDER}; there are "
+            f"{', '.join(checkpoint_names()) or 'none'}"
+        )
+    return str(path)
+
+
+def checkpoint_stamp(name: str) -> str:
+    """Changes whenever the file behind a sparge_ckpt input does."""
+    try:
+        path = checkpoint_path(name)
+    except ValueError as error:
+        return str(error)
+    if path is None:
+        return name
+    state = Path(path).stat()
+    return f"{path} {state.st_mtime_ns} {state.st_size}"
+
+
+def _load(model: Any, name: str) -> SpargeCheckpoint | None:
+    path = checkpoint_path(name)
+    if path is None:
+        return None
+    family, layers = describe_model(model)
+    net = model.model.diffusion_model
+    heads = net.num_heads if family == WAN else net.num_attention_heads
+    return load_checkpoint(path, num_layers=layers, num_heads=heads, family=family)
+
+
+def sparge_choice(
+    model: Any,
+    *,
+    sparge_ckpt: str,
+    topk: float,
+    simthreshd1: float,
+    cdfthreshd: float,
+    attention_sink: bool,
+    block_order: str,
+    skipped_blocks: str,
+    **shared: Any,
+) -> SparseChoice:
+    """The choice PatchSpargeAttention's inputs make for a MODEL.
+
+    Args:
+        cdfthreshd: 0 to keep by topk.
+        shared: the inputs of make_choice.
+
+    Raises:
+        ValueError: an input is not allowed or the checkpoint does not fit, in one sentence.
+    """
+    policy = SpargePolicy(
+        topk=topk,
+        simthreshd1=simthreshd1,
+        cdfthreshd=cdfthreshd or None,
+        attention_sink=attention_sink,
+        block_order=block_order,
+        skipped_blocks=skipped_blocks,
+        checkpoint=_load(model, sparge_ckpt),
+    )
+    return make_choice(model, policy, **shared)
