@@ -1,0 +1,114 @@
+"""RadialPolicy: the radial mask of a token layout as a static block plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..kernels import BlockPlan, TokenLayout
+from ..kernels.plan import BLOCK_SIZES
+from .mask import FAMILIES, MAX_DECAY_FACTOR, fewest_dense_rows, radial_block_mask
+
+SKIPPED_BLOCKS = ("drop", "pool")
+
+
+@dataclass(frozen=True)
+class RadialPolicy:
+    """Radial attention (arXiv 2506.19852): one static plan per token layout, for all heads.
+
+    Attributes:
+        block_size: tokens per query block and per key block.
+        decay_factor: 0.0 to 2.0, width of the windows of frames two or more apart.
+        skipped_blocks: "drop", or "pool" to attend to each through one mean key and value.
+        family: "wan" or "hunyuan", the rules for the first frame (see radial_block_mask).
+    """
+
+    block_size: int = 128
+    decay_factor: float = 0.2
+    skipped_blocks: str = "drop"
+    family: str = "wan"
+
+    name: ClassVar[str] = "radial"
+    is_static: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("block_size", self.block_size, BLOCK_SIZES),
+            ("skipped_blocks", self.skipped_blocks, SKIPPED_BLOCKS),
+            ("family", self.family, FAMILIES),
+        ):
+            if value not in allowed:
+                choices = ", ".join(str(choice) for choice in allowed)
+                raise ValueError(f"{name} must be one of {choices}; got {value!r}")
+        if not 0.0 <= self.decay_factor <= MAX_DECAY_FACTOR:
+            raise ValueError(
+                f"decay_factor must be between 0.0 and {MAX_DECAY_FACTOR}; got {self.decay_factor}"
+            )
+
+    @property
+    def block_m(self) -> int:
+        return self.block_size
+
+    @property
+    def block_n(self) -> int:
+        return self.block_size
+
+    def describe(self) -> str:
+        """The method and its parameters, for the log."""
+        parts = [f"decay {self.decay_factor:g}", f"block {self.block_size}"]
+        parts += ["skipped blocks pooled"] if self.skipped_blocks == "pool" else []
+        parts += [self.family] if self.family != "wan" else []
+        return f"radial ({', '.join(parts)})"
+
+    def dense_reason(self, layout: TokenLayout) -> str | None:
+        """Why radial attention cannot act on this layout, or None."""
+        if layout.num_tokens < self.block_size:
+            return f"{layout.num_tokens} tokens are fewer than one block of {self.block_size}"
+        if layout.frames == 1:
+            return "a single frame keeps every block"
+        if layout.tokens_per_frame < fewest_dense_rows(self.block_size):
+            return (
+                f"frames of {layout.tokens_per_frame} tokens are too small for blocks of "
+                f"{self.block_size}; at least {fewest_dense_rows(self.block_size)} are needed"
+            )
+        return None
+
+    def order(self, layout: TokenLayout) -> Tensor | None:
+        """None: radial attention keeps the frame-major order."""
+        return None
+
+    def static_plan(self, layout: TokenLayout, device: torch.device | str) -> BlockPlan:
+        """The plan of a layout, on the given device.
+
+        It keeps what radial_block_mask keeps. Where that mask has lost a query block's own key
+        block, the whole row is kept instead: the published rounding drops the last, partial
+        block of a frame, which can leave the block across two frames nothing but the tail of
+        the video to attend to.
+        """
+        mask = radial_block_mask(
+            layout.frames,
+            layout.tokens_per_frame,
+            block_size=self.block_size,
+            decay_factor=self.decay_factor,
+            family=self.family,
+            prefix_tokens=layout.prefix_tokens,
+            suffix_tokens=layout.suffix_tokens,
+        )
+        mask[~mask.diagonal()] = True
+        return BlockPlan.from_mask(
+            mask,
+            block_m=self.block_m,
+            block_n=self.block_n,
+            q_len=layout.num_tokens,
+            k_len=layout.num_tokens,
+            pooled_remainder=self.skipped_blocks == "pool",
+        ).on_device(device)
+
+    def plan(
+        self, q: Tensor, k: Tensor, layout: TokenLayout, *, layer: int, scale: float
+    ) -> BlockPlan:
+        """The static plan: it depends on neither q, k, the layer nor the scale."""
+        return self.static_plan(layout, q.device)
