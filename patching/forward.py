@@ -53,9 +53,10 @@ class ForwardState:
         self.layers_counted += 1
         return self.layers_counted - 1
 
-    def note(self, text: str) -> bool:
-        """Keep a note in the run's record; False if it was there already."""
-        return self.run is None or self.run.record.note(text)
+    def warn_once(self, warning: str) -> None:
+        """Log a warning, once per run."""
+        if self.run is None or self.run.record.first_time(warning):
+            log.warning(warning)
 
 
 def find_transformer_options(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any] | None:
@@ -140,8 +141,7 @@ def begin_forward(
             _prepare_sparse(state, _video(args, kwargs).device)
     except Exception as error:  # a sampling run must not end for this
         state.dense_reason = f"{type(error).__name__}: {error}"
-        if state.note(f"fell back to dense: {state.dense_reason}"):
-            log.warning(f"a forward fell back to dense attention: {state.dense_reason}")
+        state.warn_once(f"a forward fell back to dense attention: {state.dense_reason}")
     options[FORWARD_KEY] = state
     return options
 

@@ -64,6 +64,7 @@ class RunRecord:
     calls: list[CallRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    _warned: set[str] = field(default_factory=set)
     _started: float = field(default_factory=time.perf_counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -73,13 +74,18 @@ class RunRecord:
             if layout is not None and layout not in self.layouts:
                 self.layouts.append(layout)
 
-    def note(self, text: str) -> bool:
-        """Keep a note; False if it was there already."""
+    def note(self, text: str) -> None:
+        """Add to what the run's line says at its end, once."""
         with self._lock:
-            if text in self.notes:
-                return False
-            self.notes.append(text)
-            return True
+            if text not in self.notes:
+                self.notes.append(text)
+
+    def first_time(self, warning: str) -> bool:
+        """Whether a warning has not been given in this run yet."""
+        with self._lock:
+            new = warning not in self._warned
+            self._warned.add(warning)
+            return new
 
     def finish(self) -> None:
         """Close the run: read clocks and densities that are still on the device, all at once."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..kernels.fallback import KernelFallback
-from .log import log
 from .plans import PlanCache
 from .record import CallRecord
 from .timing import Stopwatch
@@ -111,8 +110,7 @@ class AttentionRouter:
                 out, ran, density = self._run_sparse(call, forward, layer)
             except Exception as error:  # a sampling run must not end for this
                 reason = f"{type(error).__name__}: {error}"
-                if forward.note(f"fell back to dense: {reason}"):
-                    log.warning(f"layer {layer} fell back to dense attention: {reason}")
+                forward.warn_once(f"a call fell back to dense attention: {reason}")
                 watch = Stopwatch(call.q.device)
             else:
                 watch.stop()
@@ -162,8 +160,9 @@ class AttentionRouter:
             precision=choice.precision if call.low_precision_attention else "native",
         )
         for kernel, fault in self.kernels.faults[faults:]:
-            if forward.note(f"kernel {kernel} set aside: {fault}"):
-                log.warning(f"kernel {kernel} is set aside for this shape: {fault}")
+            forward.warn_once(f"kernel {kernel} is set aside for this shape: {fault}")
+            if forward.run is not None:
+                forward.run.record.note(f"kernel {kernel} set aside: {fault}")
         out = ran.out.transpose(1, 2).reshape(batch, tokens, width)
         if order is not None:
             out = out.index_select(1, order.backward)

@@ -1,0 +1,118 @@
+"""PatchSpargeAttention in a real ComfyUI: plug-and-play, tuned checkpoints, refusals."""
+
+import pytest
+import torch
+from sparse_video_attention.patching import run_history
+
+pytestmark = pytest.mark.comfy
+
+HEADS = {"wan": 2, "cogvideox": 2}
+PATHS = {"wan": "blocks.{}.self_attn", "cogvideox": "transformer_blocks.{}.attn1"}
+
+
+@pytest.fixture(scope="module")
+def models(load_model):
+    loaded = {}
+    return lambda name: loaded.setdefault(name, load_model(name))
+
+
+@pytest.fixture(scope="module")
+def patch(comfyui):
+    from sparse_video_attention.nodes.sparge import PatchSpargeAttention
+
+    defaults = {"min_tokens": 0, "dense_layers": "", "dense_timesteps": 1}
+    return lambda model, **inputs: PatchSpargeAttention.execute(
+        model, **(defaults | inputs)
+    ).result[0]
+
+
+@pytest.fixture
+def checkpoint_folder(comfyui, tmp_path, monkeypatch):
+    import folder_paths
+
+    names = dict(folder_paths.folder_names_and_paths)
+    names["sparge"] = ([str(tmp_path)], set())
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", names)
+    return tmp_path
+
+
+def write_checkpoint(path, family, layers, heads, *, sparse=True, cdf=0.9):
+    tensors = {}
+    for layer in range(layers):
+        module = PATHS[family].format(layer) + ".inner_attention."
+        tensors[module + "is_sparse"] = torch.full((heads,), sparse)
+        tensors[module + "cdfthreshd"] = torch.full((heads,), cdf if sparse else 1.0)
+        tensors[module + "simthreshd1"] = torch.full((heads,), -1.0 if sparse else 1.0)
+        tensors[module + "simthreshd2"] = torch.zeros(heads)
+        tensors[module + "pvthreshd"] = torch.full((heads,), 20.0)
+    torch.save(tensors, path)
+
+
+def sparse_calls(model):
+    return [call for call in run_history(model).latest.calls if call.reason is None]
+
+
+def relative_error(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("block_order", ["raster", "Gilbert"])
+@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+def test_plug_and_play_acts(models, patch, sample, name, block_order):
+    model = models(name)
+    patched = patch(model, topk=0.3, simthreshd1=-1.0, block_order=block_order)
+    out = sample(patched)
+    assert 1e-6 < relative_error(out, sample(model)) < 0.5
+    assert all(0 < call.density < 1 for call in sparse_calls(patched))
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+def test_everything_kept_is_dense(models, patch, sample, name):
+    model = models(name)
+    patched = patch(model, topk=1.0)
+    assert relative_error(sample(patched), sample(model)) < 1e-4
+    assert {call.density for call in sparse_calls(patched)} == {1.0}
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+def test_a_tuned_checkpoint_decides_per_layer_and_head(
+    models, patch, sample, checkpoint_folder, name
+):
+    model = models(name)
+    layers = len(model.model.diffusion_model.blocks)
+    heads = HEADS[name]
+    write_checkpoint(checkpoint_folder / "dense.pt", name, layers, heads, sparse=False)
+    write_checkpoint(checkpoint_folder / "sparse.pt", name, layers, heads, cdf=0.3)
+    dense = patch(model, sparge_ckpt="dense.pt")
+    assert relative_error(sample(dense), sample(model)) < 1e-4
+    sparse = patch(model, sparge_ckpt="sparse.pt")
+    sample(sparse)
+    assert all(call.density < 1 for call in sparse_calls(sparse))
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "said"),
+    [(40, 2, ("40", "4")), (4, 40, ("40", "2"))],
+    ids=["layers", "heads"],
+)
+def test_a_checkpoint_for_another_model_is_refused_with_both_numbers(
+    models, patch, checkpoint_folder, layers, heads, said
+):
+    write_checkpoint(checkpoint_folder / "other.pt", "wan", layers, heads)
+    with pytest.raises(ValueError, match="other.pt") as refusal:
+        patch(models("wan"), sparge_ckpt="other.pt")
+    assert all(number in str(refusal.value) for number in said)
+
+
+def test_a_checkpoint_that_is_not_there_is_refused(models, patch, checkpoint_folder):
+    with pytest.raises(ValueError, match=r"sparge_ckpt 'gone.pt': no such file"):
+        patch(models("wan"), sparge_ckpt="gone.pt")
+
+
+def test_a_replaced_checkpoint_is_read_again(comfyui, checkpoint_folder):
+    from sparse_video_attention.nodes.sparge import PatchSpargeAttention
+
+    write_checkpoint(checkpoint_folder / "tuned.pt", "wan", 4, 2)
+    first = PatchSpargeAttention.fingerprint_inputs(sparge_ckpt="tuned.pt")
+    write_checkpoint(checkpoint_folder / "tuned.pt", "wan", 8, 2)
+    assert PatchSpargeAttention.fingerprint_inputs(sparge_ckpt="tuned.pt") != first
