@@ -66,7 +66,7 @@ def test_auto_picks_a_preset_for_the_model_says_why_and_acts(
     assert "/psa_balanced" in said and "nearest" in said
     assert ("CogVideo" in said) == name.startswith("cogvideox")
     out = sample(patched)
-    assert 1e-6 < relative_error(out, sample(model)) < 0.5
+    assert 1e-6 < relative_error(out, sample(model)) < 1
     assert {call.step for call in sparse_calls(patched)} == {1, 2, 3}
     assert all(0 < call.density <= 1 for call in sparse_calls(patched))
 

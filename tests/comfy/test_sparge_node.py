@@ -62,7 +62,7 @@ def test_plug_and_play_acts(models, patch, sample, name, block_order):
     model = models(name)
     patched = patch(model, topk=0.3, simthreshd1=-1.0, block_order=block_order)
     out = sample(patched)
-    assert 1e-6 < relative_error(out, sample(model)) < 0.5
+    assert 1e-6 < relative_error(out, sample(model)) < 1
     assert all(0 < call.density < 1 for call in sparse_calls(patched))
 
 
