@@ -1,0 +1,64 @@
+"""A block plan in the forms other libraries take: a mask or padded lists, at their block size.
+
+Splitting blocks into smaller ones is exact. Joining blocks is not, unless their entries agree,
+which cannot be known without reading the plan back; so a plan is split or refused. Nothing here
+waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels import BlockPlan
+from ..kernels.lists import strided_lists
+
+
+def conversion_refused(plan: BlockPlan, block_m: int, block_n: int) -> str | None:
+    """Why a plan cannot be run in blocks of block_m x block_n at full resolution, or None."""
+    if plan.levels != (1,):
+        return "it attends at full resolution only, and the plan has pooled blocks"
+    if plan.block_m % block_m or plan.block_n % block_n:
+        return (
+            f"it works in blocks of {block_m}x{block_n}, into which the plan's blocks of "
+            f"{plan.block_m}x{plan.block_n} do not split"
+        )
+    return None
+
+
+def block_mask(plan: BlockPlan, block_m: int, block_n: int) -> Tensor:
+    """int8 [B or 1, H or 1, ceil(q_len / block_m), ceil(k_len / block_n)]: 1 where attended."""
+    shape = (*plan.bounds.shape[:3], plan.num_k_blocks)
+    rows = shape[0] * shape[1] * shape[2]
+    starts, ends = (bound.flatten().contiguous() for bound in plan.bounds.unbind(-1))
+    entry = torch.arange(plan.indices.numel(), dtype=starts.dtype, device=plan.device)
+    row = torch.searchsorted(starts, entry, right=True) - 1
+    # Rows may be longer than their entries; what lies behind them goes to one spare place.
+    spare = rows * plan.num_k_blocks
+    place = torch.where(entry < ends[row], row * plan.num_k_blocks + plan.indices, spare)
+    mask = torch.zeros(spare + 1, dtype=torch.int8, device=plan.device)
+    mask.scatter_(0, place, 1)
+    mask = mask[:spare].view(shape)
+    for dim, parts in ((2, plan.block_m // block_m), (3, plan.block_n // block_n)):
+        if parts > 1:
+            mask = mask.repeat_interleave(parts, dim=dim)
+    # A ragged last block may have fewer parts than the others.
+    return mask[:, :, : -(-plan.q_len // block_m), : -(-plan.k_len // block_n)].contiguous()
+
+
+def block_lists(plan: BlockPlan, block_m: int, block_n: int) -> tuple[Tensor, Tensor]:
+    """Attended key blocks of every row, ascending.
+
+    Returns:
+        counts: int32 [B or 1, H or 1, M].
+        indices: int32 [B or 1, H or 1, M, N]; row i has counts[..., i] entries, then others.
+    """
+    rows = plan.bounds[..., 0].numel()
+    same_blocks = (plan.block_m, plan.block_n) == (block_m, block_n)
+    if same_blocks and plan.indices.numel() == rows * plan.num_k_blocks:
+        # Made without packing: every row already has its own stretch of num_k_blocks entries.
+        shape = (*plan.bounds.shape[:3], plan.num_k_blocks)
+        return plan.entries_per_row(), plan.indices.view(shape)
+    mask = block_mask(plan, block_m, block_n)
+    indices, bounds = strided_lists(mask, (1,))
+    return (bounds[..., 1] - bounds[..., 0]), indices.view(mask.shape)
