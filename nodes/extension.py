@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
+from .backend import SetAttentionBackend
 from .psa import PatchPSA
 from .radial import PatchRadialAttention
 from .sparge import PatchSpargeAttention
@@ -19,4 +20,4 @@ class SparseVideoAttentionExtension(ComfyExtension):
 
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [PatchRadialAttention, PatchPSA, PatchSpargeAttention]
+        return [PatchRadialAttention, PatchPSA, PatchSpargeAttention, SetAttentionBackend]

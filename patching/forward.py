@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import BlockPlan, TokenLayout
-from .layout import COUNTED_LAYERS, model_family, read_tokens
+from .layout import COUNTED_LAYERS, ForwardTokens, model_family, read_tokens
 from .log import log
 from .plans import TokenOrder
 from .record import CallRecord
@@ -25,7 +25,8 @@ class ForwardState:
 
     Attributes:
         router: the one that acts in this forward; other routers in the chain pass calls on.
-        layout: None if the tokens are not known.
+        choice: the sparse method, None where only dense backends were chosen.
+        tokens: None if they are not known.
         dense_reason: why every call of this forward is dense, None if the layers decide.
         plan: of a static policy.
         order: the policy's token order, None if it keeps the tokens in place.
@@ -34,10 +35,10 @@ class ForwardState:
     """
 
     router: AttentionRouter
-    choice: SparseChoice
+    choice: SparseChoice | None
     counts_layers: bool
     run: RunState | None
-    layout: TokenLayout | None = None
+    tokens: ForwardTokens | None = None
     dense_reason: str | None = None
     step: int | None = None
     plan: BlockPlan | None = None
@@ -84,29 +85,46 @@ def _step(
     return step, choice.schedule.dense_step_reason(step, total, sigma, bounds)
 
 
-def _place_tokens(
-    state: ForwardState, model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
-) -> str | None:
-    """Find the layout; the reason why it rules out sparse attention, or None."""
-    tokens = read_tokens(model, args, kwargs)
-    if isinstance(tokens, str):
-        return tokens
-    layout = state.layout = tokens.layout
-    if layout.num_tokens in tokens.context_lengths:
+def _layout_reason(choice: SparseChoice, tokens: ForwardTokens) -> str | None:
+    """Why a layout rules out sparse attention, or None."""
+    layout = tokens.layout
+    if layout.num_tokens in (tokens.text_length, tokens.image_length):
         return f"the video has as many tokens as its context ({layout.num_tokens})"
-    reason = state.choice.policy.dense_reason(layout)
-    if reason is None and layout.num_tokens < state.choice.min_tokens:
-        return f"{layout.num_tokens} tokens are fewer than min_tokens {state.choice.min_tokens}"
+    reason = choice.policy.dense_reason(layout)
+    if reason is None and layout.num_tokens < choice.min_tokens:
+        return f"{layout.num_tokens} tokens are fewer than min_tokens {choice.min_tokens}"
     return reason
 
 
-def _prepare_sparse(state: ForwardState, device: torch.device) -> None:
+def _prepare_sparse(
+    state: ForwardState, choice: SparseChoice, layout: TokenLayout, device: torch.device
+) -> None:
     """What does not depend on the layer, built here since hosts capture the blocks in graphs."""
-    plans, policy, layout = state.router.plans, state.choice.policy, state.layout
-    assert layout is not None
-    state.order = plans.order(policy, layout, device)
-    if policy.is_static:
-        state.plan = plans.plan(policy, layout, device)
+    plans = state.router.plans
+    state.order = plans.order(choice.policy, layout, device)
+    if choice.policy.is_static:
+        state.plan = plans.plan(choice.policy, layout, device)
+
+
+def _decide(
+    state: ForwardState,
+    model: nn.Module,
+    options: dict[str, Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+) -> None:
+    """Find the tokens, and whether this forward may run sparse."""
+    tokens = read_tokens(model, args, kwargs)
+    state.tokens = None if isinstance(tokens, str) else tokens
+    if state.choice is None:
+        return
+    state.step, step_reason = _step(options, state.run, state.choice)
+    if isinstance(tokens, str):
+        state.dense_reason = tokens
+        return
+    state.dense_reason = _layout_reason(state.choice, tokens) or step_reason
+    if state.dense_reason is None:
+        _prepare_sparse(state, state.choice, tokens.layout, _video(args, kwargs).device)
 
 
 @torch.compiler.disable
@@ -122,23 +140,14 @@ def begin_forward(
         The transformer_options to hand to end_forward, None if there is nothing to do.
     """
     options = find_transformer_options(args, kwargs)
-    if options is None:
+    router = None if options is None else find_router(options.get(OVERRIDE_KEY))
+    if options is None or router is None:
         return None
     settings: AttentionSettings = options[SETTINGS_KEY]
-    router = find_router(options.get(OVERRIDE_KEY))
-    choice = settings.sparse
-    if router is None or choice is None:
-        return None
-
-    run: RunState | None = options.get(RUN_KEY)
-    state = ForwardState(
-        router, choice, counts_layers=model_family(model) in COUNTED_LAYERS, run=run
-    )
+    counts_layers = model_family(model) in COUNTED_LAYERS
+    state = ForwardState(router, settings.sparse, counts_layers, options.get(RUN_KEY))
     try:
-        state.step, step_reason = _step(options, run, choice)
-        state.dense_reason = _place_tokens(state, model, args, kwargs) or step_reason
-        if state.dense_reason is None:
-            _prepare_sparse(state, _video(args, kwargs).device)
+        _decide(state, model, options, args, kwargs)
     except Exception as error:  # a sampling run must not end for this
         state.dense_reason = f"{type(error).__name__}: {error}"
         state.warn_once(f"a forward fell back to dense attention: {state.dense_reason}")
@@ -151,7 +160,7 @@ def end_forward(options: dict[str, Any] | None) -> None:
     """Take the forward's state out of transformer_options and keep its record."""
     state: ForwardState | None = None if options is None else options.pop(FORWARD_KEY, None)
     if state is not None and state.run is not None:
-        layout = None if state.layout is None else str(state.layout)
+        layout = None if state.tokens is None else str(state.tokens.layout)
         state.run.record.add_forward(layout, state.calls)
 
 

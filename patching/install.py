@@ -53,12 +53,13 @@ def install(model: Any, settings: AttentionSettings) -> Any:
         model: ComfyUI's ModelPatcher.
 
     Raises:
-        ValueError: the model is not supported, or a kernel asked for by name cannot run here.
+        ValueError: a sparse method does not support the model, or a kernel asked for by name
+            cannot run here.
     """
     from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-    describe_model(model)
     if settings.sparse is not None:
+        describe_model(model)
         _check_kernel(settings.sparse.kernel)
     patched = model.clone()
     options = patched.model_options.setdefault("transformer_options", {})

@@ -28,12 +28,14 @@ class ForwardTokens:
 
     Attributes:
         layout: of every self-attention call over the video.
-        context_lengths: key lengths of the cross-attention calls. A call is known by its shape,
-            so a video with exactly that many tokens cannot be told from its context.
+        text_length, image_length: keys of the cross-attention calls to the text and to the
+            reference image; None where the model has no such call. A call is known by its
+            lengths, so a video of exactly that many tokens cannot be told from its context.
     """
 
     layout: TokenLayout
-    context_lengths: frozenset[int] = frozenset()
+    text_length: int | None = None
+    image_length: int | None = None
 
 
 def model_family(diffusion_model: nn.Module) -> str | None:
@@ -78,10 +80,12 @@ def _read_wan(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Forwar
     for latent in kwargs.get("context_latents") or ():
         rows = _grid(latent, patch)
         suffix += rows[0] * rows[1] * rows[2]
-    contexts = (_argument(args, kwargs, 2, "context"), _argument(args, kwargs, 3, "clip_fea"))
+    text = _argument(args, kwargs, 2, "context")
+    image = _argument(args, kwargs, 3, "clip_fea")
     return ForwardTokens(
         TokenLayout(frames, height, width, prefix_tokens=prefix, suffix_tokens=suffix),
-        frozenset(context.shape[1] for context in contexts if context is not None),
+        text_length=None if text is None else text.shape[1],
+        image_length=None if image is None else image.shape[-2],
     )
 
 

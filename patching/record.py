@@ -54,6 +54,8 @@ class RunRecord:
         total_steps: of this sampler; 0 if unknown.
         layouts: token layouts seen, in order.
         notes: things said once per run.
+        dense_backends: the dense backends chosen, as the log says them; empty for none.
+        backend_calls: dense calls by (site, who ran them), where a backend was chosen.
     """
 
     method: str
@@ -63,6 +65,8 @@ class RunRecord:
     layouts: list[str] = field(default_factory=list)
     calls: list[CallRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    dense_backends: str = ""
+    backend_calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     seconds: float = 0.0
     _warned: set[str] = field(default_factory=set)
     _started: float = field(default_factory=time.perf_counter)
@@ -73,6 +77,10 @@ class RunRecord:
             self.calls.extend(calls)
             if layout is not None and layout not in self.layouts:
                 self.layouts.append(layout)
+
+    def count_backend(self, site: str, ran: str) -> None:
+        with self._lock:
+            self.backend_calls[site, ran] += 1
 
     def note(self, text: str) -> None:
         """Add to what the run's line says at its end, once."""

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..kernels.fallback import KernelFallback
+from .attention_call import AttentionCall, classify, read_call
+from .dense_calls import DenseCalls
+from .log import log
 from .plans import PlanCache
 from .record import CallRecord
+from .run import RUN_KEY, RunState
+from .settings import SETTINGS_KEY, AttentionSettings, AttentionSite
 from .timing import Stopwatch
 
 if TYPE_CHECKING:
@@ -20,42 +25,6 @@ OVERRIDE_KEY = "optimized_attention_override"
 FORWARD_KEY = "sparse_video_attention_forward"
 
 Override = Callable[..., Tensor]
-
-
-class _Call(NamedTuple):
-    """The arguments of an attention call that matter here, wherever the host put them."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    heads: int
-    mask: Tensor | None
-    attn_precision: torch.dtype | None
-    skip_reshape: bool
-    skip_output_reshape: bool
-    scale: float | None
-    low_precision_attention: bool
-    transformer_options: dict[str, Any] | None
-
-
-_POSITIONAL = _Call._fields[:8]
-
-
-def _read_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-    given = dict(zip(_POSITIONAL, args, strict=False)) | kwargs
-    return _Call(
-        q=given["q"],
-        k=given["k"],
-        v=given["v"],
-        heads=given["heads"],
-        mask=given.get("mask"),
-        attn_precision=given.get("attn_precision"),
-        skip_reshape=bool(given.get("skip_reshape")),
-        skip_output_reshape=bool(given.get("skip_output_reshape")),
-        scale=given.get("scale"),
-        low_precision_attention=given.get("low_precision_attention") is not False,
-        transformer_options=given.get("transformer_options"),
-    )
 
 
 def find_router(override: Override | None) -> AttentionRouter | None:
@@ -77,31 +46,34 @@ class AttentionRouter:
 
     Attributes:
         previous: the override found when patching; it gets every call that is not taken.
-        plans, kernels: caches that live as long as the patched MODEL.
+        plans, kernels, dense: caches that live as long as the patched MODEL.
     """
 
     def __init__(self, previous: Override | None) -> None:
         self.previous = previous
         self.plans = PlanCache()
         self.kernels = KernelFallback()
+        self.dense = DenseCalls()
 
     def on_top_of(self, override: Override | None) -> AttentionRouter:
         """A router with these caches that hands calls on to another override."""
         router = AttentionRouter(override)
-        router.plans, router.kernels = self.plans, self.kernels
+        router.plans, router.kernels, router.dense = self.plans, self.kernels, self.dense
         return router
 
     # A compiled graph would freeze the decision of the first layer for all: hosts drop the
     # guards that name transformer_options.
     @torch.compiler.disable
     def __call__(self, func: Override, *args: Any, **kwargs: Any) -> Tensor:
-        call = _read_call(args, kwargs)
-        options = call.transformer_options
-        forward: ForwardState | None = options.get(FORWARD_KEY) if options else None
-        if forward is None or forward.router is not self or not _is_self_attention(call):
+        call = read_call(args, kwargs)
+        forward: ForwardState | None = call.transformer_options.get(FORWARD_KEY)
+        if not self._acts(call, forward):
             return self._hand_on(func, args, kwargs)
+        site = classify(call, forward.tokens if forward is not None else None)
+        if site is not AttentionSite.SELF or forward is None or forward.choice is None:
+            return self._run_dense(func, args, kwargs, call, site)[0]
 
-        layer = forward.next_layer(call.transformer_options or {})
+        layer = forward.next_layer(call.transformer_options)
         reason = _dense_reason(call, forward, layer)
         watch = Stopwatch(call.q.device)
         if reason is None:
@@ -116,10 +88,44 @@ class AttentionRouter:
                 watch.stop()
                 forward.calls.append(CallRecord(forward.step, layer, ran, density, None, watch))
                 return out
-        out = self._hand_on(func, args, kwargs)
+        out, ran = self._run_dense(func, args, kwargs, call, site)
         watch.stop()
-        forward.calls.append(CallRecord(forward.step, layer, "dense", None, reason, watch))
+        forward.calls.append(CallRecord(forward.step, layer, ran, None, reason, watch))
         return out
+
+    def _acts(self, call: AttentionCall, forward: ForwardState | None) -> bool:
+        """Whether this router decides about the call; others of the pack pass it on."""
+        if forward is not None:
+            return forward.router is self
+        # Models without the forward hook: dense backends still serve their calls.
+        options = call.transformer_options
+        return SETTINGS_KEY in options and find_router(options.get(OVERRIDE_KEY)) is self
+
+    def _run_dense(
+        self,
+        func: Override,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        call: AttentionCall,
+        site: AttentionSite | None,
+    ) -> tuple[Tensor, str]:
+        """(output, who computed it): the backend chosen for the site, else whoever is next."""
+        options = call.transformer_options
+        settings: AttentionSettings = options[SETTINGS_KEY]
+        name = None if settings.dense is None else settings.dense.backend(site)
+        if name is None or site is None:
+            return self._hand_on(func, args, kwargs), "dense"
+        run: RunState | None = options.get(RUN_KEY)
+        out = self.dense.run(name, call)
+        if isinstance(out, Tensor):
+            if run is not None:
+                run.record.count_backend(site.value, name)
+            return out, name
+        if run is not None:
+            run.record.count_backend(site.value, f"ComfyUI's choice ({name}: {out})")
+            if run.record.first_time(f"{name}: {out}"):
+                log.warning(f"{site.value} {name} is passed over: {out}")
+        return self._hand_on(func, args, kwargs), "dense"
 
     def _hand_on(self, func: Override, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Exactly as received: what is not known here may matter to whoever comes next."""
@@ -128,24 +134,22 @@ class AttentionRouter:
         return func(*args, **kwargs)
 
     def _run_sparse(
-        self, call: _Call, forward: ForwardState, layer: int
+        self, call: AttentionCall, forward: ForwardState, layer: int
     ) -> tuple[Tensor, str, float | Tensor]:
-        choice, layout = forward.choice, forward.layout
-        assert layout is not None
-        batch, tokens, width = call.q.shape
-        head_dim = width // call.heads
-        scale = call.scale if call.scale is not None else head_dim**-0.5
-        order = forward.order
+        """(output, kernel and precision, density). The call is [B, N, H * D]."""
+        choice, order = forward.choice, forward.order
+        assert choice is not None and forward.tokens is not None
 
-        def split_heads(x: Tensor) -> Tensor:
-            if order is not None:
-                x = x.index_select(1, order.forward)
-            return x.view(batch, tokens, call.heads, head_dim).transpose(1, 2)
+        def prepared(x: Tensor) -> Tensor:
+            return call.heads_first(
+                x if order is None else x.index_select(1, order.forward), call.heads
+            )
 
-        q, k, v = split_heads(call.q), split_heads(call.k), split_heads(call.v)
+        q, k, v = prepared(call.q), prepared(call.k), prepared(call.v)
+        scale = call.scale if call.scale is not None else q.shape[-1] ** -0.5
         plan = forward.plan
         if plan is None:
-            plan = choice.policy.plan(q, k, layout, layer=layer, scale=scale)
+            plan = choice.policy.plan(q, k, forward.tokens.layout, layer=layer, scale=scale)
             density: float | Tensor = plan.density_tensor()
         else:
             density = plan.density()
@@ -157,41 +161,34 @@ class AttentionRouter:
             plan,
             scale=scale,
             kernel=choice.kernel,
-            precision=choice.precision if call.low_precision_attention else "native",
+            precision=choice.precision if call.low_precision_allowed else "native",
         )
         for kernel, fault in self.kernels.faults[faults:]:
             forward.warn_once(f"kernel {kernel} is set aside for this shape: {fault}")
             if forward.run is not None:
                 forward.run.record.note(f"kernel {kernel} set aside: {fault}")
-        out = ran.out.transpose(1, 2).reshape(batch, tokens, width)
+        out = ran.out
         if order is not None:
-            out = out.index_select(1, order.backward)
-        if call.skip_output_reshape:
-            out = out.view(batch, tokens, call.heads, head_dim).transpose(1, 2)
+            out = out.transpose(1, 2).index_select(1, order.backward).transpose(1, 2)
         name = ran.kernel if ran.precision == "native" else f"{ran.kernel} {ran.precision}"
-        return out, name, density
+        return call.as_asked(out), name, density
 
 
-def _is_self_attention(call: _Call) -> bool:
-    """By shape: cross-attention has keys of another length."""
-    return call.q.shape == call.k.shape == call.v.shape
-
-
-def _dense_reason(call: _Call, forward: ForwardState, layer: int | None) -> str | None:
+def _dense_reason(call: AttentionCall, forward: ForwardState, layer: int | None) -> str | None:
     """Why a self-attention call is dense, or None."""
-    if forward.dense_reason is not None:
-        return forward.dense_reason
+    choice, tokens = forward.choice, forward.tokens
+    if forward.dense_reason is not None or choice is None or tokens is None:
+        return forward.dense_reason or "the tokens of this forward are not known"
     if layer is None:
         return "ComfyUI does not say which layer a call belongs to"
-    if layer in forward.choice.schedule.dense_layers:
+    if layer in choice.schedule.dense_layers:
         return f"layer {layer}"
     if call.mask is not None:
         return "the call has an attention mask"
-    if call.skip_reshape:
-        return "the call is not over the video grid (heads split beforehand)"
-    layout = forward.layout
-    if layout is not None and call.q.shape[1] != layout.num_tokens:
-        return f"{call.q.shape[1]} tokens where the layout {layout} has {layout.num_tokens}"
+    if call.skip_reshape or not call.q.shape == call.k.shape == call.v.shape:
+        return "the call is not over the video grid"
+    if call.q_len != tokens.layout.num_tokens:
+        return f"{call.q_len} tokens where the layout {tokens.layout} has others"
     if call.attn_precision == torch.float32 and call.q.dtype != torch.float32:
         return "float32 attention was asked for"
     if call.q.requires_grad and torch.is_grad_enabled():

@@ -56,7 +56,10 @@ def noise_bounds(schedule: Schedule, model_patcher: Any) -> NoiseBounds:
     )
 
 
-def _say(record: RunRecord, choice: SparseChoice) -> None:
+def _say(record: RunRecord, choice: SparseChoice | None) -> None:
+    if choice is None:
+        log.info(record.backend_summary())
+        return
     schedule = choice.schedule
     if schedule.warmup_is_too_long(record.total_steps):
         record.note(
@@ -81,15 +84,19 @@ class OuterSampleWrapper:
         # The guider has already replaced its options with a copy for this run.
         options = guider.model_options["transformer_options"]
         settings: AttentionSettings | None = options.get(SETTINGS_KEY)
-        if settings is None or settings.sparse is None:
+        if settings is None:
             return executor(*args, **kwargs)
+        choice = settings.sparse
         model = guider.model_patcher.model.diffusion_model
         record = RunRecord(
-            method=settings.sparse.policy.describe(),
+            method="dense attention" if choice is None else choice.policy.describe(),
             model=type(model).__name__,
-            num_layers=len(model.blocks),
+            num_layers=len(getattr(model, "blocks", ())),
+            dense_backends="" if settings.dense is None else settings.dense.describe(),
         )
-        bounds = noise_bounds(settings.sparse.schedule, guider.model_patcher)
+        bounds = None
+        if choice is not None:
+            bounds = noise_bounds(choice.schedule, guider.model_patcher)
         options[RUN_KEY] = RunState(record, bounds)
         finished = False
         try:
@@ -102,5 +109,5 @@ class OuterSampleWrapper:
             self._history.latest = record
             if not finished:
                 record.note("the run ended early")
-            if finished or record.calls:
-                _say(record, settings.sparse)
+            if finished or record.calls or record.backend_calls:
+                _say(record, choice)

@@ -71,13 +71,36 @@ class SparseChoice:
 
 
 @dataclass(frozen=True)
+class DenseChoice:
+    """Who runs dense calls.
+
+    Attributes:
+        backends: (site, name of a dense backend) pairs; a site without one is left to ComfyUI.
+    """
+
+    backends: tuple[tuple[AttentionSite, str], ...] = ()
+
+    def backend(self, site: AttentionSite | None) -> str | None:
+        """The backend for a site, None to leave it to ComfyUI."""
+        return next((name for place, name in self.backends if place is site), None)
+
+    def describe(self) -> str:
+        """The choice, for the log."""
+        return ", ".join(f"{site.value} {name}" for site, name in self.backends) or "auto"
+
+
+@dataclass(frozen=True)
 class AttentionSettings:
     """The one settings object that a patched MODEL carries. None leaves a part as it was."""
 
     sparse: SparseChoice | None = None
+    dense: DenseChoice | None = None
 
     def merged_over(self, earlier: AttentionSettings | None) -> AttentionSettings:
         """This node's part over what an earlier node of the pack chose."""
-        if earlier is None or self.sparse is not None:
+        if earlier is None:
             return self
-        return replace(self, sparse=earlier.sparse)
+        sparse = earlier.sparse if self.sparse is None else self.sparse
+        return replace(
+            self, sparse=sparse, dense=earlier.dense if self.dense is None else self.dense
+        )

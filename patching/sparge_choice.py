@@ -33,13 +33,18 @@ def checkpoint_names() -> list[str]:
 
 
 def checkpoint_path(name: str) -> str | None:
-    """Full path of a checkpoint in ComfyUI's sparge folders, None for "none".
+    """Full path of a checkpoint, None for "none".
+
+    Args:
+        name: in ComfyUI's sparge folders, or a full path (LightX2V's files have one).
 
     Raises:
         ValueError: there is no such file.
     """
     if name == NO_CHECKPOINT:
         return None
+    if Path(name).is_absolute():
+        return name
     import folder_paths
 
     path = folder_paths.get_full_path(FOLDER, name)

@@ -1,0 +1,122 @@
+"""SetAttentionBackend: which library computes attention, for each place of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from .schedule_inputs import CATEGORY, said
+
+_SITES = {
+    "self_attn_1_type": "Self-attention over the video. Sparse names install that method with its "
+    "defaults; with a sparse node in the graph, the backend runs its dense layers and steps.",
+    "cross_attn_1_type": "Cross-attention to the text, in models that have it.",
+    "cross_attn_2_type": "Cross-attention to the reference image, in image-to-video models.",
+}
+
+
+def _check_types(types: dict[str, str | None]) -> None:
+    """Raise ValueError for a name that is not offered; None is linked or left out."""
+    from ..patching.backend_choice import check_type
+    from ..patching.settings import AttentionSite
+
+    for site in AttentionSite:
+        name = types.get(site.value)
+        if name is not None:
+            check_type(site, name)
+
+
+def _check_config(config_file: str | None) -> None:
+    from ..patching.backend_choice import config_path
+    from ..patching.lightx2v import read_lightx2v
+
+    path = config_path(config_file or "")
+    if path is not None:
+        read_lightx2v(path)
+
+
+class SetAttentionBackend(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        from ..patching.backend_choice import ON_UNAVAILABLE, type_names
+        from ..patching.settings import AttentionSite
+
+        return io.Schema(
+            node_id="SetAttentionBackend",
+            display_name="Set Attention Backend",
+            category=CATEGORY,
+            description=(
+                "Chooses the library that computes attention, for each place of the model. Works "
+                "together with the sparse nodes in either order: it runs what they leave dense."
+            ),
+            search_aliases=["sage attention", "flash attention", "xformers", "attention backend"],
+            inputs=[
+                io.Model.Input("model", tooltip="Any diffusion model. It is not changed."),
+                *(
+                    io.Combo.Input(
+                        site.value,
+                        options=type_names(site),
+                        default="auto",
+                        optional=True,
+                        tooltip=f"{_SITES[site.value]} auto is what ComfyUI would use.",
+                    )
+                    for site in AttentionSite
+                ),
+                io.String.Input(
+                    "config_file",
+                    default="",
+                    optional=True,
+                    tooltip=(
+                        "A LightX2V JSON with these three keys, sparge and sparge_ckpt: a full "
+                        "path, or a name in models/attention_configs. Inputs other than auto win."
+                    ),
+                ),
+                io.Combo.Input(
+                    "on_unavailable",
+                    options=list(ON_UNAVAILABLE),
+                    default="fallback",
+                    optional=True,
+                    tooltip=(
+                        "What happens where a library is missing or does not fit this machine: "
+                        "fallback uses ComfyUI's own choice and says why, error stops the graph."
+                    ),
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The model with these attention backends.")],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        self_attn_1_type: str | None = None,
+        cross_attn_1_type: str | None = None,
+        cross_attn_2_type: str | None = None,
+        config_file: str | None = None,
+    ) -> bool | str:
+        types = {
+            "self_attn_1_type": self_attn_1_type,
+            "cross_attn_1_type": cross_attn_1_type,
+            "cross_attn_2_type": cross_attn_2_type,
+        }
+        right = said(_check_types, types)
+        return right if right is not True else said(_check_config, config_file)
+
+    @classmethod
+    def fingerprint_inputs(cls, config_file: str = "", **inputs: Any) -> str:
+        """The file's contents and the environment variable count as inputs."""
+        from ..patching.backend_choice import config_path, environment_stamp
+
+        try:
+            path = config_path(config_file or "")
+        except ValueError as error:
+            return str(error)
+        text = "" if path is None else path.read_text(encoding="utf-8", errors="replace")
+        return f"{environment_stamp()}\n{text}"
+
+    @classmethod
+    def execute(cls, model: io.Model.Type, **inputs: Any) -> io.NodeOutput:
+        from ..patching import install
+        from ..patching.backend_choice import backend_settings
+
+        return io.NodeOutput(install(model, backend_settings(model, **inputs)))

@@ -1,0 +1,177 @@
+"""SetAttentionBackend's inputs as settings: a backend per site, or a sparse method for self."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ..radial_attn import RadialPolicy
+from ..third_party import DENSE_BACKENDS, backend_from_environment
+from .choice import make_choice
+from .install import describe_model
+from .lightx2v import read_lightx2v
+from .log import log
+from .psa_choice import AUTO, psa_choice
+from .settings import AttentionSettings, AttentionSite, DenseChoice, SparseChoice
+from .sparge_choice import sparge_choice
+
+SPARSE_TYPES = ("radial_attn", "psa", "sparge_attn")
+# LightX2V's guide names Sparge after its checkpoint.
+_OTHER_NAMES = {"sparge_ckpt": "sparge_attn", "sparge": "sparge_attn"}
+ON_UNAVAILABLE = ("fallback", "error")
+
+
+def type_names(site: AttentionSite) -> list[str]:
+    """What a site's input offers, whether it can run on this machine or not."""
+    sparse = SPARSE_TYPES if site is AttentionSite.SELF else ()
+    return [AUTO, *DENSE_BACKENDS, *sparse]
+
+
+def check_type(site: AttentionSite, name: str) -> str:
+    """The type's own name.
+
+    Raises:
+        ValueError: no such type, or a sparse one where there is no video to be sparse over.
+    """
+    known = _OTHER_NAMES.get(name, name)
+    if known in SPARSE_TYPES and site is not AttentionSite.SELF:
+        raise ValueError(
+            f"{site.value} {name!r}: radial_attn, psa and sparge_attn work in self-attention "
+            f"only; allowed here are {', '.join(type_names(site))}"
+        )
+    if known not in type_names(site):
+        raise ValueError(f"{site.value} {name!r}: allowed are {', '.join(type_names(site))}")
+    return known
+
+
+def config_path(name: str) -> Path | None:
+    """The file behind the config_file input: a full path, or a name in models/attention_configs
+    or among the pack's own workflows/configs.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if not name.strip():
+        return None
+    import folder_paths
+
+    path = Path(name.strip())
+    folder = Path(folder_paths.models_dir) / "attention_configs"
+    bundled = Path(__file__).resolve().parent.parent / "workflows" / "configs"
+    for candidate in (path,) if path.is_absolute() else (folder / path, bundled / path):
+        if candidate.is_file():
+            return candidate
+    raise ValueError(f"config_file {name!r}: no such file; give a full path or a name in {folder}")
+
+
+def _sparge(model: Any, checkpoint: str) -> SparseChoice:
+    return sparge_choice(
+        model,
+        sparge_ckpt=checkpoint,
+        topk=0.5,
+        simthreshd1=-0.1,
+        cdfthreshd=0.0,
+        attention_sink=False,
+        block_order="raster",
+        skipped_blocks="drop",
+        dense_layers="0",
+    )
+
+
+def _sparse(model: Any, name: str, sparge_ckpt: str) -> SparseChoice:
+    """A sparse method with the defaults of its own node."""
+    describe_model(model)
+    if name == "radial_attn":
+        return make_choice(model, RadialPolicy(), dense_layers="0")
+    if name == "psa":
+        return psa_choice(model, preset=AUTO, warmup_steps=-1, config_file="")
+    return _sparge(model, sparge_ckpt or "none")
+
+
+def _available(site: AttentionSite, name: str, on_unavailable: str) -> bool:
+    reason = DENSE_BACKENDS[name].unavailable()
+    if reason is None:
+        return True
+    if on_unavailable == "error":
+        raise ValueError(f"{site.value} {name!r} cannot run here: {reason}")
+    log.warning(f"{site.value} {name} falls back to ComfyUI's own choice: {reason}")
+    return False
+
+
+def backend_settings(
+    model: Any,
+    *,
+    self_attn_1_type: str = AUTO,
+    cross_attn_1_type: str = AUTO,
+    cross_attn_2_type: str = AUTO,
+    config_file: str = "",
+    on_unavailable: str = "fallback",
+) -> AttentionSettings:
+    """The settings SetAttentionBackend's inputs make for a MODEL.
+
+    An input that is not "auto" wins over the configuration file. Where nothing is chosen at all,
+    DIFFSYNTH_ATTENTION_IMPLEMENTATION is.
+
+    Raises:
+        ValueError: an input or the file is wrong, or with on_unavailable "error" a backend
+            cannot run here; one sentence.
+    """
+    if on_unavailable not in ON_UNAVAILABLE:
+        raise ValueError(
+            f"on_unavailable {on_unavailable!r}: allowed are {', '.join(ON_UNAVAILABLE)}"
+        )
+    given = {
+        AttentionSite.SELF: self_attn_1_type,
+        AttentionSite.CROSS_TEXT: cross_attn_1_type,
+        AttentionSite.CROSS_IMAGE: cross_attn_2_type,
+    }
+    types = {site: check_type(site, name) for site, name in given.items()}
+    sparge_ckpt = ""
+    path = config_path(config_file)
+    if path is not None:
+        config = read_lightx2v(path)
+        if config.ignored:
+            log.info(f"{path.name}: keys not about attention are ignored: {config.ignored}")
+        for site, name in types.items():
+            if name == AUTO:
+                types[site] = check_type(site, config.types.get(site.value, AUTO))
+        sparge_ckpt = config.sparge_ckpt
+        if config.sparge and self_attn_1_type == AUTO:
+            # The dense type beside it serves the calls that stay dense.
+            dense = types[AttentionSite.SELF]
+            return _settings(model, types, dense, "sparge_attn", sparge_ckpt, on_unavailable)
+    own = types[AttentionSite.SELF]
+    sparse = own if own in SPARSE_TYPES else None
+    return _settings(model, types, AUTO if sparse else own, sparse, sparge_ckpt, on_unavailable)
+
+
+def _settings(
+    model: Any,
+    types: dict[AttentionSite, str],
+    dense_self: str,
+    sparse: str | None,
+    sparge_ckpt: str,
+    on_unavailable: str,
+) -> AttentionSettings:
+    wanted = types | {AttentionSite.SELF: AUTO if dense_self in SPARSE_TYPES else dense_self}
+    if sparse is None and set(wanted.values()) == {AUTO}:
+        from_environment = backend_from_environment()
+        if from_environment is not None:
+            wanted = dict.fromkeys(wanted, from_environment.name)
+    backends = tuple(
+        (site, name)
+        for site, name in wanted.items()
+        if name != AUTO and _available(site, name, on_unavailable)
+    )
+    return AttentionSettings(
+        sparse=None if sparse is None else _sparse(model, sparse, sparge_ckpt),
+        dense=DenseChoice(backends),
+    )
+
+
+def environment_stamp() -> str:
+    """Changes when the environment variable does."""
+    from ..third_party.routing import ENVIRONMENT_VARIABLE
+
+    return os.environ.get(ENVIRONMENT_VARIABLE, "")

@@ -1,0 +1,72 @@
+"""Dense calls on a chosen backend, or the reason why a call is left to ComfyUI's own choice."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+from ..third_party import DENSE_BACKENDS
+from .attention_call import AttentionCall
+
+MAX_SHAPES = 256
+
+
+def _mask_for_heads(mask: Tensor | None) -> Tensor | None:
+    """ComfyUI's masks ([q, k] or [B, q, k]) as [B, H or 1, q, k]."""
+    if mask is None or mask.ndim == 4:
+        return mask
+    return mask.unsqueeze(1) if mask.ndim == 3 else mask[None, None]
+
+
+class DenseCalls:
+    """Runs calls on dense backends and remembers which failed on which shape.
+
+    Safe to share between threads.
+    """
+
+    def __init__(self) -> None:
+        self._failed: dict[Hashable, str] = {}
+        self._verified: dict[Hashable, str] = {}
+        self._lock = threading.Lock()
+
+    def run(self, name: str, call: AttentionCall) -> Tensor | str:
+        """The output as the caller wants it, or why the backend did not serve the call.
+
+        Args:
+            name: of a backend in third_party.DENSE_BACKENDS.
+        """
+        backend = DENSE_BACKENDS[name]
+        key = (name, tuple(call.q.shape), tuple(call.k.shape), call.q.dtype, call.q.device)
+        reason = backend.unavailable() or self._failed.get(key)
+        if reason is not None:
+            return reason
+        try:
+            k_heads = call.heads
+            if call.enable_gqa and not call.skip_reshape:
+                k_heads = call.k.shape[-1] // (call.q.shape[-1] // call.heads)
+            q = call.heads_first(call.q, call.heads)
+            k, v = (call.heads_first(x, k_heads) for x in (call.k, call.v))
+            mask = _mask_for_heads(call.mask)
+            reason = backend.refuses(q, k, v, mask, call.scale, call.low_precision_allowed)
+            if reason is not None:
+                return reason
+            out = backend.run(q, k, v, scale=call.scale, mask=mask)
+            if key not in self._verified:
+                # One sync per backend and shape, on its first output only.
+                if bool(torch.isnan(out).any()) and not bool(torch.isnan(v).any()):
+                    raise ArithmeticError("its first output for this shape holds a NaN")
+                self._remember(self._verified, key, "")
+            return call.as_asked(out)
+        except Exception as error:  # whatever a library raises, the run goes on
+            reason = f"{type(error).__name__}: {error}"
+            self._remember(self._failed, key, reason)
+            return reason
+
+    def _remember(self, where: dict[Hashable, str], key: Hashable, text: str) -> None:
+        with self._lock:
+            if len(where) >= MAX_SHAPES:
+                where.clear()
+            where[key] = text
