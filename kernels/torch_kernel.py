@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .registry import Kernel, KernelCall, register
+from .torch_gathered import attend_gathered
 from .torch_panels import attend_in_panels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -20,7 +21,9 @@ def _refuses(call: KernelCall) -> str | None:
 
 
 def _run(call: KernelCall) -> Tensor:
-    return attend_in_panels(call)
+    if call.q.device.type == "cpu":
+        return attend_in_panels(call)
+    return attend_gathered(call)
 
 
 register(

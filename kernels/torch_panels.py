@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .registry import KernelCall
+from .torch_levels import LevelKeys
 from .torch_runs import RowRuns, row_runs
 from .torch_workers import for_each
 
@@ -29,39 +30,6 @@ PANEL_KEYS = 2048
 MIN_RUN_KEYS = 256
 # Bytes of fp32 keys and values held at a time; one head at least.
 HEAD_GROUP_BYTES = 256 * 2**20
-
-
-@dataclass(frozen=True)
-class LevelKeys:
-    """Keys and values of one head at one level: means of `level` consecutive tokens.
-
-    Attributes:
-        k, v: fp32 [groups, D].
-        block: groups per whole key block.
-        bias: ln(level), the bias of a whole group.
-        last_bias: what the last group's bias has on top, as it may hold fewer tokens.
-    """
-
-    k: Tensor
-    v: Tensor
-    block: int
-    bias: float
-    last_bias: float
-
-    @classmethod
-    def of_head(cls, k: Tensor, v: Tensor, level: int, block_n: int) -> LevelKeys:
-        rest = k.shape[0] % level
-        last_bias = math.log(rest / level) if rest else 0.0
-        pooled = [k, v] if level == 1 else [_group_means(x, level) for x in (k, v)]
-        return cls(*pooled, block_n // level, math.log(level), last_bias)
-
-
-def _group_means(x: Tensor, level: int) -> Tensor:
-    whole = x.shape[0] // level * level
-    means = x[:whole].unflatten(0, (-1, level)).mean(dim=1)
-    if whole < x.shape[0]:
-        means = torch.cat([means, x[whole:].mean(dim=0, keepdim=True)])
-    return means
 
 
 @dataclass(frozen=True)
@@ -91,7 +59,7 @@ def _panels(
         if (last_block - first_block) * block < MIN_RUN_KEYS and last_block <= whole_blocks:
             scattered[level].extend(range(first_block, last_block))
             continue
-        first, end = first_block * block, min(last_block * block, keys[level].k.shape[0])
+        first, end = first_block * block, min(last_block * block, keys[level].groups)
         while first < end:
             last = min(end, first + room)
             panel.append(Piece(level, first, last))
@@ -175,7 +143,7 @@ def _attend_row(
             torch.mm(q, k.t(), out=part)
             if level.bias:
                 part += level.bias
-            if level.last_bias and piece.blocks is None and piece.last == level.k.shape[0]:
+            if level.last_bias and piece.blocks is None and piece.last == level.groups:
                 part[:, -1] += level.last_bias
             values.append((part, v))
             column += piece.width
@@ -203,7 +171,7 @@ def _head_groups(call: KernelCall) -> Iterator[list[tuple[int, int]]]:
 def _level_keys(call: KernelCall, pairs: list[tuple[int, int]]) -> list[list[LevelKeys]]:
     plan = call.plan
     return [
-        [LevelKeys.of_head(k, v, level, plan.block_n) for level in plan.levels]
+        [LevelKeys.of_tokens(k, v, level, plan.block_n) for level in plan.levels]
         for k, v in ((_fp32(call.k[pair]), _fp32(call.v[pair])) for pair in pairs)
     ]
 

@@ -1,0 +1,153 @@
+"""Attention over a plan on any device: rows of blocks gathered and batched through SDPA.
+
+The fallback of devices without a kernel of their own. Query blocks with about as many keys make
+one batch of torch's fused attention, over copies of their keys; what a row has fewer is masked.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .plan import BlockPlan
+from .registry import KernelCall
+from .torch_levels import LevelKeys
+
+# Bytes of gathered keys and values at a time; one query block of one head at least.
+GATHER_BYTES = 256 * 2**20
+
+# The counts of a static plan are read back from the device once, not per call.
+_COUNTS: weakref.WeakKeyDictionary[BlockPlan, Tensor] = weakref.WeakKeyDictionary()
+
+
+def attend_gathered(call: KernelCall) -> Tensor:
+    """Run a call on tensors of any device; see registry.Kernel.run."""
+    plan = call.plan
+    batch, heads, q_len, head_dim = call.q.shape
+    out = torch.empty((batch, q_len, heads, head_dim), dtype=call.q.dtype, device=plan.device)
+    # ln(2) is not a half-precision number; with level 1 alone every bias is 0 or -inf.
+    dtype = call.q.dtype if plan.levels == (1,) else torch.float32
+    bytes_per_key = 2 * head_dim * dtype.itemsize
+    # Heads that share a plan share the index work too.
+    shared = plan.bounds.shape[1] == 1
+    step = max(1, GATHER_BYTES // (bytes_per_key * plan.k_len)) if shared else 1
+    with torch.no_grad():
+        for b in range(batch):
+            for h in range(0, heads, step):
+                some = slice(h, min(h + step, heads))
+                k, v = (x[b, some].to(dtype) for x in (call.k, call.v))
+                keys = [LevelKeys.of_tokens(k, v, level, plan.block_n) for level in plan.levels]
+                plan_head = (min(b, plan.bounds.shape[0] - 1), 0 if shared else h)
+                max_keys = GATHER_BYTES // (bytes_per_key * k.shape[0])
+                for rows, entries in _batches(plan, plan_head, max_keys):
+                    tokens = _tokens(plan, rows)
+                    q = call.q[b, some].index_select(1, tokens).to(dtype)
+                    attended = _attend_rows(
+                        q.unflatten(1, (len(rows), -1)),
+                        plan,
+                        plan.bounds[plan_head][torch.tensor(rows, device=plan.device)].long(),
+                        entries,
+                        keys,
+                        call.scale,
+                    )
+                    out[b, tokens, some] = attended.to(out.dtype)
+    return out.transpose(1, 2)
+
+
+def _host_counts(plan: BlockPlan) -> Tensor:
+    counts = _COUNTS.get(plan)
+    if counts is None:
+        counts = _COUNTS[plan] = plan.counts().cpu()
+    return counts
+
+
+def _batches(
+    plan: BlockPlan, plan_head: tuple[int, int], max_keys: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Query blocks that run together, those with most keys first.
+
+    Yields:
+        the query blocks, all with the same number of queries and together at most max_keys keys
+        (or a single block), and the most entries any of them has at each level.
+    """
+    counts = _host_counts(plan)[plan_head]
+    block_keys = torch.tensor([plan.block_n // level for level in plan.levels])
+    keys = (counts * block_keys).sum(-1)
+    ragged = plan.num_q_blocks - 1 if plan.q_len % plan.block_m else None
+    order = [row for row in keys.argsort(descending=True).tolist() if row != ragged]
+    start = 0
+    while start < len(order):
+        size = max(1, max_keys // max(1, int(keys[order[start]])))
+        rows = order[start : start + size]
+        yield rows, counts[rows].amax(0).tolist()
+        start += size
+    if ragged is not None:
+        yield [ragged], counts[ragged].tolist()
+
+
+def _tokens(plan: BlockPlan, rows: list[int]) -> Tensor:
+    """int64 [tokens]: the queries of some query blocks, one block after the other."""
+    size = min(plan.block_m, plan.q_len - rows[0] * plan.block_m)
+    first = torch.tensor(rows, device=plan.device) * plan.block_m
+    return (first[:, None] + torch.arange(size, device=plan.device)).flatten()
+
+
+def _slots(
+    plan: BlockPlan, bounds: Tensor, position: int, entries: int, keys: LevelKeys
+) -> tuple[Tensor, Tensor]:
+    """Which groups of one level some rows attend to.
+
+    Args:
+        bounds: int64 [rows, len(plan.levels) + 1].
+        entries: the most entries any of the rows has at this level.
+
+    Returns:
+        the groups, int64 [rows, slots], and their biases, -inf where a slot only pads its row.
+    """
+    entry = bounds[:, position, None] + torch.arange(entries, device=plan.device)
+    listed = entry < bounds[:, position + 1, None]
+    # A row is padded with a block it lists: whatever else k holds must not reach the output.
+    entry = torch.where(listed, entry, bounds[:, :1])
+    first = plan.indices[entry].long().unsqueeze(-1) * keys.block
+    group = first + torch.arange(keys.block, device=plan.device)
+    exists = group < keys.groups
+    group = torch.where(exists, group, first)
+    bias = torch.full(group.shape, keys.bias, device=plan.device)
+    bias = torch.where(group == keys.groups - 1, bias + keys.last_bias, bias)
+    bias = bias.masked_fill(~(exists & listed.unsqueeze(-1)), float("-inf"))
+    return group.flatten(1), bias.flatten(1)
+
+
+def _attend_rows(
+    q: Tensor,
+    plan: BlockPlan,
+    bounds: Tensor,
+    entries: list[int],
+    keys: list[LevelKeys],
+    scale: float,
+) -> Tensor:
+    """Attention of query blocks [heads, rows, queries, D] -> [rows * queries, heads, D]."""
+    k_parts: list[Tensor] = []
+    v_parts: list[Tensor] = []
+    biases = []
+    for position, count in enumerate(entries):
+        if count == 0:
+            continue
+        group, bias = _slots(plan, bounds, position, count, keys[position])
+        biases.append(bias)
+        for source, parts in ((keys[position].k, k_parts), (keys[position].v, v_parts)):
+            part = source.index_select(1, group.flatten()).unflatten(1, group.shape)
+            parts.append(part.transpose(0, 1))
+    bias = torch.cat(biases, dim=1)[:, None, None, :]
+    attended = F.scaled_dot_product_attention(
+        q.transpose(0, 1),  # [rows, heads, queries, D]
+        torch.cat(k_parts, dim=2),
+        torch.cat(v_parts, dim=2),
+        attn_mask=bias == 0 if plan.levels == (1,) else bias,
+        scale=scale,
+    )
+    return attended.transpose(1, 2).flatten(0, 1)

@@ -1,0 +1,54 @@
+"""Keys and values at the levels of a plan: means of groups of consecutive tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def group_means(x: Tensor, level: int) -> Tensor:
+    """[..., N, D] -> [..., ceil(N / level), D]; the last group may hold fewer than `level`."""
+    if level == 1:
+        return x
+    whole = x.shape[-2] // level * level
+    means = x[..., :whole, :].unflatten(-2, (-1, level)).mean(dim=-2)
+    if whole < x.shape[-2]:
+        means = torch.cat([means, x[..., whole:, :].mean(dim=-2, keepdim=True)], dim=-2)
+    return means
+
+
+@dataclass(frozen=True)
+class LevelKeys:
+    """Keys and values at one level.
+
+    Attributes:
+        k, v: [..., groups, D].
+        block: groups per whole key block.
+        bias: ln(level), the bias of a whole group.
+        last_bias: what the last group's bias has on top, as it may hold fewer tokens.
+    """
+
+    k: Tensor
+    v: Tensor
+    block: int
+    bias: float
+    last_bias: float
+
+    @classmethod
+    def of_tokens(cls, k: Tensor, v: Tensor, level: int, block_n: int) -> LevelKeys:
+        """The level's keys from k, v [..., N, D]."""
+        rest = k.shape[-2] % level
+        return cls(
+            k=group_means(k, level),
+            v=group_means(v, level),
+            block=block_n // level,
+            bias=math.log(level),
+            last_bias=math.log(rest / level) if rest else 0.0,
+        )
+
+    @property
+    def groups(self) -> int:
+        return self.k.shape[-2]
