@@ -1,0 +1,81 @@
+"""Token orders that make blocks of consecutive tokens compact in space and time.
+
+Attention does not care in which order tokens come once positions are encoded, so video tokens
+may be reordered before it and put back after it. An order is int64 [tokens], attention position
+-> token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .gilbert import gilbert_order
+from .layout import TokenLayout
+
+ORDER_METHODS = ("Gilbert", "STA", "none")
+
+
+def tile_order(
+    frames: int, height: int, width: int, tile: tuple[int, int, int] = (2, 8, 8)
+) -> Tensor:
+    """Order of tiles (arXiv 2502.04507): raster over the tiles, raster inside each.
+
+    Args:
+        tile: frames, rows and columns of a tile; those at the far edges may be smaller.
+
+    Returns:
+        int64 [frames * height * width], position -> x + width * (y + height * f).
+
+    Raises:
+        ValueError: an extent is less than 1.
+    """
+    if min(frames, height, width) < 1:
+        raise ValueError(
+            f"a token grid needs at least one token each way; got {frames}x{height}x{width}"
+        )
+    if len(tile) != 3 or min(tile) < 1:
+        raise ValueError(f"tile_size is three numbers of at least 1; got {list(tile)}")
+    f, y, x = (
+        torch.arange(extent) // side
+        for extent, side in zip((frames, height, width), tile, strict=True)
+    )
+    rows, columns = int(y[-1]) + 1, int(x[-1]) + 1
+    tile_number = x + columns * (y[:, None] + rows * f[:, None, None])
+    return tile_number.flatten().argsort(stable=True)
+
+
+def video_order(
+    layout: TokenLayout, method: str, tile_size: tuple[int, int, int] = (2, 8, 8)
+) -> Tensor | None:
+    """Order of a whole token sequence: prefix and suffix tokens keep their places.
+
+    Args:
+        method: "Gilbert" (Hilbert curve through space and time), "STA" (tiles) or "none".
+        tile_size: frames, rows and columns of a tile; read by "STA" alone.
+
+    Returns:
+        int64 [layout.num_tokens], attention position -> token; None if nothing moves.
+
+    Raises:
+        ValueError: the method is unknown, or a tile extent is less than 1.
+    """
+    if method == "none":
+        return None
+    if method == "Gilbert":
+        video = gilbert_order(layout.width, layout.height, layout.frames)
+    elif method == "STA":
+        video = tile_order(layout.frames, layout.height, layout.width, tile_size)
+    else:
+        raise ValueError(f"a token order is one of {', '.join(ORDER_METHODS)}; got {method!r}")
+    order = torch.arange(layout.num_tokens)
+    start = layout.prefix_tokens
+    order[start : start + layout.video_tokens] = start + video
+    return order
+
+
+def inverse_order(order: Tensor) -> Tensor:
+    """Token -> attention position, for an order int64 [tokens] of any device."""
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    return inverse
