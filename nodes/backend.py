@@ -28,10 +28,11 @@ def _check_types(types: dict[str, str | None]) -> None:
 
 
 def _check_config(config_file: str | None) -> None:
-    from ..patching.backend_choice import config_path
+    from ..patching.backend_choice import BUNDLED_CONFIGS, CONFIG_FOLDER
+    from ..patching.config_file import find_config_file
     from ..patching.lightx2v import read_lightx2v
 
-    path = config_path(config_file or "")
+    path = find_config_file(config_file or "", CONFIG_FOLDER, bundled=BUNDLED_CONFIGS)
     if path is not None:
         read_lightx2v(path)
 
@@ -105,13 +106,10 @@ class SetAttentionBackend(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, config_file: str = "", **inputs: Any) -> str:
         """The file's contents and the environment variable count as inputs."""
-        from ..patching.backend_choice import config_path, environment_stamp
+        from ..patching.backend_choice import BUNDLED_CONFIGS, CONFIG_FOLDER, environment_stamp
+        from ..patching.config_file import config_text
 
-        try:
-            path = config_path(config_file or "")
-        except ValueError as error:
-            return str(error)
-        text = "" if path is None else path.read_text(encoding="utf-8", errors="replace")
+        text = config_text(config_file or "", CONFIG_FOLDER, bundled=BUNDLED_CONFIGS)
         return f"{environment_stamp()}\n{text}"
 
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
@@ -26,10 +25,11 @@ def _preset_names() -> list[str]:
 
 def _check_preset(preset: str | None, config_file: str | None) -> None:
     """Raise ValueError for a file or a preset that does not exist; None is linked or left out."""
-    from ..patching.psa_choice import AUTO, config_path
+    from ..patching.config_file import find_config_file
+    from ..patching.psa_choice import AUTO, CONFIG_FOLDER
     from ..psa import find_preset, load_sections
 
-    sections = load_sections(config_path(config_file or ""))
+    sections = load_sections(find_config_file(config_file or "", CONFIG_FOLDER))
     if preset is not None and preset != AUTO:
         find_preset(sections, preset)
 
@@ -102,13 +102,10 @@ class PatchPSA(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, config_file: str = "", **inputs: Any) -> str:
         """The file's contents count as an input: an edited file is read again."""
-        from ..patching.psa_choice import config_path
+        from ..patching.config_file import config_text
+        from ..patching.psa_choice import CONFIG_FOLDER
 
-        try:
-            path: Path | None = config_path(config_file or "")
-        except ValueError as error:
-            return str(error)
-        return "" if path is None else path.read_text(encoding="utf-8", errors="replace")
+        return config_text(config_file or "", CONFIG_FOLDER)
 
     @classmethod
     def execute(

@@ -9,6 +9,7 @@ from typing import Any
 from ..radial_attn import RadialPolicy
 from ..third_party import DENSE_BACKENDS, backend_from_environment
 from .choice import make_choice
+from .config_file import find_config_file
 from .install import describe_model
 from .lightx2v import read_lightx2v
 from .log import log
@@ -20,6 +21,8 @@ SPARSE_TYPES = ("radial_attn", "psa", "sparge_attn")
 # LightX2V's guide names Sparge after its checkpoint.
 _OTHER_NAMES = {"sparge_ckpt": "sparge_attn", "sparge": "sparge_attn"}
 ON_UNAVAILABLE = ("fallback", "error")
+CONFIG_FOLDER = "attention_configs"
+BUNDLED_CONFIGS = Path(__file__).resolve().parent.parent / "workflows" / "configs"
 
 
 def type_names(site: AttentionSite) -> list[str]:
@@ -43,26 +46,6 @@ def check_type(site: AttentionSite, name: str) -> str:
     if known not in type_names(site):
         raise ValueError(f"{site.value} {name!r}: allowed are {', '.join(type_names(site))}")
     return known
-
-
-def config_path(name: str) -> Path | None:
-    """The file behind the config_file input: a full path, or a name in models/attention_configs
-    or among the pack's own workflows/configs.
-
-    Raises:
-        ValueError: there is no such file.
-    """
-    if not name.strip():
-        return None
-    import folder_paths
-
-    path = Path(name.strip())
-    folder = Path(folder_paths.models_dir) / "attention_configs"
-    bundled = Path(__file__).resolve().parent.parent / "workflows" / "configs"
-    for candidate in (path,) if path.is_absolute() else (folder / path, bundled / path):
-        if candidate.is_file():
-            return candidate
-    raise ValueError(f"config_file {name!r}: no such file; give a full path or a name in {folder}")
 
 
 def _sparge(model: Any, checkpoint: str) -> SparseChoice:
@@ -128,7 +111,7 @@ def backend_settings(
     }
     types = {site: check_type(site, name) for site, name in given.items()}
     sparge_ckpt = ""
-    path = config_path(config_file)
+    path = find_config_file(config_file, CONFIG_FOLDER, bundled=BUNDLED_CONFIGS)
     if path is not None:
         config = read_lightx2v(path)
         if config.ignored:

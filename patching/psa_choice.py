@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from ..psa import ModelFacts, PsaPolicy, PsaPreset, choose_section, find_preset, load_sections
 from ..psa.dense_preset import DensePreset
 from .choice import make_choice
+from .config_file import find_config_file
 from .install import describe_model
 from .layout import WAN
 from .log import log
 from .settings import SparseChoice, SparsePolicy
 
 AUTO = "auto"
+CONFIG_FOLDER = "psa"
 
 
 def model_facts(model: Any) -> ModelFacts:
@@ -37,27 +38,6 @@ def model_facts(model: Any) -> ModelFacts:
     )
 
 
-def config_path(name: str) -> Path | None:
-    """The file behind the config_file input: a full path, or a name in models/psa.
-
-    Returns:
-        None for an empty input.
-
-    Raises:
-        ValueError: there is no such file.
-    """
-    if not name.strip():
-        return None
-    import folder_paths
-
-    path = Path(name.strip())
-    folder = Path(folder_paths.models_dir) / "psa"
-    for candidate in (path,) if path.is_absolute() else (folder / path,):
-        if candidate.is_file():
-            return candidate
-    raise ValueError(f"config_file {name!r}: no such file; give a full path or a name in {folder}")
-
-
 def choose_preset(model: Any, preset: str, config_file: str) -> tuple[str, PsaPreset]:
     """("section/preset", the preset) for a MODEL.
 
@@ -67,7 +47,7 @@ def choose_preset(model: Any, preset: str, config_file: str) -> tuple[str, PsaPr
     Raises:
         ValueError: the file or a preset in it is wrong, or the preset is not known.
     """
-    sections = load_sections(config_path(config_file))
+    sections = load_sections(find_config_file(config_file, CONFIG_FOLDER))
     if preset != AUTO:
         return preset, find_preset(sections, preset)[1]
     chosen = choose_section(model_facts(model), sections)

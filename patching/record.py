@@ -156,7 +156,17 @@ class RunRecord:
             f"self-attention {sparse.seconds:.2f} s sparse + {self.dense_seconds():.2f} s dense "
             f"of {self.seconds:.2f} s"
         )
-        return "; ".join([f"{where}: {ran}", f"dense calls: {dense or 'none'}", times, *self.notes])
+        parts = [f"{where}: {ran}", f"dense calls: {dense or 'none'}"]
+        parts += [f"dense backends: {self._backends()}"] if self.dense_backends else []
+        return "; ".join([*parts, times, *self.notes])
+
+    def backend_summary(self) -> str:
+        """The run in one line, where only dense backends were chosen."""
+        return f"dense attention on {self.model}: {self._backends()}; {self.seconds:.2f} s"
+
+    def _backends(self) -> str:
+        counted = [f"{site} {ran} x {n}" for (site, ran), n in self.backend_calls.most_common()]
+        return ", ".join(counted) or f"{self.dense_backends}, not called"
 
     def step_lines(self) -> list[str]:
         """The run step by step, for those who want to know more."""
