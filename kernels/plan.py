@@ -114,6 +114,8 @@ class BlockPlan:
             raise ValueError(
                 f"block sizes are one of {BLOCK_SIZES}; got block_m={block_m}, block_n={block_n}"
             )
+        if min(q_len, k_len) < 1:
+            raise ValueError(f"a plan needs tokens; got q_len={q_len}, k_len={k_len}")
         rows, columns = -(-q_len // block_m), -(-k_len // block_n)
         if levels.ndim not in (2, 3, 4) or tuple(levels.shape[-2:]) != (rows, columns):
             raise ValueError(
@@ -222,14 +224,16 @@ class BlockPlan:
         """Picture of the plan: a row per query block, white = full resolution, black = skipped.
 
         Args:
-            head: one head, or None for the mean over heads.
+            batch: the sample; any one where samples share the plan.
+            head: one head (any one where heads share the plan), or None for their mean.
             cell: pixels per block.
         """
         from PIL import Image
 
-        levels = self.to_levels()[batch].float()
+        levels = self.to_levels()
+        levels = levels[batch if levels.shape[0] > 1 else 0].float()
         kept = torch.where(levels > 0, 1.0 / levels.clamp(min=1), torch.zeros_like(levels))
-        shade = kept.mean(0) if head is None else kept[head]
+        shade = kept.mean(0) if head is None else kept[head if kept.shape[0] > 1 else 0]
         # The square root keeps coarse levels apart from skipped ones in the picture.
         pixels = shade.sqrt().mul(255).round().to(torch.uint8).cpu()
         pixels = pixels.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
