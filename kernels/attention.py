@@ -75,8 +75,8 @@ def choose(call: KernelCall, kernel: str) -> tuple[Kernel, KernelCall]:
         raise ValueError(f"precision is one of {', '.join(PRECISIONS)}; got {call.precision!r}")
     if kernel == "auto":
         able, reasons = candidates(call)
-        if not able and call.precision != "auto":
-            # Precision was asked for by name: say why nobody has it.
+        if not able:
+            # A precision asked for by name that nobody has, or a dtype like float64.
             why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
             raise ValueError(f"no kernel offers precision {call.precision!r} for this call: {why}")
         return able[0]
