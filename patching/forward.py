@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from .plans import TokenOrder
 from .record import CallRecord
 from .router import FORWARD_KEY, OVERRIDE_KEY, AttentionRouter, find_router
 from .run import RUN_KEY, RunState
-from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice
+from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice, StaticPolicy
 
 
 @dataclass
@@ -103,7 +103,7 @@ def _prepare_sparse(
     plans = state.router.plans
     state.order = plans.order(choice.policy, layout, device)
     if choice.policy.is_static:
-        state.plan = plans.plan(choice.policy, layout, device)
+        state.plan = plans.plan(cast(StaticPolicy, choice.policy), layout, device)
 
 
 def _decide(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import BlockPlan, TokenLayout
-from .settings import SparsePolicy
+from .settings import SparsePolicy, StaticPolicy
 
 # Context windows and a changed resolution alternate between a few grids; more than this is churn.
 MAX_GRIDS = 8
@@ -63,7 +63,7 @@ class PlanCache:
         self._plans: _BoundedCache[BlockPlan] = _BoundedCache(limit)
         self._orders: _BoundedCache[TokenOrder | None] = _BoundedCache(limit)
 
-    def plan(self, policy: SparsePolicy, layout: TokenLayout, device: torch.device) -> BlockPlan:
+    def plan(self, policy: StaticPolicy, layout: TokenLayout, device: torch.device) -> BlockPlan:
         key = (policy, layout, device)
         return self._plans.get(key, lambda: policy.static_plan(layout, device))
 

@@ -43,13 +43,17 @@ class SparsePolicy(Protocol):
     def order(self, layout: TokenLayout) -> Tensor | None:
         """int64 [layout.num_tokens]: attention position -> token, or None to keep the order."""
 
-    def static_plan(self, layout: TokenLayout, device: torch.device) -> BlockPlan:
-        """The plan of a static policy."""
-
     def plan(
         self, q: Tensor, k: Tensor, layout: TokenLayout, *, layer: int, scale: float
     ) -> BlockPlan:
-        """The plan of a dynamic policy. q, k: [B, H, N, D], any strides, in the policy's order."""
+        """The plan of one call. q, k: [B, H, N, D], any strides, in the policy's order."""
+
+
+class StaticPolicy(SparsePolicy, Protocol):
+    """A policy with is_static True: one plan for all calls of a layout."""
+
+    def static_plan(self, layout: TokenLayout, device: torch.device) -> BlockPlan:
+        """The plan of a layout."""
 
 
 @dataclass(frozen=True)

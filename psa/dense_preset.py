@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..kernels import BlockPlan, TokenLayout
@@ -40,8 +39,4 @@ class DensePreset:
         Raises:
             RuntimeError: always.
         """
-        raise RuntimeError(self.dense_reason(layout))
-
-    def static_plan(self, layout: TokenLayout, device: torch.device) -> BlockPlan:
-        """As plan."""
         raise RuntimeError(self.dense_reason(layout))

@@ -230,7 +230,7 @@ class PsaPreset:
             Left out, it is whichever the preset's other fields allow. Both run on one kernel.
         tile_size: [depth, height, width] of an STA tile, in tokens.
         warmup_steps: denoising steps that stay dense; -1 is a quarter of the steps.
-        verbose: accepted for old files; the log and the report say more in any case.
+        verbose: log every step of a run.
 
     Raises:
         PresetError (a ValueError): a field's value, or two fields together, are not allowed.

@@ -99,8 +99,9 @@ class _Reader:
         mapping = {}
         for key_node, value_node in node.value:
             key = self._key(key_node)
-            self._lines[(*path, key)] = key_node.start_mark.line + 1
-            mapping[key] = self.read(value_node, (*path, key))
+            key_path = (*path, key)
+            self._lines[key_path] = key_node.start_mark.line + 1
+            mapping[key] = self.read(value_node, key_path)
         return mapping
 
     def _key(self, node: Node) -> Hashable:
