@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .sampling import SAMPLE_OFFSET, SAMPLE_STRIDE, sample_tokens, tokens_per_block
+from .twins import run_twin
+
 # Scores held at once, in elements of 4 bytes; there are two such buffers.
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 
@@ -83,6 +86,20 @@ def block_importance(
     batch, heads, q_tokens, head_dim = q.shape
     if scale is None:
         scale = head_dim**-0.5
+    found = run_twin(
+        "triton_importance",
+        q,
+        lambda twin: twin.refuses(q, k, tokens_per_q_block, scale),
+        lambda twin: twin.importance(
+            q,
+            k,
+            tokens_per_q_block=tokens_per_q_block,
+            tokens_per_k_block=tokens_per_k_block,
+            scale=scale,
+        ),
+    )
+    if found is not None:
+        return found
     rows = tokens_per_q_block
     blocks, num_k_blocks = q_tokens // rows, k.shape[2] // tokens_per_k_block
     out = torch.empty((batch, heads, blocks, num_k_blocks), dtype=torch.float32, device=q.device)
@@ -107,3 +124,33 @@ def block_importance(
                     out[sample, group, block:last],
                 )
     return out
+
+
+def token_importance(q: Tensor, k: Tensor, *, block_m: int, block_n: int, scale: float) -> Tensor:
+    """block_importance of the sampled tokens of whole q and k.
+
+    Args:
+        q, k: [B, H, N, D], any lengths and strides.
+        block_m, block_n: tokens per query block and key block, multiples of 4.
+
+    Returns:
+        fp32 [B, H, ceil(q tokens / block_m), ceil(k tokens / block_n)].
+    """
+    tokens = {
+        "tokens_per_q_block": tokens_per_block(block_m),
+        "tokens_per_k_block": tokens_per_block(block_n),
+    }
+    # The twin reads the sample where it is.
+    found = run_twin(
+        "triton_importance",
+        q,
+        lambda twin: twin.refuses(q, k, tokens["tokens_per_q_block"], scale),
+        lambda twin: twin.importance(
+            q, k, **tokens, scale=scale, stride=SAMPLE_STRIDE, offset=SAMPLE_OFFSET
+        ),
+    )
+    if found is not None:
+        return found
+    return block_importance(
+        sample_tokens(q, block_m), sample_tokens(k, block_n), **tokens, scale=scale
+    )

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .twins import run_twin
+
 # The order in which levels take blocks: every preset is expanded to all of them.
 LEVEL_ORDER = (1, 2, 4, 8, 0)
 MIN_LEVEL1_SHARE = 0.06
@@ -92,7 +94,7 @@ def _assign_topk(importance: Tensor, segments: list[tuple[int, int]], out: Tenso
     num_k_blocks, selected = importance.shape[-1], segments[-1][1] if segments else 0
     if selected == 0:
         return
-    by_rank = torch.zeros(selected, dtype=torch.int8)
+    by_rank = torch.zeros(selected, dtype=torch.int8, device=importance.device)
     start = 0
     for level, end in segments:
         by_rank[start:end] = level
@@ -102,7 +104,7 @@ def _assign_topk(importance: Tensor, segments: list[tuple[int, int]], out: Tenso
     backwards = torch.arange(num_k_blocks - 1, -1, -1, device=importance.device)
     keys = (importance.view(torch.int32).to(torch.int64) << 32) | backwards
     blocks = keys.topk(selected, dim=-1).indices
-    out.scatter_(-1, blocks, by_rank.to(out.device).expand(blocks.shape))
+    out.scatter_(-1, blocks, by_rank.expand(blocks.shape))
 
 
 def _assign_thresholdbound(
@@ -112,9 +114,9 @@ def _assign_thresholdbound(
     # How many blocks a row needs is not known before its sum is: this one has to sort.
     ranked, blocks = importance.sort(dim=-1, descending=True, stable=True)
     cumulative = ranked.cumsum(-1)
-    bounds = [upper + CUMULATIVE_SLACK for _, upper in order]
-    limits = cumulative[:, -1:] * torch.tensor(bounds, device=importance.device)
-    counts = torch.searchsorted(cumulative, limits, right=True)
+    # One product per level: a tensor of the bounds would wait for a copy to the device.
+    limits = [cumulative[:, -1] * (upper + CUMULATIVE_SLACK) for _, upper in order]
+    counts = torch.searchsorted(cumulative, torch.stack(limits, -1), right=True)
     segments = _threshold_segments(counts, order, num_k_blocks, block_n=block_n, tile_n=tile_n)
     rank = torch.arange(num_k_blocks, device=importance.device)
     by_rank = torch.zeros_like(out)
@@ -164,6 +166,16 @@ def assign_levels(
     """
     check_level_request(mask_ratios, mask_mode, block_n, tile_n)
     num_k_blocks = importance.shape[-1]
+    found = run_twin(
+        "triton_levels",
+        importance,
+        lambda twin: twin.refuses(num_k_blocks),
+        lambda twin: twin.levels(
+            importance, mask_ratios, mask_mode=mask_mode, block_n=block_n, tile_n=tile_n
+        ),
+    )
+    if found is not None:
+        return found
     rows = importance.reshape(-1, num_k_blocks)
     levels = torch.zeros(rows.shape, dtype=torch.int8, device=importance.device)
     chunk = max(1, CHUNK_ENTRIES.get(importance.device.type, 2**19) // num_k_blocks)

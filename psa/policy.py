@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..kernels import BlockPlan, TokenLayout
+from ..kernels.orders import video_order
 from ..kernels.plan import PYRAMID_LEVELS
-from .importance import block_importance
+from .importance import token_importance
 from .levels import assign_levels, topk_segments
 from .preset import PsaPreset, SimThresholds
-from .sampling import sample_tokens, tokens_per_block
 from .similarity import similarity_cap
 
 
@@ -94,8 +94,6 @@ class PsaPolicy:
         """int64 [layout.num_tokens]: attention position -> token; None keeps the order."""
         if self.rearrange_method is None:
             return None
-        from ..kernels.orders import video_order
-
         return video_order(layout, self.rearrange_method, self.tile_size)
 
     def plan(
@@ -119,13 +117,7 @@ class PsaPolicy:
                 f"the layout {layout} has {layout.num_tokens} tokens; got {q.shape[2]} queries "
                 f"and {k.shape[2]} keys"
             )
-        importance = block_importance(
-            sample_tokens(q, self.block_m),
-            sample_tokens(k, self.block_n),
-            tokens_per_q_block=tokens_per_block(self.block_m),
-            tokens_per_k_block=tokens_per_block(self.block_n),
-            scale=scale,
-        )
+        importance = token_importance(q, k, block_m=self.block_m, block_n=self.block_n, scale=scale)
         levels = assign_levels(
             importance,
             dict(self.mask_ratios),

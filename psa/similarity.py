@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from .twins import run_twin
+
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
 
 
@@ -53,6 +55,14 @@ def similarity_cap(k: Tensor, *, block_n: int, x2: float, x4: float, x8: float) 
             "k is [batch, heads, tokens, head_dim] and block_n a multiple of 8; got shape "
             f"{list(k.shape)} and block_n={block_n}"
         )
+    found = run_twin(
+        "triton_similarity",
+        k,
+        lambda twin: twin.refuses(k, block_n),
+        lambda twin: twin.cap(k, block_n=block_n, x2=x2, x4=x4, x8=x8),
+    )
+    if found is not None:
+        return found
     batch, heads, num_tokens, head_dim = k.shape
     num_blocks = -(-num_tokens // block_n)
     caps = torch.ones((batch, heads, num_blocks), dtype=torch.int8, device=k.device)

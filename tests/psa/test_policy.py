@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sparse_video_attention.kernels import TokenLayout
-from sparse_video_attention.kernels.reference import reference_attention
+from sparse_video_attention.kernels import TokenLayout, block_sparse_attention
 from sparse_video_attention.psa import (
     PsaPolicy,
     PsaPreset,
@@ -56,7 +55,7 @@ def test_everything_at_level_1_is_dense_attention(layout, mask_mode):
     q, k, v = random_qkv(layout, batch=2, head_dim=128)
     plan = policy.plan(q, k, layout, layer=3, scale=0.2)
     assert plan.density() == 1.0
-    out = reference_attention(q, k, v, plan, scale=0.2, dtype=torch.float32)
+    out = block_sparse_attention(q, k, v, plan, scale=0.2, kernel="torch")
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, scale=0.2))
 
 
@@ -72,7 +71,7 @@ def test_permuted_attention_with_everything_kept_is_dense(name, method):
     permuted = [x[:, :, order] for x in (q, k, v)]
     plan = policy.plan(*permuted[:2], layout, layer=0, scale=0.125)
     out = torch.empty_like(q)
-    out[:, :, order] = reference_attention(*permuted, plan, dtype=torch.float32)
+    out[:, :, order] = block_sparse_attention(*permuted, plan, kernel="torch")
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v))
 
 

@@ -1,0 +1,218 @@
+"""Triton twin of block importance: straight from q and k, without a copy of the sample.
+
+A program scores 128 sampled rows of one head. A tile is one sampled token of each of BLOCKS key
+blocks; running over the places inside a block, the maximum per key block is an elementwise
+maximum of products, which needs no exchange between threads. The rows' own maxima have to be
+known before any score can be written, so a program passes over the keys twice. What the first
+pass found is kept for the second one where that fits MAX_SCRATCH_BYTES, and computed anew where
+it does not; the scratch belongs to the programs that run at once, whatever rows and heads there
+are.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS = 128
+BLOCKS = 64
+NUM_WARPS = 8
+NUM_STAGES = 3
+HOPPER_REGISTERS = 128
+PROGRAMS_PER_SM = 2
+MAX_SCRATCH_BYTES = 2**27
+# Programs under the interpreter, where there is no device to ask.
+INTERPRETED_PROGRAMS = 3
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _block_maxima(
+    query,
+    K,
+    stride_kn,
+    first_block,
+    num_k_blocks,
+    last_token,
+    tokens_k,
+    STRIDE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """fp32 [ROWS, BLOCKS]: each row's largest product in each key block; -inf past the last."""
+    dims = tl.arange(0, HEAD_DIM)
+    blocks = first_block + tl.arange(0, BLOCKS)
+    maxima = tl.full([ROWS, BLOCKS], float("-inf"), tl.float32)
+    for place in tl.range(0, tokens_k):
+        tokens = (blocks * tokens_k + place) * STRIDE + OFFSET
+        # The last block is filled with its last token, which changes no maximum.
+        tokens = tl.minimum(tokens, last_token).to(tl.int64)
+        keys = tl.load(K + tokens[:, None] * stride_kn + dims[None, :])
+        maxima = tl.maximum(maxima, tl.dot(query, tl.trans(keys)))
+    return tl.where((blocks < num_k_blocks)[None, :], maxima, float("-inf"))
+
+
+@triton.jit
+def importance_kernel(
+    Q,
+    K,
+    Out,
+    Scratch,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    heads,
+    q_len,
+    k_len,
+    num_q_blocks,
+    num_k_blocks,
+    tokens_k,
+    tiles_per_head,
+    num_tiles,
+    scale,
+    TOKENS_Q: tl.constexpr,
+    STRIDE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    KEEP_MAXIMA: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Grid: any number of programs; each takes every so many-th tile of ROWS sampled rows.
+
+    Out: fp32 [batch * heads, num_q_blocks, num_k_blocks]. Scratch: with KEEP_MAXIMA fp32
+    [programs, ROWS, cdiv(num_k_blocks, BLOCKS) * BLOCKS]. scale: times log2(e), not negative.
+    """
+    Q_BLOCKS: tl.constexpr = ROWS // TOKENS_Q
+    rows = tl.arange(0, ROWS)
+    dims = tl.arange(0, HEAD_DIM)
+    width = tl.cdiv(num_k_blocks, BLOCKS) * BLOCKS
+    kept = Scratch + tl.program_id(0).to(tl.int64) * ROWS * width
+    places = rows[:, None] * width + tl.arange(0, BLOCKS)[None, :]
+
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=1):
+        head = tile // tiles_per_head
+        b = (head // heads).to(tl.int64)
+        h = (head % heads).to(tl.int64)
+        first_row = tile % tiles_per_head * ROWS
+        tokens = tl.minimum((first_row + rows) * STRIDE + OFFSET, q_len - 1).to(tl.int64)
+        query = tl.load(
+            Q + b * stride_qb + h * stride_qh + tokens[:, None] * stride_qn + dims[None, :]
+        )
+        keys = K + b * stride_kb + h * stride_kh
+
+        row_max = tl.full([ROWS], float("-inf"), tl.float32)
+        for first_block in tl.range(0, num_k_blocks, BLOCKS, num_stages=1):
+            maxima = _block_maxima(
+                query, keys, stride_kn, first_block, num_k_blocks, k_len - 1, tokens_k,
+                STRIDE, OFFSET, ROWS, BLOCKS, HEAD_DIM,
+            )  # fmt: skip
+            row_max = tl.maximum(row_max, tl.max(maxima, 1))
+            if KEEP_MAXIMA:
+                tl.store(kept + (places + first_block), maxima)
+        if KEEP_MAXIMA:
+            tl.debug_barrier()
+
+        q_blocks = first_row // TOKENS_Q + tl.arange(0, Q_BLOCKS)
+        out = Out + (head.to(tl.int64) * num_q_blocks + q_blocks[:, None]) * num_k_blocks
+        total = tl.zeros([Q_BLOCKS], tl.float32)
+        for first_block in tl.range(0, num_k_blocks, BLOCKS, num_stages=1):
+            if KEEP_MAXIMA:
+                maxima = tl.load(kept + (places + first_block))
+            else:
+                maxima = _block_maxima(
+                    query, keys, stride_kn, first_block, num_k_blocks, k_len - 1, tokens_k,
+                    STRIDE, OFFSET, ROWS, BLOCKS, HEAD_DIM,
+                )  # fmt: skip
+            below = tl.reshape(maxima - row_max[:, None], [Q_BLOCKS, TOKENS_Q, BLOCKS])
+            # exp is monotone: the maximum over rows first leaves it fewer values.
+            score = tl.math.exp2(tl.max(below, 1) * scale)
+            total += tl.sum(score, 1)
+            blocks = first_block + tl.arange(0, BLOCKS)
+            inside = (q_blocks < num_q_blocks)[:, None] & (blocks < num_k_blocks)[None, :]
+            tl.store(out + blocks[None, :], score, mask=inside)
+        tl.debug_barrier()
+
+        for first_block in tl.range(0, num_k_blocks, BLOCKS, num_stages=1):
+            blocks = first_block + tl.arange(0, BLOCKS)
+            inside = (q_blocks < num_q_blocks)[:, None] & (blocks < num_k_blocks)[None, :]
+            score = tl.load(out + blocks[None, :], mask=inside, other=0.0)
+            tl.store(out + blocks[None, :], score / total[:, None], mask=inside)
+        # The next tile writes over the scratch that this one has read.
+        tl.debug_barrier()
+
+
+def refuses(q: Tensor, k: Tensor, tokens_per_q_block: int, scale: float) -> str | None:
+    """Why these tensors need the torch implementation, or None."""
+    if q.dtype not in (torch.float16, torch.bfloat16) or k.dtype != q.dtype:
+        return f"products of {q.dtype} and {k.dtype} are not exact on tensor cores"
+    if q.shape[3] not in (64, 128):
+        return f"head_dim {q.shape[3]} is not 64 or 128"
+    if q.stride(3) != 1 or k.stride(3) != 1:
+        return "the head dimension is not contiguous"
+    if ROWS % tokens_per_q_block:
+        return f"{tokens_per_q_block} sampled tokens per block do not divide {ROWS}"
+    return "the scale is negative" if scale < 0 else None
+
+
+def importance(
+    q: Tensor,
+    k: Tensor,
+    *,
+    tokens_per_q_block: int,
+    tokens_per_k_block: int,
+    scale: float,
+    stride: int = 1,
+    offset: int = 0,
+) -> Tensor:
+    """As importance.block_importance, for what `refuses` accepts.
+
+    Args:
+        q, k: [B, H, N, D], any lengths and outer strides.
+        stride, offset: sampled token s is token min(s * stride + offset, N - 1), and there are
+            as many as whole blocks need.
+
+    Returns:
+        fp32 [B, H, query blocks, key blocks].
+    """
+    batch, heads, q_len, head_dim = q.shape
+    k_len = k.shape[2]
+    num_q_blocks = -(-q_len // (tokens_per_q_block * stride))
+    num_k_blocks = -(-k_len // (tokens_per_k_block * stride))
+    out = torch.empty(
+        (batch, heads, num_q_blocks, num_k_blocks), dtype=torch.float32, device=q.device
+    )
+    tiles_per_head = -(-num_q_blocks * tokens_per_q_block // ROWS)
+    num_tiles = batch * heads * tiles_per_head
+    programs = min(num_tiles, _resident_programs(q.device))
+    kept = programs * ROWS * -(-num_k_blocks // BLOCKS) * BLOCKS
+    keep_maxima = kept * out.element_size() <= MAX_SCRATCH_BYTES
+    scratch = out.new_empty(kept if keep_maxima else 1)
+    importance_kernel[(programs,)](
+        q, k, out, scratch, q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1),
+        k.stride(2), heads, q_len, k_len, num_q_blocks, num_k_blocks, tokens_per_k_block,
+        tiles_per_head, num_tiles, scale * LOG2_E, TOKENS_Q=tokens_per_q_block, STRIDE=stride,
+        OFFSET=offset, KEEP_MAXIMA=keep_maxima, ROWS=ROWS, BLOCKS=BLOCKS, HEAD_DIM=head_dim,
+        num_warps=NUM_WARPS, num_stages=NUM_STAGES, **_register_limit(q.device),
+    )  # fmt: skip
+    return out
+
+
+def _register_limit(device: torch.device) -> dict[str, int]:
+    """Hopper runs two programs per multiprocessor at 128 registers, without a spill; the products
+    of other architectures hold their operands in registers and need more."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return {"maxnreg": HOPPER_REGISTERS} if hopper else {}
+
+
+def _resident_programs(device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETED_PROGRAMS
+    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,52 @@
+"""Triton twins of the scoring functions: used on CUDA tensors, set aside once one fails.
+
+A plan must not depend on a compiler being there: what a twin cannot serve, the torch function
+beside it does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOGGER = logging.getLogger("sparse_video_attention")
+# Tensor cores that take bf16.
+MIN_CAPABILITY = (8, 0)
+
+_set_aside: dict[str, str] = {}
+
+
+def run_twin(
+    module: str, x: Tensor, refuses: Callable[[Any], str | None], run: Callable[[Any], Tensor]
+) -> Tensor | None:
+    """run(module) on x's device, or None where the torch function has to serve the call.
+
+    Args:
+        module: of this folder; imported here, since it imports Triton.
+        refuses: (module) -> None, or why it cannot serve this call.
+    """
+    if not x.is_cuda or module in _set_aside:
+        return None
+    try:
+        if torch.cuda.get_device_capability(x.device) < MIN_CAPABILITY:
+            return None
+        twin = importlib.import_module(f".{module}", __package__)
+        if refuses(twin) is not None:
+            return None
+        with torch.cuda.device(x.device):
+            return run(twin)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # a compiler can raise anything; the torch function needs none
+        _set_aside[module] = f"{type(error).__name__}: {error}"
+        LOGGER.warning(
+            "[sparse_video_attention] psa plans without %s from here on: %s",
+            module,
+            _set_aside[module],
+        )
+        return None

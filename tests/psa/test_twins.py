@@ -1,0 +1,234 @@
+"""The Triton twins: equal to the torch functions, compiled without spills, never in the way."""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sparse_video_attention.psa import twins
+
+# The interpreter multiplies bf16 as if it were whole numbers, so these are fp16.
+IN_THE_INTERPRETER = """
+import json, sys
+import numpy as np
+import torch
+from sparse_video_attention.psa import assign_levels, similarity_cap
+from sparse_video_attention.psa import triton_importance, triton_levels, triton_similarity
+from sparse_video_attention.psa.importance import block_importance, token_importance
+
+def random_k(batch, heads, tokens, head_dim):
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(batch, tokens, heads, head_dim, generator=generator).mul_(1.5)
+    return x.half().transpose(1, 2)
+
+for batch, heads, tokens, head_dim, block_m, block_n, scratch in [
+    (2, 2, 1000, 64, 128, 64, 2**27), (1, 1, 2100, 128, 64, 32, 0), (1, 3, 63, 64, 256, 128, 2**27),
+]:
+    q, k = random_k(batch, heads, tokens, head_dim), random_k(batch, heads, tokens + 70, head_dim)
+    triton_importance.MAX_SCRATCH_BYTES = scratch
+    counts = {"tokens_per_q_block": block_m // 4, "tokens_per_k_block": block_n // 4}
+    got = triton_importance.importance(q, k, **counts, scale=0.2, stride=4, offset=2)
+    want = token_importance(q, k, block_m=block_m, block_n=block_n, scale=0.2)
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-9)
+
+q, k = random_k(1, 2, 96, 64), random_k(1, 2, 160, 64)
+counts = {"tokens_per_q_block": 32, "tokens_per_k_block": 16}
+got = triton_importance.importance(q, k, **counts, scale=0.125)
+torch.testing.assert_close(got, block_importance(q, k, **counts), rtol=2e-5, atol=1e-9)
+
+generator = torch.Generator().manual_seed(1)
+smooth = torch.rand(1, 1, 1, 37, generator=generator)
+tied = torch.randint(1, 5, (1, 1, 2, 20), generator=generator).float()
+pyramid = {"1": [0, 0.1], "2": [0, 0.35], "4": [0, 0.35], "8": [0, 0.9], "0": [0, 1]}
+for importance in (smooth / smooth.sum(-1, keepdim=True), tied, torch.ones(1, 1, 1, 1)):
+    for mode in ("topk", "thresholdbound"):
+        for ratios, sizes in [
+            (pyramid, (128, 32)), (pyramid, (32, 32)), ({1: [0, 1]}, (64, 32)),
+            ({2: [0, 0.3], 8: [0, 0.5], 0: [0, 0.4]}, (64, 32)),
+        ]:
+            how = {"mask_mode": mode, "block_n": sizes[0], "tile_n": sizes[1]}
+            got = triton_levels.levels(importance, ratios, **how)
+            want = assign_levels(importance, ratios, **how)
+            assert torch.equal(got, want), (mode, ratios, sizes, got, want)
+
+golden = np.load(sys.argv[1])
+for index, case in list(enumerate(json.loads(str(golden["cases"]))))[1:32:9]:
+    importance = torch.from_numpy(golden[f"importance_{index}"])[:, :, :1]
+    case.pop("attn_impl")
+    got = triton_levels.levels(importance, case.pop("mask_ratios"), **case)
+    assert (got.numpy() == golden[f"levels_{index}"][:, :, :1]).all(), index
+
+for tokens in (130, 127, 64, 3):
+    k = random_k(2, 2, tokens, 64)
+    k = k + k.roll(1, 2)
+    how = {"block_n": 64, "x2": 0.45, "x4": -0.02, "x8": 0.0}
+    assert torch.equal(triton_similarity.cap(k, **how), similarity_cap(k, **how)), tokens
+print("equal")
+"""
+GOLDEN = Path(__file__).parents[1] / "golden" / "psa_levels.npz"
+
+
+def test_equal_to_torch_in_the_interpreter():
+    pytest.importorskip("triton")
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", IN_THE_INTERPRETER, str(GOLDEN)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.stdout.strip().endswith("equal"), ran.stderr
+
+
+def importance_kernel(capability, head_dim, keep):
+    from sparse_video_attention.psa import triton_importance as twin
+
+    constants = {"TOKENS_Q": 32, "STRIDE": 4, "OFFSET": 2, "KEEP_MAXIMA": keep}
+    constants |= {"ROWS": twin.ROWS, "BLOCKS": twin.BLOCKS, "HEAD_DIM": head_dim}
+    options = {"num_warps": twin.NUM_WARPS, "num_stages": twin.NUM_STAGES}
+    if capability == 90:
+        options["maxnreg"] = twin.HOPPER_REGISTERS
+    types = {"Q": "*bf16", "K": "*bf16", "Out": "*fp32", "Scratch": "*fp32", "scale": "fp32"}
+    return compiled(twin.importance_kernel, types, constants, capability, options)
+
+
+def levels_kernel(capability, width, by_threshold):
+    from sparse_video_attention.psa import triton_levels as twin
+
+    constants = {"BY_THRESHOLD": by_threshold, "LEVELS": 0x8421, "ALIGNS": 0x8421}
+    constants |= {"NUM_LEVELS": 4, "WIDTH": width}
+    types = {"Importance": "*fp32", "Levels": "*i8"}
+    types |= {f"share{slot}": "fp32" for slot in range(5)}
+    options = {"num_warps": twin._warps(width)}
+    return compiled(twin.levels_kernel, types, constants, capability, options)
+
+
+def similarity_kernel(capability, block_n, head_dim):
+    from sparse_video_attention.psa import triton_similarity as twin
+
+    types = {"K": "*bf16", "Caps": "*i8", "x2": "fp32", "x4": "fp32", "x8": "fp32"}
+    constants = {"BLOCK_N": block_n, "HEAD_DIM": head_dim}
+    return compiled(twin.similarity_kernel, types, constants, capability, {"num_warps": 4})
+
+
+def compiled(kernel, types, constants, capability, options):
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    aligned = {
+        (position,): [["tt.divisibility", 16]]
+        for position, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or name.startswith("stride")
+    }
+    source = triton.compiler.ASTSource(
+        fn=kernel, signature=signature, constexprs=constants, attrs=aligned
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def assembled(kernel, capability, tmp_path):
+    """(registers, spilled bytes) by the assembler's own report."""
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    found = sorted(folder.glob("ptxas*"), key=lambda path: "blackwell" not in path.name)
+    if not found:
+        pytest.skip("this Triton brings no ptxas")
+    ptx = tmp_path / "kernel.ptx"
+    ptx.write_text(kernel.asm["ptx"])
+    arch = f"-arch=sm_{capability}{'a' if capability >= 90 else ''}"
+    ran = subprocess.run(
+        [found[0], arch, "-v", ptx, "-o", os.devnull], capture_output=True, text=True, check=True
+    )
+    registers = re.search(r"Used (\d+) registers", ran.stderr)
+    spilled = re.search(r"(\d+) bytes spill stores", ran.stderr)
+    return int(registers[1]), int(spilled[1])
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "twice"])
+@pytest.mark.parametrize("head_dim", [64, 128], ids=["D64", "D128"])
+@pytest.mark.parametrize("capability", [80, 90], ids=["sm80", "sm90"])
+def test_importance_compiles_without_spills(capability, head_dim, keep, tmp_path):
+    pytest.importorskip("triton")
+    kernel = importance_kernel(capability, head_dim, keep)
+    registers, spilled = assembled(kernel, capability, tmp_path)
+    assert spilled == 0
+    if capability == 90:
+        # Two programs per multiprocessor: 65536 registers, 227 KB of shared memory.
+        assert registers <= 128
+        assert kernel.metadata.shared <= 113 * 1024
+        assert "wgmma" in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("by_threshold", [False, True], ids=["topk", "thresholdbound"])
+@pytest.mark.parametrize("width", [256, 1024, 4096])
+@pytest.mark.parametrize("capability", [80, 90], ids=["sm80", "sm90"])
+def test_levels_compile_without_spills(capability, width, by_threshold, tmp_path):
+    pytest.importorskip("triton")
+    kernel = levels_kernel(capability, width, by_threshold)
+    assert assembled(kernel, capability, tmp_path)[1] == 0
+
+
+@pytest.mark.parametrize("block_n", [32, 128])
+@pytest.mark.parametrize("capability", [80, 90], ids=["sm80", "sm90"])
+def test_similarity_compiles_without_spills(capability, block_n, tmp_path):
+    pytest.importorskip("triton")
+    kernel = similarity_kernel(capability, block_n, 128)
+    assert assembled(kernel, capability, tmp_path)[1] == 0
+
+
+@pytest.fixture
+def pretend_cuda(monkeypatch):
+    """A stand-in for a CUDA tensor, on a machine that looks as if it had one."""
+    monkeypatch.setattr(twins, "_set_aside", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    return SimpleNamespace(is_cuda=True, device="cuda:0")
+
+
+def test_cpu_tensors_do_not_import_triton():
+    assert twins.run_twin("no_such_module", torch.zeros(1), None, None) is None
+
+
+def test_twin_serves_what_it_does_not_refuse(pretend_cuda):
+    result = torch.ones(1)
+    run = lambda twin: result  # noqa: E731
+    assert twins.run_twin("sampling", pretend_cuda, lambda twin: None, run) is result
+    assert twins.run_twin("sampling", pretend_cuda, lambda twin: "too long", run) is None
+
+
+def test_failing_twin_is_set_aside_and_named_once(pretend_cuda, caplog):
+    calls = []
+
+    def fail(twin):
+        calls.append(twin)
+        raise RuntimeError("no C compiler")
+
+    for _ in range(3):
+        assert twins.run_twin("sampling", pretend_cuda, lambda twin: None, fail) is None
+    assert len(calls) == 1
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "without sampling from here on: RuntimeError: no C compiler" in caplog.text
+
+
+def test_old_gpus_use_torch(pretend_cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert twins.run_twin("sampling", pretend_cuda, lambda twin: None, None) is None
+    assert twins._set_aside == {}
+
+
+def test_memory_shortage_is_not_hidden(pretend_cuda):
+    def fail(twin):
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        twins.run_twin("sampling", pretend_cuda, lambda twin: None, fail)
