@@ -232,3 +232,39 @@ def test_memory_shortage_is_not_hidden(pretend_cuda):
 
     with pytest.raises(torch.cuda.OutOfMemoryError):
         twins.run_twin("sampling", pretend_cuda, lambda twin: None, fail)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask_mode", ["topk", "thresholdbound"])
+@pytest.mark.parametrize(
+    ("block_n", "head_dim", "dtype"),
+    [(128, 128, torch.bfloat16), (32, 64, torch.float16)],
+    ids=["n128-D128-bf16", "n32-D64-fp16"],
+)
+def test_plan_on_a_gpu_is_the_plan_on_the_cpu(mask_mode, block_n, head_dim, dtype, monkeypatch):
+    from sparse_video_attention.kernels import TokenLayout
+    from sparse_video_attention.psa import PsaPolicy
+    from sparse_video_attention.psa.preset import SimThresholds
+
+    monkeypatch.setattr(twins, "_set_aside", {})
+    ratios = ((1, (0.0, 0.2)), (2, (0.2, 0.4)), (4, (0.4, 0.6)), (8, (0.6, 0.8)))
+    policy = PsaPolicy(ratios, mask_mode, block_n=block_n, sim_thresholds=SimThresholds(0, 0, 0))
+    layout = TokenLayout(7, 24, 31, prefix_tokens=226)
+    generator = torch.Generator().manual_seed(0)
+    q, k = (
+        torch.randn(2, layout.num_tokens, 3, head_dim, generator=generator)
+        .to(dtype)
+        .transpose(1, 2)
+        for _ in range(2)
+    )
+    want = policy.plan(q, k, layout, layer=0, scale=0.1).to_levels()
+    q, k = q.cuda(), k.cuda()
+    policy.plan(q, k, layout, layer=0, scale=0.1)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        plan = policy.plan(q, k, layout, layer=0, scale=0.1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert twins._set_aside == {}
+    # Sums in another order may move a block that lies on a bound.
+    assert (plan.to_levels().cpu() != want).float().mean() < 1e-3
