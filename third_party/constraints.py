@@ -9,6 +9,9 @@ from torch import Tensor
 
 Capability = tuple[int, int]
 
+# Softmax weight that zero keys may take at most: below what 8-bit logits cost.
+MAX_ZERO_KEY_SHARE = 1e-3
+
 
 def device_type(device: torch.device) -> str:
     """As torch names it, with "rocm" apart from "cuda": torch calls both "cuda"."""
@@ -26,6 +29,8 @@ class Constraints:
         dtypes: of q, k and v, which always agree.
         head_dims: the only ones; or head_dim_multiple up to max_head_dim.
         min_tokens, max_tokens: of queries and of keys.
+        unmasked_key_block: it fills keys up to a multiple of this with zeros and lets them take
+            part in the softmax; calls where that could matter are refused.
         supports_mask: takes an attention mask.
         supports_scale: takes any scale of the logits, not only 1 / sqrt(head_dim).
         supports_grouped_heads: q may have a multiple of the heads of k and v.
@@ -45,6 +50,7 @@ class Constraints:
     max_head_dim: int | None = None
     min_tokens: int | None = None
     max_tokens: int | None = None
+    unmasked_key_block: int | None = None
     supports_mask: bool = False
     supports_scale: bool = True
     supports_grouped_heads: bool = False
@@ -83,6 +89,10 @@ class Constraints:
                 return f"it needs at least {self.min_tokens} {what}, not {tokens}"
             if self.max_tokens is not None and tokens > self.max_tokens:
                 return f"it takes at most {self.max_tokens} {what}, not {tokens}"
+        if self.unmasked_key_block is not None:
+            zero_keys = -k.shape[2] % self.unmasked_key_block
+            if zero_keys > MAX_ZERO_KEY_SHARE * k.shape[2]:
+                return f"it would attend to {zero_keys} zero keys beside the {k.shape[2]} real ones"
         if not self.supports_scale and scale is not None:
             if abs(scale * head_dim**0.5 - 1.0) > 1e-4:
                 return f"it scales logits by 1 / sqrt(head_dim) only, not {scale:g}"
@@ -96,7 +106,7 @@ class Constraints:
         if self.device_types is None or "cpu" in self.device_types:
             return None
         if not torch.cuda.is_available():
-            return f"it needs {self._describe_devices()}, and this machine has no such GPU"
+            return f"it needs {self._describe_devices()}, which this machine does not have"
         reasons = [
             self._check_device(torch.device("cuda", index))
             for index in range(torch.cuda.device_count())
@@ -114,6 +124,8 @@ class Constraints:
             parts.append(f"at least {self.min_tokens} tokens")
         if self.max_tokens is not None:
             parts.append(f"at most {self.max_tokens} tokens")
+        if self.unmasked_key_block is not None:
+            parts.append(f"a multiple of {self.unmasked_key_block} keys, or very many")
         parts.append("masks" if self.supports_mask else "no mask")
         if not self.supports_scale:
             parts.append("scale 1 / sqrt(head_dim)")

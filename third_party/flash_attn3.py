@@ -53,6 +53,6 @@ BACKEND = DenseBackend(
             "clone Dao-AILab/flash-attention from GitHub and run `python setup.py install` in its "
             "hopper folder (needs CUDA 12.3 or newer)"
         ),
-        windows="it is not offered for Windows; use WSL2, or torch_sdpa, whose cuDNN is as fast",
+        windows="use WSL2: it is not offered for Windows (torch_sdpa is nearly as fast)",
     ),
 )

@@ -15,7 +15,7 @@ from .library import Library
 LIBRARY = Library(
     package="flash_attn.cute",
     linux='pip install flash-attn-4 ("flash-attn-4[cu13]" where torch is built for CUDA 13)',
-    windows="it is not offered for Windows; use WSL2, or torch_sdpa",
+    windows="use WSL2: it is not offered for Windows",
 )
 
 

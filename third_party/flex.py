@@ -6,7 +6,9 @@ first call for a shape therefore takes many seconds.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +42,12 @@ def flex_block_mask(plan: BlockPlan) -> BlockMask:
     )
 
 
+@functools.cache
 def compiled_flex_attention() -> Callable[..., Any]:
-    """flex_attention compiled; fullgraph, since falling back to the plain form would not do."""
+    """flex_attention compiled; fullgraph, since falling back to the plain form would not do.
+
+    Made at the first call: getting the compiler ready takes seconds.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
@@ -52,18 +58,14 @@ def load() -> Callable[[KernelCall], Tensor]:
 
     if "seq_lengths" not in inspect.signature(BlockMask.from_kv_blocks).parameters:
         raise LibraryUnusable(f"torch {torch.__version__} cannot tell it the sequence lengths")
-    from torch._dynamo import config as dynamo_config
-
-    if dynamo_config.disable:
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         raise LibraryUnusable("torch.compile is switched off (TORCHDYNAMO_DISABLE)")
     import triton  # noqa: F401  what the compiled kernel is written in
-
-    attention = compiled_flex_attention()
 
     def attend(call: KernelCall) -> Tensor:
         plan = call.plan
         tiles = {"BLOCK_M": min(_TILE_M, plan.block_m), "BLOCK_N": min(_TILE_N, plan.block_n)}
-        return attention(
+        return compiled_flex_attention()(
             call.q,
             call.k,
             call.v,
@@ -84,8 +86,8 @@ BACKEND = SparseBackend(
     ),
     library=Library(
         package="torch.nn.attention.flex_attention",
-        linux="it comes with torch 2.6 or newer and needs triton",
-        windows="it comes with torch 2.6 or newer and needs triton-windows",
+        linux="use torch 2.6 or newer with triton",
+        windows="use torch 2.6 or newer and pip install triton-windows",
     ),
     load=load,
     block_size=lambda call: (call.plan.block_m, call.plan.block_n),

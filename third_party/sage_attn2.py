@@ -23,6 +23,7 @@ _VERSION_1 = Constraints(
     min_capability=(8, 0),
     dtypes=(torch.float16, torch.bfloat16, torch.float32),
     head_dims=(64, 96, 128),
+    unmasked_key_block=64,
     is_low_precision=True,
     in_place_inputs=("k",),  # it subtracts the mean key from the caller's tensor
 )

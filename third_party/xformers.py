@@ -36,7 +36,7 @@ BACKEND = DenseBackend(
     ),
     load=load,
     library=Library(
-        package="xformers",
+        package="xformers.ops",
         linux="pip install xformers, in the release made for your torch version",
         windows="pip install xformers, in the release made for your torch version",
     ),
