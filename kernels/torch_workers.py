@@ -22,8 +22,10 @@ def _workers(count: int) -> ThreadPoolExecutor:
     started = threading.Barrier(count + 1)
 
     def start() -> None:
-        # The number of threads is per thread once set, so this leaves the callers' alone.
+        # Each thread has a number of its own, taken from the process's on first use: set that to
+        # one for a moment, use it here, and let the caller put it back.
         torch.set_num_threads(1)
+        torch.get_num_threads()
         started.wait()
 
     callers_count = torch.get_num_threads()
@@ -31,7 +33,6 @@ def _workers(count: int) -> ThreadPoolExecutor:
     for _ in range(count):
         pool.submit(int)
     started.wait()
-    # The setting is also the default of threads yet to be made: put that back.
     torch.set_num_threads(callers_count)
     return pool
 
