@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from ..kernels import BlockPlan, TokenLayout
+from ..kernels.orders import video_order
 from ..kernels.plan import BLOCK_SIZES
 from .checkpoint import LayerThresholds, SpargeCheckpoint
 from .dynamic_map import block_map
 
 SKIPPED_BLOCKS = ("drop", "pool")
 BLOCK_ORDERS = ("raster", "Gilbert")
-# Space-time tiles of the orders that take one: depth, height, width.
-TILE_SIZE = (2, 8, 8)
 
 
 @dataclass(frozen=True)
@@ -96,13 +95,7 @@ class SpargePolicy:
         """int64 [layout.num_tokens]: attention position -> token, or None to keep the order."""
         if self.block_order == "raster":
             return None
-        from ..kernels.orders import video_order
-
-        return video_order(layout, self.block_order, TILE_SIZE)
-
-    def static_plan(self, layout: TokenLayout, device: torch.device | str) -> BlockPlan:
-        """Raises ValueError: there is no plan without q and k."""
-        raise ValueError("Sparge has no static plan: its block map depends on q and k")
+        return video_order(layout, self.block_order)
 
     def plan(
         self, q: Tensor, k: Tensor, layout: TokenLayout, *, layer: int, scale: float

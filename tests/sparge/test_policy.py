@@ -129,6 +129,17 @@ def test_a_wrong_field_is_a_sentence(field, value):
         SpargePolicy(**{field: value})
 
 
+def test_gilbert_order_moves_video_tokens_alone_and_raster_none():
+    layout = TokenLayout(4, 6, 8, prefix_tokens=5, suffix_tokens=3)
+    assert SpargePolicy().order(layout) is None
+    order = SpargePolicy(block_order="Gilbert").order(layout)
+    assert torch.equal(order.sort().values, torch.arange(layout.num_tokens))
+    assert order[:5].tolist() == list(range(5)) and order[-3:].tolist() == [197, 198, 199]
+    place = order[5:-3] - 5
+    steps = torch.stack([place // 48, place % 48 // 8, place % 8]).diff().abs().sum(0)
+    assert (steps == 1).all()  # neighbours on the curve are neighbours in space and time
+
+
 def test_too_few_tokens_for_a_map_are_dense():
     assert "100 tokens" in SpargePolicy().dense_reason(TokenLayout(1, 10, 10))
     assert SpargePolicy().dense_reason(TokenLayout(2, 10, 10)) is None
