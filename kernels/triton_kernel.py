@@ -1,0 +1,120 @@
+"""The "triton" kernel: any plan on any GPU that Triton knows, and on CPUs in its interpreter."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .registry import Kernel, KernelCall, register
+from .triton_launch import MIN_NVIDIA, architecture, is_listed
+
+HEAD_DIMS = (64, 128)
+BLOCKS_M = (64, 128)
+BLOCKS_N = (32, 64, 128)
+
+# Speed relative to the torch kernel on the same GPU: an estimate until benchmarks are entered,
+# by (architecture, head_dim, precision).
+ESTIMATED_RANK = {"native": 8.0, "int8": 8.0, "fp8": 8.0}
+MEASURED_RANK: dict[tuple[int | str, int, str], float] = {}
+# Triton's interpreter is for tests: correct, and thousands of times slower.
+INTERPRETER_RANK = 1e-3
+
+# Where an 8-bit precision was measured to be faster, by (architecture, head_dim).
+FASTEST_PRECISION: dict[tuple[int | str, int], str] = {}
+
+
+def _interpreted() -> bool:
+    from .triton_forward import INTERPRETED
+
+    return INTERPRETED
+
+
+def _unavailable() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return "triton is not installed: pip install triton (on Windows: triton-windows)"
+    if _interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "there is no CUDA or ROCm device (in tests, TRITON_INTERPRET=1 runs it on CPUs)"
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    reasons = [_unlisted(device) for device in devices]
+    if all(reasons):
+        return reasons[0]
+    # Building Triton's launcher needs a C compiler; without one this raises and says so.
+    triton.runtime.driver.active.get_current_target()
+    return None
+
+
+def _unlisted(device: torch.device) -> str | None:
+    arch = architecture(device)
+    if is_listed(arch):
+        return None
+    if isinstance(arch, str):
+        return f"it has no settings for AMD architecture {arch}"
+    least = f"{MIN_NVIDIA // 10}.{MIN_NVIDIA % 10}"
+    return f"it needs compute capability {least} or newer; {device} has {arch // 10}.{arch % 10}"
+
+
+def _refuses(call: KernelCall) -> str | None:
+    plan, q = call.plan, call.q
+    interpreted = _interpreted()
+    if interpreted != (q.device.type == "cpu"):
+        runs_on = "CPU tensors (TRITON_INTERPRET is set)" if interpreted else "a GPU"
+        return f"it runs on {runs_on}; got {q.device}"
+    if not interpreted and (reason := _unlisted(q.device)):
+        return reason
+    if q.dtype not in (torch.float16, torch.bfloat16) and not (
+        interpreted and q.dtype == torch.float32
+    ):
+        return f"it takes float16 and bfloat16 tensors; got {q.dtype}"
+    if q.shape[3] not in HEAD_DIMS:
+        return f"it takes head_dim 64 or 128; got {q.shape[3]}"
+    if plan.block_m not in BLOCKS_M or plan.block_n not in BLOCKS_N:
+        return (
+            f"it takes query blocks of 64 or 128 and key blocks of 32, 64 or 128 tokens; got "
+            f"{plan.block_m}x{plan.block_n}"
+        )
+    if not 0 <= call.scale < math.inf:
+        return f"it takes a scale of at least 0; got {call.scale}"
+    if call.precision != "native":
+        return f"it does not offer precision {call.precision}"
+    if torch.is_grad_enabled() and (
+        q.requires_grad or call.k.requires_grad or call.v.requires_grad
+    ):
+        return "it has no backward pass"
+    return None
+
+
+def _run(call: KernelCall) -> Tensor:
+    from .triton_forward import forward
+
+    return forward(call)
+
+
+def _auto_precision(call: KernelCall) -> str:
+    return FASTEST_PRECISION.get((architecture(call.q.device), call.q.shape[3]), "native")
+
+
+def _rank(call: KernelCall) -> float:
+    arch = architecture(call.q.device)
+    if arch == "cpu":
+        return INTERPRETER_RANK
+    return MEASURED_RANK.get(
+        (arch, call.q.shape[3], call.precision), ESTIMATED_RANK[call.precision]
+    )
+
+
+register(
+    Kernel(
+        name="triton",
+        unavailable=_unavailable,
+        refuses=_refuses,
+        run=_run,
+        auto_precision=_auto_precision,
+        rank=_rank,
+    )
+)
