@@ -1,0 +1,48 @@
+"""The options of `dev.py demo`; standard library only, since dev.py shows them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+DEFAULT_PROMPT = "a red fox walks through fresh snow at sunrise, the camera follows"
+
+
+def _file(text: str) -> Path:
+    path = Path(text).expanduser().resolve()
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text} is not a file")
+    return path
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What can be said about a demo run."""
+    parser.description = (
+        "Sample the shipped workflows in a headless ComfyUI, dense and sparse from one seed, and "
+        "write videos and a report to outputs/demo/. Without weights it makes tiny ones itself."
+    )
+    real = parser.add_argument_group("real weights (all three, for WAN or CogVideoX)")
+    real.add_argument("--unet", type=_file, metavar="FILE", help="diffusion model, .safetensors")
+    real.add_argument("--clip", type=_file, metavar="FILE", help="its text encoder")
+    real.add_argument("--vae", type=_file, metavar="FILE", help="its VAE")
+    real.add_argument(
+        "--prompt", default=DEFAULT_PROMPT, help="what to show (default: %(default)s)"
+    )
+    for name in ("width", "height", "length", "steps"):
+        real.add_argument(
+            f"--{name}",
+            type=int,
+            metavar="N",
+            help=f"{name} of the video, if not the workflow's"
+            if name != "steps"
+            else "sampling steps, if not the workflow's",
+        )
+    parser.add_argument("--seed", type=int, default=7, help="of the noise (default: %(default)s)")
+    parser.add_argument("--port", type=int, help="of the server (default: a free one)")
+
+
+def forwarded(options: argparse.Namespace) -> list[str]:
+    """The arguments that give the same options again."""
+    names = ("unet", "clip", "vae", "prompt", "width", "height", "length", "steps", "seed", "port")
+    given = {name: getattr(options, name) for name in names}
+    return [f"--{name}={value}" for name, value in given.items() if value is not None]
