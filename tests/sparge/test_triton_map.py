@@ -102,3 +102,18 @@ def _ptxas(triton):
     if not found:
         pytest.skip("this Triton brings no ptxas")
     return str(found[0])
+
+
+@pytest.mark.gpu
+def test_equals_the_published_map_on_a_gpu():
+    import json
+
+    import numpy as np
+    import torch
+    from sparse_video_attention.sparge import block_map
+
+    golden = np.load(GOLDEN)
+    for index, case in enumerate(json.loads(str(golden["cases"]))):
+        q, k = (torch.from_numpy(golden[f"{name}_{index}"]).cuda() for name in "qk")
+        kept = block_map(q, k, **case)
+        assert torch.equal(kept.cpu(), torch.from_numpy(golden[f"map_{index}"])), index
