@@ -13,6 +13,7 @@ from sparse_video_attention.sparge import (
     block_map,
     load_checkpoint,
 )
+from sparse_video_attention.sparge.statistics import block_statistics
 
 PUBLISHED = Path(__file__).parents[1] / "golden" / "sparge_cogvideox_2b.pt"
 
@@ -87,13 +88,16 @@ def test_dense_heads_of_a_checkpoint_keep_everything_and_the_rest_their_threshol
         assert expected.float().mean() < 1
 
 
-def test_a_dense_head_stays_dense_where_all_its_tokens_are_the_same():
-    """Rounding puts the mean cosine of identical tokens above 1, the stored threshold."""
+@pytest.mark.parametrize("stored", [1.0, -0.5], ids=lambda value: f"simthreshd1={value}")
+def test_a_dense_head_stays_dense_where_all_tokens_of_a_block_are_the_same(stored):
+    """Rounding puts the mean cosine of identical tokens above 1, which is what such heads store."""
     layout = TokenLayout(8, 16, 16)
-    layer = LayerThresholds((False,), (0.1,), (1.0,), (50.0,))
+    layer = LayerThresholds((False,), (0.1,), (stored,), (50.0,))
     policy = SpargePolicy(checkpoint=SpargeCheckpoint("tuned.pt", "WAN", (layer,)))
-    q = torch.randn(1, 1, 1, 32, generator=torch.Generator().manual_seed(0))
-    q = q.expand(1, 1, layout.num_tokens, 32)
+    blocks = torch.randn(1, 1, 16, 32, generator=torch.Generator().manual_seed(0))
+    q = blocks.repeat_interleave(128, dim=2)
+    similarity = block_statistics(q, 128).similarity
+    assert (similarity > stored).any()
     assert (policy.plan(q, q, layout, layer=0, scale=1.0).to_levels() == 1).all()
 
 
