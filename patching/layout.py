@@ -7,6 +7,7 @@ the video grid becomes prefix or suffix.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,36 +57,120 @@ def _blocks(length: int, patch: int) -> int:
 
 
 def _grid(video: Tensor, patch: Sequence[int]) -> tuple[int, int, int]:
-    """Patches of a [B, C, T, H, W] tensor."""
+    """Patches of a [B, C, T, H, W] tensor that the model pads."""
     frames, height, width = (_blocks(n, p) for n, p in zip(video.shape[-3:], patch, strict=True))
     return frames, height, width
+
+
+def _whole_patches(latent: Tensor, patch: Sequence[int]) -> int:
+    """Patches of a latent that is not padded: a convolution drops what does not fill one."""
+    axes = latent.shape[-len(patch) :]
+    return math.prod(n // p for n, p in zip(axes, patch, strict=True))
 
 
 def _argument(args: Sequence[Any], kwargs: dict[str, Any], position: int, name: str) -> Any:
     return args[position] if len(args) > position else kwargs.get(name)
 
 
-def _read_wan(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> ForwardTokens:
-    """WanModel.forward(x, timestep, context, clip_fea, time_dim_concat, transformer_options)."""
+def _wan_tokens(
+    model: Any,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    *,
+    prefix: int = 0,
+    suffix: int = 0,
+    images: Sequence[Tensor | None] = (),
+) -> ForwardTokens:
+    """WanModel.forward(x, timestep, context, clip_fea, time_dim_concat, transformer_options).
+
+    Args:
+        images: CLIP features beside clip_fea.
+    """
     patch: Sequence[int] = model.patch_size
     frames, height, width = _grid(_argument(args, kwargs, 0, "x"), patch)
-    extra_frames = _argument(args, kwargs, 4, "time_dim_concat")
-    if extra_frames is not None:
-        frames += _blocks(extra_frames.shape[2], patch[0])
-    prefix = suffix = 0
-    reference = kwargs.get("reference_latent")
-    if getattr(model, "ref_conv", None) is not None and reference is not None:
-        # A plain strided convolution: what does not fill a patch is dropped, not padded.
-        prefix = (reference.shape[-2] // patch[1]) * (reference.shape[-1] // patch[2])
-    for latent in kwargs.get("context_latents") or ():
-        rows = _grid(latent, patch)
-        suffix += rows[0] * rows[1] * rows[2]
+    # Phantom's reference pictures: frames behind the video, but not of it.
+    pictures = _argument(args, kwargs, 4, "time_dim_concat")
+    if pictures is not None:
+        suffix += _blocks(pictures.shape[2], patch[0]) * height * width
     text = _argument(args, kwargs, 2, "context")
-    image = _argument(args, kwargs, 3, "clip_fea")
+    images = [_argument(args, kwargs, 3, "clip_fea"), *images]
+    image_length = sum(image.shape[-2] for image in images if image is not None)
+    # Models made for text alone have no image embedder and pass over the features.
+    if getattr(model, "img_emb", None) is None:
+        image_length = 0
     return ForwardTokens(
         TokenLayout(frames, height, width, prefix_tokens=prefix, suffix_tokens=suffix),
         text_length=None if text is None else text.shape[1],
-        image_length=None if image is None else image.shape[-2],
+        image_length=image_length or None,
+    )
+
+
+def _ref_conv_tokens(model: Any, kwargs: dict[str, Any]) -> int:
+    """Fun control's reference picture, [B, C, H, W], in front of the video."""
+    picture = kwargs.get("reference_latent")
+    if getattr(model, "ref_conv", None) is None or picture is None:
+        return 0
+    return _whole_patches(picture, model.patch_size[1:])
+
+
+def _read_wan(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> ForwardTokens:
+    """WanModel, and the classes that add nothing to its sequence.
+
+    VACE's control blocks attend over the same tokens in calls of their own. The reference of
+    Animate and of VACE is the first frame of the video as far as the model can tell.
+    """
+    return _wan_tokens(model, args, kwargs, prefix=_ref_conv_tokens(model, kwargs))
+
+
+def _read_wan_in_context(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> ForwardTokens:
+    """WanModel itself, which appends Bernini's context latents, each of its own size."""
+    context = kwargs.get("context_latents") or ()
+    suffix = sum(math.prod(_grid(latent, model.patch_size)) for latent in context)
+    prefix = _ref_conv_tokens(model, kwargs)
+    return _wan_tokens(model, args, kwargs, prefix=prefix, suffix=suffix)
+
+
+def _read_humo(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> ForwardTokens:
+    """HuMo: reference frames behind the video."""
+    reference = kwargs.get("reference_latent")
+    suffix = 0 if reference is None else _whole_patches(reference, model.patch_size)
+    return _wan_tokens(model, args, kwargs, suffix=suffix)
+
+
+def _motion_tokens(packer: Any, motion: Tensor) -> int:
+    """S2V's FramePack: the latest frame in fine patches, older ones in ever coarser ones."""
+    # Fewer frames than the buckets hold are padded, more are cut.
+    convolutions = (packer.proj, packer.proj_2x, packer.proj_4x)
+    return sum(
+        frames // conv.kernel_size[0] * _whole_patches(motion, conv.kernel_size[1:])
+        for frames, conv in zip(packer.zip_frame_buckets, convolutions, strict=True)
+    )
+
+
+def _read_s2v(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> ForwardTokens:
+    """S2V: reference frames behind the video, motion frames behind them."""
+    reference, motion = kwargs.get("reference_latent"), kwargs.get("reference_motion")
+    suffix = 0 if reference is None else _whole_patches(reference, model.patch_size)
+    suffix += 0 if motion is None else _motion_tokens(model.frame_packer, motion)
+    return _wan_tokens(model, args, kwargs, suffix=suffix)
+
+
+def _read_scail(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> ForwardTokens:
+    """SCAIL 1 and 2: reference frames, the video, then poses, which may be of half size."""
+    reference, pose = kwargs.get("reference_latent"), kwargs.get("pose_latents")
+    prefix = 0 if reference is None else math.prod(_grid(reference, model.patch_size))
+    suffix = 0 if pose is None else math.prod(_grid(pose, model.patch_size))
+    return _wan_tokens(model, args, kwargs, prefix=prefix, suffix=suffix)
+
+
+def _read_wandancer(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> ForwardTokens:
+    """WanDancer: two pictures behind one another in the image context."""
+    return _wan_tokens(
+        model,
+        args,
+        kwargs,
+        prefix=_ref_conv_tokens(model, kwargs),
+        images=[kwargs.get("clip_fea_ref")],
     )
 
 
@@ -99,14 +184,34 @@ def _read_cogvideox(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> 
 
 _Reader = Callable[[Any, Sequence[Any], dict[str, Any]], ForwardTokens]
 _READERS: dict[str, _Reader] = {
-    "WanModel": _read_wan,
+    "WanModel": _read_wan_in_context,
+    "VaceWanModel": _read_wan,
+    "CameraWanModel": _read_wan,
+    "AnimateWanModel": _read_wan,
+    "WanModel_S2V": _read_s2v,
+    "HumoWanModel": _read_humo,
+    "SCAILWanModel": _read_scail,
+    "SCAIL2WanModel": _read_scail,
+    "WanDancerModel": _read_wandancer,
     "CogVideoXTransformer3DModel": _read_cogvideox,
 }
+_WHY_NOT = {
+    "CausalWanModel": "CausalWanModel makes the video block by block, past ComfyUI's hooks",
+}
+
+
+def unreadable_reason(diffusion_model: nn.Module) -> str | None:
+    """Why the video tokens of this exact model class are not known, None if they are."""
+    name = type(diffusion_model).__name__
+    # By exact class: a subclass may put its tokens elsewhere.
+    if name in _READERS:
+        return None
+    return _WHY_NOT.get(name, f"where {name} keeps its video tokens is not known")
 
 
 def is_readable(diffusion_model: nn.Module) -> bool:
     """Whether the video tokens of this exact model class are known."""
-    return type(diffusion_model).__name__ in _READERS
+    return unreadable_reason(diffusion_model) is None
 
 
 def read_tokens(
@@ -118,9 +223,5 @@ def read_tokens(
         model: the diffusion model.
         args, kwargs: what its forward was called with.
     """
-    name = type(model).__name__
-    # By exact class: a subclass may put its tokens elsewhere.
-    reader = _READERS.get(name)
-    if reader is None:
-        return f"where {name} keeps its video tokens is not known"
-    return reader(model, args, kwargs)
+    reason = unreadable_reason(model)
+    return _READERS[type(model).__name__](model, args, kwargs) if reason is None else reason

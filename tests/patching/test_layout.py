@@ -1,0 +1,102 @@
+"""Reading token layouts off a forward's arguments: by position or name, whole patches or not."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sparse_video_attention.kernels import TokenLayout
+from sparse_video_attention.patching.layout import (
+    COGVIDEOX,
+    WAN,
+    is_readable,
+    model_family,
+    read_tokens,
+    supported_families,
+    unreadable_reason,
+)
+
+
+def model_class(name, *bases):
+    return type(name, bases or (torch.nn.Module,), {})
+
+
+WanModel = model_class("WanModel")
+CogVideoX = model_class("CogVideoXTransformer3DModel")
+
+
+def wan(cls=WanModel, **parts):
+    model = cls()
+    for name, part in ({"patch_size": (1, 2, 2)} | parts).items():
+        setattr(model, name, part)
+    return model
+
+
+def latent(*shape):
+    return torch.empty(shape, device="meta")
+
+
+X, TEXT, CLIP = latent(1, 16, 5, 16, 20), latent(1, 512, 8), latent(1, 257, 8)
+
+
+def test_arguments_are_read_by_position_or_by_name():
+    model = wan(img_emb=object())
+    pictures = latent(1, 16, 2, 16, 20)
+    options = {}
+    by_position = read_tokens(model, (X, None, TEXT, CLIP, pictures, options), {})
+    by_name = read_tokens(
+        model, (X,), {"context": TEXT, "clip_fea": CLIP, "time_dim_concat": pictures}
+    )
+    assert by_position == by_name
+    assert by_position.layout == TokenLayout(5, 8, 10, suffix_tokens=2 * 80)
+    assert (by_position.text_length, by_position.image_length) == (512, 257)
+
+
+@pytest.mark.parametrize(
+    ("shape", "grid"),
+    [((5, 16, 20), (5, 8, 10)), ((5, 15, 19), (5, 8, 10)), ((1, 1, 1), (1, 1, 1))],
+    ids=["whole", "padded", "one-token"],
+)
+def test_a_grid_is_padded_to_whole_patches(shape, grid):
+    assert read_tokens(wan(), (latent(1, 16, *shape),), {}).layout == TokenLayout(*grid)
+
+
+def test_a_model_without_an_image_embedder_has_no_image_context():
+    tokens = read_tokens(wan(img_emb=None), (X, None, TEXT, CLIP), {})
+    assert (tokens.text_length, tokens.image_length) == (512, None)
+
+
+def test_a_reference_that_no_convolution_reads_adds_no_tokens():
+    inputs = {"reference_latent": latent(1, 16, 16, 20)}
+    assert read_tokens(wan(ref_conv=None), (X,), inputs).layout == TokenLayout(5, 8, 10)
+    with_one = read_tokens(wan(ref_conv=object()), (X,), inputs)
+    assert with_one.layout == TokenLayout(5, 8, 10, prefix_tokens=80)
+
+
+@pytest.mark.parametrize(
+    ("patch_size_t", "frames"), [(None, 13), (2, 7)], ids=["1.0", "1.5-odd-frames"]
+)
+def test_cogvideox_puts_text_first_and_1_5_pairs_frames(patch_size_t, frames):
+    model = CogVideoX()
+    model.patch_size = 2
+    model.patch_embed = SimpleNamespace(patch_size_t=patch_size_t)
+    tokens = read_tokens(model, (latent(2, 16, 13, 60, 90), None, latent(2, 226, 8)), {})
+    assert tokens.layout == TokenLayout(frames, 30, 45, prefix_tokens=226)
+    assert tokens.text_length is None
+
+
+def test_families_reach_over_subclasses():
+    derived = model_class("Derived", WanModel)
+    assert model_family(WanModel()) == model_family(derived()) == WAN
+    assert model_family(CogVideoX()) == COGVIDEOX
+    assert model_family(torch.nn.Linear(1, 1)) is None
+    assert supported_families() == "WAN and CogVideoX"
+
+
+@pytest.mark.parametrize("name", ["MyWanModel", "CausalWanModel"])
+def test_a_subclass_that_is_not_known_is_refused_by_name(name):
+    model = wan(model_class(name, WanModel))
+    reason = read_tokens(model, (X,), {})
+    assert name in reason
+    assert unreadable_reason(model) == reason
+    assert not is_readable(model)
+    assert is_readable(wan()) and unreadable_reason(wan()) is None
