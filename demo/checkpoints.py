@@ -18,12 +18,14 @@ WAN_HEAD_DIM, WAN_TIME_WIDTH = 128, 256
 COGVIDEOX_HEAD_DIM = 64
 
 # Logit of a token with itself over that with far ones, along each axis.
-NEARNESS = 2.5
+NEARNESS = 4.0
+# What else queries and keys differ by, so that attention is not the same everywhere.
+WAN_CONTENT = 0.5
 # Wavelengths that make it, in tokens. CogVideoX 1.0 stretches the spatial axes by 1.875.
 WAN_WAVELENGTHS, COGVIDEOX_WAVELENGTHS = (6.0, 60.0), (12.0, 100.0)
 # How fast sampling takes the noise away, and how strong the picture is that it puts there: enough
 # for ten steps to end without noise, and for the picture to fill the range of colours.
-NOISE, PICTURE = 3.0, {"wan": 0.9, "cogvideox": 2.0}
+NOISE, PICTURE = 3.0, {"wan": 1.0, "cogvideox": 2.0}
 
 
 def _save(weights: Weights, path: str | Path) -> Path:
@@ -68,10 +70,11 @@ def _wan_self_attention(weights: Weights, halves: Halves, name: str, dim: int) -
     bias = near_token_bias(axes, NEARNESS, WAN_WAVELENGTHS)
     bias = torch.cat([bias * (head % 2 == 0) for head in range(num_heads)])
     for part in ("q", "k"):
-        weights.linear(f"{name}.{part}", dim, dim)
+        weights.linear(f"{name}.{part}", dim, dim, gain=WAN_CONTENT)
         weights.tensors[f"{name}.{part}.bias"] = bias.clone()
-        # The gain is what the norm divides away because of the bias.
-        weights.rms_norm(f"{name}.norm_{part}", dim, math.sqrt(1 + float(bias.square().mean())))
+        # The scale of both together, which the norm divides away.
+        scale = math.sqrt(WAN_CONTENT**2 + float(bias.square().mean()))
+        weights.rms_norm(f"{name}.norm_{part}", dim, scale)
 
 
 def _wan_cross_attention(
