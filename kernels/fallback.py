@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .attention import candidates, check_call
 from .plan import BlockPlan
-from .registry import Kernel, KernelCall
+from .registry import Kernel, KernelCall, unavailable_reason
 
 MAX_SHAPES = 64
 
@@ -27,19 +27,20 @@ class NoKernelServesError(RuntimeError):
 
 
 class KernelRun(NamedTuple):
-    """What a call returned and who computed it."""
+    """What a call returned, who computed it, and what there is to say about the choice."""
 
     out: Tensor
     kernel: str
     precision: str
+    notes: tuple[str, ...]
 
 
 @dataclass
 class _Choice:
-    """The kernels left for one shape, best first, and why the others are not."""
+    """The kernels left for one shape, best first, and what is to be said about the others."""
 
     able: list[tuple[Kernel, str]]
-    reasons: dict[str, str]
+    notes: tuple[str, ...]
     verified: set[str] = field(default_factory=set)
 
 
@@ -50,16 +51,35 @@ def _shape_key(call: KernelCall, kernel: str) -> Hashable:
     return layout, call.q.dtype, call.q.device, blocks, kernel, call.precision
 
 
-class KernelFallback:
-    """Chooses a kernel per shape and remembers what went wrong. Safe to share between threads.
+def _short(error: Exception) -> str:
+    """One line: some libraries raise pages."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
 
-    `faults` lists (kernel, reason) in the order they happened; a caller reads and reports it.
-    """
+
+def _choose(call: KernelCall, kernel: str) -> _Choice:
+    able, reasons = candidates(call)
+    notes = [f"kernel {kernel} is not used: {reasons[kernel]}"] if kernel in reasons else []
+    if not able and call.precision not in ("auto", "native"):
+        notes.append(f"precision {call.precision} is not to be had here; native is used")
+        able, reasons = candidates(replace(call, precision="native"))
+    if not able:
+        notes += [
+            f"kernel {name} cannot serve the call: {reason}"
+            for name, reason in reasons.items()
+            if unavailable_reason(name) is None
+        ]
+    # A kernel asked for by name goes first; the others stand behind it if it fails.
+    able.sort(key=lambda pair: pair[0].name != kernel)
+    return _Choice([(found, resolved.precision) for found, resolved in able], tuple(notes))
+
+
+class KernelFallback:
+    """Chooses a kernel per shape and remembers which failed. Safe to share between threads."""
 
     def __init__(self) -> None:
         self._choices: OrderedDict[Hashable, _Choice] = OrderedDict()
         self._lock = threading.Lock()
-        self.faults: list[tuple[str, str]] = []
 
     def _choice(self, call: KernelCall, kernel: str) -> _Choice:
         key = _shape_key(call, kernel)
@@ -69,13 +89,8 @@ class KernelFallback:
                 self._choices.move_to_end(key)
                 return choice
         check_call(call.q, call.k, call.v, call.plan)
-        able, reasons = candidates(call)
-        # A kernel asked for by name goes first; the others stand behind it if it fails.
-        able.sort(key=lambda pair: pair[0].name != kernel)
-        choice = _Choice([(found, resolved.precision) for found, resolved in able], reasons)
+        choice = _choose(call, kernel)
         with self._lock:
-            if kernel in reasons:
-                self.faults.append((kernel, reasons[kernel]))
             self._choices[key] = choice
             while len(self._choices) > MAX_SHAPES:
                 self._choices.popitem(last=False)
@@ -84,8 +99,7 @@ class KernelFallback:
     def _set_aside(self, choice: _Choice, kernel: Kernel, reason: str) -> None:
         with self._lock:
             choice.able = [pair for pair in choice.able if pair[0] is not kernel]
-            choice.reasons[kernel.name] = reason
-            self.faults.append((kernel.name, reason))
+            choice.notes += (f"kernel {kernel.name} is set aside for this shape: {reason}",)
 
     def run(
         self,
@@ -100,24 +114,40 @@ class KernelFallback:
     ) -> KernelRun:
         """block_sparse_attention that survives failing kernels. Arguments as there.
 
+        A kernel that runs out of memory is passed over for this call only: the next one may
+        find more. A precision that no kernel offers gives way to native.
+
         Raises:
             NoKernelServesError: no kernel is left for this shape, with the reasons.
             ValueError: the tensors do not fit each other or the plan.
         """
         call = KernelCall(q, k, v, plan, scale, precision)
         choice = self._choice(call, kernel)
-        while choice.able:
-            chosen, chosen_precision = choice.able[0]
+        passed_over: tuple[str, ...] = ()
+        for chosen, chosen_precision in tuple(choice.able):
             try:
                 out = chosen.run(replace(call, precision=chosen_precision))
-                if chosen.name not in choice.verified:
-                    # One sync per kernel and shape, on its first output only.
-                    if bool(torch.isnan(out).any()):
-                        raise ArithmeticError("its first output for this shape holds a NaN")
+                if chosen.name not in choice.verified and self._is_sound(out, call):
                     choice.verified.add(chosen.name)
-                return KernelRun(out, chosen.name, chosen_precision)
+                return KernelRun(out, chosen.name, chosen_precision, choice.notes + passed_over)
+            except torch.OutOfMemoryError as error:
+                passed_over += (f"kernel {chosen.name} ran out of memory: {_short(error)}",)
             except Exception as error:  # whatever a kernel raises, the run goes on
-                text = str(error) or "no message"
-                self._set_aside(choice, chosen, f"{type(error).__name__}: {text}")
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.reasons.items())
-        raise NoKernelServesError(f"no kernel serves this call ({reasons})")
+                self._set_aside(choice, chosen, _short(error))
+        reasons = "; ".join(choice.notes + passed_over)
+        raise NoKernelServesError(reasons or "no kernel serves this call")
+
+    @staticmethod
+    def _is_sound(out: Tensor, call: KernelCall) -> bool:
+        """Whether a first output is free of NaN; False if the inputs already were not.
+
+        One sync per kernel and shape.
+
+        Raises:
+            ArithmeticError: the kernel made a NaN.
+        """
+        if not bool(torch.isnan(out).any()):
+            return True
+        if any(bool(torch.isnan(x).any()) for x in (call.q, call.k, call.v)):
+            return False
+        raise ArithmeticError("its first output for this shape holds a NaN")

@@ -28,11 +28,13 @@ def _check_types(types: dict[str, str | None]) -> None:
 
 
 def _check_config(config_file: str | None) -> None:
-    from ..patching.backend_choice import BUNDLED_CONFIGS, CONFIG_FOLDER
+    from ..patching.backend_choice import BUNDLED_CONFIGS, CONFIG_FOLDER, CONFIG_SUFFIXES
     from ..patching.config_file import find_config_file
     from ..patching.lightx2v import read_lightx2v
 
-    path = find_config_file(config_file or "", CONFIG_FOLDER, bundled=BUNDLED_CONFIGS)
+    path = find_config_file(
+        config_file or "", CONFIG_FOLDER, suffixes=CONFIG_SUFFIXES, bundled=BUNDLED_CONFIGS
+    )
     if path is not None:
         read_lightx2v(path)
 
@@ -105,12 +107,20 @@ class SetAttentionBackend(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, config_file: str = "", **inputs: Any) -> str:
-        """The file's contents and the environment variable count as inputs."""
-        from ..patching.backend_choice import BUNDLED_CONFIGS, CONFIG_FOLDER, environment_stamp
+        """The file, the checkpoint it names and the environment variable count as inputs."""
+        from ..patching.backend_choice import (
+            BUNDLED_CONFIGS,
+            CONFIG_FOLDER,
+            CONFIG_SUFFIXES,
+            checkpoint_in,
+            environment_stamp,
+        )
         from ..patching.config_file import config_text
 
-        text = config_text(config_file or "", CONFIG_FOLDER, bundled=BUNDLED_CONFIGS)
-        return f"{environment_stamp()}\n{text}"
+        text = config_text(
+            config_file or "", CONFIG_FOLDER, suffixes=CONFIG_SUFFIXES, bundled=BUNDLED_CONFIGS
+        )
+        return f"{environment_stamp()}\n{checkpoint_in(text)}\n{text}"
 
     @classmethod
     def execute(cls, model: io.Model.Type, **inputs: Any) -> io.NodeOutput:

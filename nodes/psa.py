@@ -26,10 +26,12 @@ def _preset_names() -> list[str]:
 def _check_preset(preset: str | None, config_file: str | None) -> None:
     """Raise ValueError for a file or a preset that does not exist; None is linked or left out."""
     from ..patching.config_file import find_config_file
-    from ..patching.psa_choice import AUTO, CONFIG_FOLDER
+    from ..patching.psa_choice import AUTO, CONFIG_FOLDER, CONFIG_SUFFIXES
     from ..psa import find_preset, load_sections
 
-    sections = load_sections(find_config_file(config_file or "", CONFIG_FOLDER))
+    sections = load_sections(
+        find_config_file(config_file or "", CONFIG_FOLDER, suffixes=CONFIG_SUFFIXES)
+    )
     if preset is not None and preset != AUTO:
         find_preset(sections, preset)
 
@@ -103,9 +105,9 @@ class PatchPSA(io.ComfyNode):
     def fingerprint_inputs(cls, config_file: str = "", **inputs: Any) -> str:
         """The file's contents count as an input: an edited file is read again."""
         from ..patching.config_file import config_text
-        from ..patching.psa_choice import CONFIG_FOLDER
+        from ..patching.psa_choice import CONFIG_FOLDER, CONFIG_SUFFIXES
 
-        return config_text(config_file or "", CONFIG_FOLDER)
+        return config_text(config_file or "", CONFIG_FOLDER, suffixes=CONFIG_SUFFIXES)
 
     @classmethod
     def execute(

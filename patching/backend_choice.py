@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 from ..radial_attn import RadialPolicy
-from ..third_party import DENSE_BACKENDS, backend_from_environment
+from ..third_party import DENSE_BACKENDS
+from ..third_party.routing import ENVIRONMENT_VARIABLE, IMPLEMENTATIONS
 from .choice import make_choice
 from .config_file import find_config_file
 from .install import describe_model
@@ -15,13 +17,13 @@ from .lightx2v import read_lightx2v
 from .log import log
 from .psa_choice import AUTO, psa_choice
 from .settings import AttentionSettings, AttentionSite, DenseChoice, SparseChoice
-from .sparge_choice import sparge_choice
+from .sparge_choice import checkpoint_stamp, sparge_choice
 
 SPARSE_TYPES = ("radial_attn", "psa", "sparge_attn")
 # LightX2V's guide names Sparge after its checkpoint.
 _OTHER_NAMES = {"sparge_ckpt": "sparge_attn", "sparge": "sparge_attn"}
 ON_UNAVAILABLE = ("fallback", "error")
-CONFIG_FOLDER = "attention_configs"
+CONFIG_FOLDER, CONFIG_SUFFIXES = "attention_configs", (".json",)
 BUNDLED_CONFIGS = Path(__file__).resolve().parent.parent / "workflows" / "configs"
 
 
@@ -72,14 +74,36 @@ def _sparse(model: Any, name: str, sparge_ckpt: str) -> SparseChoice:
     return _sparge(model, sparge_ckpt or "none")
 
 
-def _available(site: AttentionSite, name: str, on_unavailable: str) -> bool:
+def _unavailable(site: AttentionSite, name: str, on_unavailable: str) -> str | None:
+    """Why a backend cannot run here, said aloud; None if it can.
+
+    Raises:
+        ValueError: it cannot, and on_unavailable is "error".
+    """
     reason = DENSE_BACKENDS[name].unavailable()
     if reason is None:
-        return True
+        return None
     if on_unavailable == "error":
         raise ValueError(f"{site.value} {name!r} cannot run here: {reason}")
-    log.warning(f"{site.value} {name} falls back to ComfyUI's own choice: {reason}")
-    return False
+    said = f"{site.value} {name} falls back to ComfyUI's own choice: {reason}"
+    log.warning(said)
+    return said
+
+
+def _from_environment() -> str | None:
+    """The backend DIFFSYNTH_ATTENTION_IMPLEMENTATION names, None if it is not set.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    name = os.environ.get(ENVIRONMENT_VARIABLE, "").lower()
+    if not name:
+        return None
+    backend = IMPLEMENTATIONS.get(name, name)
+    if backend not in DENSE_BACKENDS:
+        known = ", ".join(dict.fromkeys([*IMPLEMENTATIONS, *DENSE_BACKENDS]))
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} {name!r}: allowed are {known}")
+    return backend
 
 
 def backend_settings(
@@ -111,7 +135,9 @@ def backend_settings(
     }
     types = {site: check_type(site, name) for site, name in given.items()}
     sparge_ckpt = ""
-    path = find_config_file(config_file, CONFIG_FOLDER, bundled=BUNDLED_CONFIGS)
+    path = find_config_file(
+        config_file, CONFIG_FOLDER, suffixes=CONFIG_SUFFIXES, bundled=BUNDLED_CONFIGS
+    )
     if path is not None:
         config = read_lightx2v(path)
         if config.ignored:
@@ -139,22 +165,25 @@ def _settings(
 ) -> AttentionSettings:
     wanted = types | {AttentionSite.SELF: AUTO if dense_self in SPARSE_TYPES else dense_self}
     if sparse is None and set(wanted.values()) == {AUTO}:
-        from_environment = backend_from_environment()
-        if from_environment is not None:
-            wanted = dict.fromkeys(wanted, from_environment.name)
-    backends = tuple(
-        (site, name)
-        for site, name in wanted.items()
-        if name != AUTO and _available(site, name, on_unavailable)
-    )
+        wanted = dict.fromkeys(wanted, _from_environment() or AUTO)
+    asked = [(site, name) for site, name in wanted.items() if name != AUTO]
+    reasons = [_unavailable(site, name, on_unavailable) for site, name in asked]
+    able = [pair for pair, reason in zip(asked, reasons, strict=True) if reason is None]
     return AttentionSettings(
         sparse=None if sparse is None else _sparse(model, sparse, sparge_ckpt),
-        dense=DenseChoice(backends),
+        dense=DenseChoice(tuple(able), tuple(reason for reason in reasons if reason is not None)),
     )
 
 
 def environment_stamp() -> str:
     """Changes when the environment variable does."""
-    from ..third_party.routing import ENVIRONMENT_VARIABLE
-
     return os.environ.get(ENVIRONMENT_VARIABLE, "")
+
+
+def checkpoint_in(config_text: str) -> str:
+    """Stamp of the tuned checkpoint a configuration names, so that a replaced one is read again."""
+    try:
+        name = json.loads(config_text).get("sparge_ckpt", "")
+    except (ValueError, AttributeError, RecursionError):
+        return ""
+    return checkpoint_stamp(name) if isinstance(name, str) and name else ""

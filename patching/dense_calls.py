@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..third_party import DENSE_BACKENDS
 from .attention_call import AttentionCall
+from .log import one_line
 
 MAX_SHAPES = 256
 
@@ -56,12 +57,15 @@ class DenseCalls:
             out = backend.run(q, k, v, scale=call.scale, mask=mask)
             if key not in self._verified:
                 # One sync per backend and shape, on its first output only.
-                if bool(torch.isnan(out).any()) and not bool(torch.isnan(v).any()):
+                if not bool(torch.isnan(out).any()):
+                    self._remember(self._verified, key, "")
+                elif not any(bool(torch.isnan(x).any()) for x in (q, k, v)):
                     raise ArithmeticError("its first output for this shape holds a NaN")
-                self._remember(self._verified, key, "")
             return call.as_asked(out)
+        except torch.OutOfMemoryError as error:
+            return one_line(error)  # the next call may find more
         except Exception as error:  # whatever a library raises, the run goes on
-            reason = f"{type(error).__name__}: {error}"
+            reason = one_line(error)
             self._remember(self._failed, key, reason)
             return reason
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels import BlockPlan, TokenLayout
 from .layout import COUNTED_LAYERS, ForwardTokens, model_family, read_tokens
-from .log import log
+from .log import log, one_line
 from .plans import TokenOrder
 from .record import CallRecord
 from .router import FORWARD_KEY, OVERRIDE_KEY, AttentionRouter, find_router
@@ -30,13 +30,14 @@ class ForwardState:
         dense_reason: why every call of this forward is dense, None if the layers decide.
         plan: of a static policy.
         order: the policy's token order, None if it keeps the tokens in place.
-        counts_layers: the model does not announce its layers, so calls are counted.
+        counted_layers: layers of a model that does not announce them, so calls are counted; 0
+            for one that does.
         run: None outside a sampling run.
     """
 
     router: AttentionRouter
     choice: SparseChoice | None
-    counts_layers: bool
+    counted_layers: int
     run: RunState | None
     tokens: ForwardTokens | None = None
     dense_reason: str | None = None
@@ -44,15 +45,16 @@ class ForwardState:
     plan: BlockPlan | None = None
     order: TokenOrder | None = None
     calls: list[CallRecord] = field(default_factory=list)
-    layers_counted: int = 0
+    calls_counted: int = 0
 
     def next_layer(self, options: dict[str, Any]) -> int | None:
         """The layer of this self-attention call, None if the host does not say."""
-        if not self.counts_layers:
+        if not self.counted_layers:
             layer = options.get("block_index")
             return None if layer is None else int(layer)
-        self.layers_counted += 1
-        return self.layers_counted - 1
+        self.calls_counted += 1
+        # A wrapper of another pack may run the model more than once inside one forward.
+        return (self.calls_counted - 1) % self.counted_layers
 
     def warn_once(self, warning: str) -> None:
         """Log a warning, once per run."""
@@ -104,6 +106,7 @@ def _prepare_sparse(
     state.order = plans.order(choice.policy, layout, device)
     if choice.policy.is_static:
         state.plan = plans.plan(cast(StaticPolicy, choice.policy), layout, device)
+        state.plan.density()  # read here, once per plan: it waits for the device
 
 
 def _decide(
@@ -144,12 +147,12 @@ def begin_forward(
     if options is None or router is None:
         return None
     settings: AttentionSettings = options[SETTINGS_KEY]
-    counts_layers = model_family(model) in COUNTED_LAYERS
-    state = ForwardState(router, settings.sparse, counts_layers, options.get(RUN_KEY))
+    counted = len(model.blocks) if model_family(model) in COUNTED_LAYERS else 0  # type: ignore[arg-type]
+    state = ForwardState(router, settings.sparse, counted, options.get(RUN_KEY))
     try:
         _decide(state, model, options, args, kwargs)
     except Exception as error:  # a sampling run must not end for this
-        state.dense_reason = f"{type(error).__name__}: {error}"
+        state.dense_reason = one_line(error)
         state.warn_once(f"a forward fell back to dense attention: {state.dense_reason}")
     options[FORWARD_KEY] = state
     return options
@@ -160,6 +163,11 @@ def end_forward(options: dict[str, Any] | None) -> None:
     """Take the forward's state out of transformer_options and keep its record."""
     state: ForwardState | None = None if options is None else options.pop(FORWARD_KEY, None)
     if state is not None and state.run is not None:
+        if state.counted_layers and state.calls_counted % state.counted_layers:
+            state.run.record.note(
+                f"{state.calls_counted} attention calls in a forward of {state.counted_layers} "
+                "layers: another attention patch takes some, and layers may be mistaken"
+            )
         layout = None if state.tokens is None else str(state.tokens.layout)
         state.run.record.add_forward(layout, state.calls)
 

@@ -17,3 +17,9 @@ class _Prefixed(logging.LoggerAdapter):  # type: ignore[type-arg]
 
 
 log = _Prefixed(logging.getLogger("sparse_video_attention"), {})
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as a log line has room for; some libraries raise pages."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__

@@ -14,7 +14,7 @@ from .log import log
 from .settings import SparseChoice, SparsePolicy
 
 AUTO = "auto"
-CONFIG_FOLDER = "psa"
+CONFIG_FOLDER, CONFIG_SUFFIXES = "psa", (".yaml", ".yml")
 
 
 def model_facts(model: Any) -> ModelFacts:
@@ -47,7 +47,7 @@ def choose_preset(model: Any, preset: str, config_file: str) -> tuple[str, PsaPr
     Raises:
         ValueError: the file or a preset in it is wrong, or the preset is not known.
     """
-    sections = load_sections(find_config_file(config_file, CONFIG_FOLDER))
+    sections = load_sections(find_config_file(config_file, CONFIG_FOLDER, suffixes=CONFIG_SUFFIXES))
     if preset != AUTO:
         return preset, find_preset(sections, preset)[1]
     chosen = choose_section(model_facts(model), sections)

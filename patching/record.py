@@ -22,6 +22,7 @@ class CallRecord(NamedTuple):
         ran: kernel and precision of a sparse call, "dense" or the dense backend otherwise.
         density: of a sparse call's plan; a scalar tensor until the run is over.
         reason: why the call was dense, None for a sparse one.
+        watch: runs on the device until the run is over; then `seconds` has what it showed.
     """
 
     step: int | None
@@ -29,7 +30,8 @@ class CallRecord(NamedTuple):
     ran: str
     density: float | Tensor | None
     reason: str | None
-    watch: Stopwatch
+    watch: Stopwatch | None
+    seconds: float = 0.0
 
 
 class SparseSummary(NamedTuple):
@@ -43,6 +45,15 @@ class SparseSummary(NamedTuple):
     kernels: list[str]
 
 
+def _read(call: CallRecord, densities: dict[int, float]) -> CallRecord:
+    """The call with plain numbers in place of what was on the device."""
+    seconds = call.seconds if call.watch is None else call.watch.seconds()
+    density = call.density
+    if isinstance(density, Tensor):
+        density = densities[id(density)]
+    return call._replace(density=density, watch=None, seconds=seconds)
+
+
 @dataclass
 class RunRecord:
     """Everything that happened to attention in one run of one sampler. Safe between threads.
@@ -53,6 +64,7 @@ class RunRecord:
         num_layers: its attention layers.
         total_steps: of this sampler; 0 if unknown.
         layouts: token layouts seen, in order.
+        forwards: of the diffusion model.
         notes: things said once per run.
         dense_backends: the dense backends chosen, as the log says them; empty for none.
         backend_calls: dense calls by (site, who ran them), where a backend was chosen.
@@ -64,6 +76,7 @@ class RunRecord:
     total_steps: int = 0
     layouts: list[str] = field(default_factory=list)
     calls: list[CallRecord] = field(default_factory=list)
+    forwards: int = 0
     notes: list[str] = field(default_factory=list)
     dense_backends: str = ""
     backend_calls: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -74,6 +87,7 @@ class RunRecord:
 
     def add_forward(self, layout: str | None, calls: list[CallRecord]) -> None:
         with self._lock:
+            self.forwards += 1
             self.calls.extend(calls)
             if layout is not None and layout not in self.layouts:
                 self.layouts.append(layout)
@@ -105,12 +119,7 @@ class RunRecord:
             there = [density for density in pending if density.device == device]
             read = torch.stack(there).tolist()
             values.update(zip(map(id, there), read, strict=True))
-        self.calls = [
-            call._replace(density=values[id(call.density)])
-            if isinstance(call.density, Tensor)
-            else call
-            for call in self.calls
-        ]
+        self.calls = [_read(call, values) for call in self.calls]
 
     def sparse(self) -> SparseSummary:
         """The sparse calls; a finished record only."""
@@ -121,7 +130,7 @@ class RunRecord:
             layers=len({call.layer for call in calls}),
             steps=len({call.step for call in calls}),
             density=sum(densities) / len(densities) if densities else 1.0,
-            seconds=sum(call.watch.seconds() for call in calls),
+            seconds=sum(call.seconds for call in calls),
             kernels=[name for name, _ in Counter(call.ran for call in calls).most_common()],
         )
 
@@ -130,13 +139,15 @@ class RunRecord:
         return Counter(call.reason for call in self.calls if call.reason is not None)
 
     def dense_seconds(self) -> float:
-        return sum(call.watch.seconds() for call in self.calls if call.reason is not None)
+        return sum(call.seconds for call in self.calls if call.reason is not None)
 
     def summary(self) -> str:
         """The run in one line."""
         where = f"{self.method} on {self.model or 'the model'}"
         if self.layouts:
             where += f", {' then '.join(self.layouts)} tokens"
+        if not self.forwards:
+            return f"{where}: the model was not called"
         if not self.calls:
             return (
                 f"{where}: no self-attention call reached this pack; another attention patch "
@@ -162,11 +173,14 @@ class RunRecord:
 
     def backend_summary(self) -> str:
         """The run in one line, where only dense backends were chosen."""
-        return f"dense attention on {self.model}: {self._backends()}; {self.seconds:.2f} s"
+        ran = f"dense attention on {self.model}: {self._backends()}; {self.seconds:.2f} s"
+        return "; ".join([ran, *self.notes])
 
     def _backends(self) -> str:
         counted = [f"{site} {ran} x {n}" for (site, ran), n in self.backend_calls.most_common()]
-        return ", ".join(counted) or f"{self.dense_backends}, not called"
+        if counted or not self.dense_backends:
+            return ", ".join(counted) or "ComfyUI's own choice"
+        return f"{self.dense_backends} (no call reached it)"
 
     def step_lines(self) -> list[str]:
         """The run step by step, for those who want to know more."""
@@ -178,7 +192,7 @@ class RunRecord:
             sparse = [call for call in calls if call.reason is None]
             densities = [float(call.density) for call in sparse if call.density is not None]
             density = f"density {sum(densities) / len(densities):.3f}, " if densities else ""
-            seconds = sum(call.watch.seconds() for call in calls)
+            seconds = sum(call.seconds for call in calls)
             name = "step unknown" if step is None else f"step {step + 1} of {self.total_steps}"
             lines.append(
                 f"{name}: {len(sparse)} of {len(calls)} calls sparse, {density}{seconds:.3f} s"

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..kernels.fallback import KernelFallback
+from ..kernels.fallback import KernelFallback, NoKernelServesError
 from .attention_call import AttentionCall, classify, read_call
 from .dense_calls import DenseCalls
-from .log import log
+from .log import log, one_line
 from .plans import PlanCache
 from .record import CallRecord
 from .run import RUN_KEY, RunState
@@ -55,6 +55,14 @@ class AttentionRouter:
         self.kernels = KernelFallback()
         self.dense = DenseCalls()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttentionRouter:
+        """Itself: options are copied per run, caches and their locks are shared."""
+        return self
+
+    def __reduce__(self) -> tuple[type[AttentionRouter], tuple[Override | None]]:
+        """Across processes a router starts with empty caches."""
+        return AttentionRouter, (self.previous,)
+
     def on_top_of(self, override: Override | None) -> AttentionRouter:
         """A router with these caches that hands calls on to another override."""
         router = AttentionRouter(override)
@@ -70,7 +78,9 @@ class AttentionRouter:
         if not self._acts(call, forward):
             return self._hand_on(func, args, kwargs)
         site = classify(call, forward.tokens if forward is not None else None)
-        if site is not AttentionSite.SELF or forward is None or forward.choice is None:
+        # Where the site cannot be told by length, the forward's own reason is what to record.
+        may_be_self = site is AttentionSite.SELF or (site is None and call.q_len == call.k_len)
+        if not may_be_self or forward is None or forward.choice is None:
             return self._run_dense(func, args, kwargs, call, site)[0]
 
         layer = forward.next_layer(call.transformer_options)
@@ -80,8 +90,11 @@ class AttentionRouter:
             assert layer is not None
             try:
                 out, ran, density = self._run_sparse(call, forward, layer)
+            except NoKernelServesError as error:
+                reason = str(error)
             except Exception as error:  # a sampling run must not end for this
-                reason = f"{type(error).__name__}: {error}"
+                reason = one_line(error)
+            if reason is not None:
                 forward.warn_once(f"a call fell back to dense attention: {reason}")
                 watch = Stopwatch(call.q.device)
             else:
@@ -153,7 +166,6 @@ class AttentionRouter:
             density: float | Tensor = plan.density_tensor()
         else:
             density = plan.density()
-        faults = len(self.kernels.faults)
         ran = self.kernels.run(
             q,
             k,
@@ -163,10 +175,10 @@ class AttentionRouter:
             kernel=choice.kernel,
             precision=choice.precision if call.low_precision_allowed else "native",
         )
-        for kernel, fault in self.kernels.faults[faults:]:
-            forward.warn_once(f"kernel {kernel} is set aside for this shape: {fault}")
+        for note in ran.notes:
+            forward.warn_once(note)
             if forward.run is not None:
-                forward.run.record.note(f"kernel {kernel} set aside: {fault}")
+                forward.run.record.note(note)
         out = ran.out
         if order is not None:
             out = out.transpose(1, 2).index_select(1, order.backward).transpose(1, 2)
@@ -182,13 +194,13 @@ def _dense_reason(call: AttentionCall, forward: ForwardState, layer: int | None)
     if layer is None:
         return "ComfyUI does not say which layer a call belongs to"
     if layer in choice.schedule.dense_layers:
-        return f"layer {layer}"
+        return f"layer {layer} is in dense_layers"
     if call.mask is not None:
         return "the call has an attention mask"
     if call.skip_reshape or not call.q.shape == call.k.shape == call.v.shape:
-        return "the call is not over the video grid"
+        return "not a call over the video: it has its own shape of q, k and v"
     if call.q_len != tokens.layout.num_tokens:
-        return f"{call.q_len} tokens where the layout {tokens.layout} has others"
+        return f"the call has {call.q_len} tokens, the video {tokens.layout.num_tokens}"
     if call.attn_precision == torch.float32 and call.q.dtype != torch.float32:
         return "float32 attention was asked for"
     if call.q.requires_grad and torch.is_grad_enabled():

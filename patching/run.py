@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .log import log
+from .log import log, one_line
 from .record import RunHistory, RunRecord
 from .schedule import NoiseBounds, Schedule
 from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice
@@ -24,17 +24,21 @@ class RunState:
         self.record = record
         self.bounds = bounds
         self.reasserted = False
-        self._schedule: tuple[Tensor, list[float]] | None = None
+        self._schedules: dict[int, list[float]] = {}
         self._latest_step = 0
         self._lock = threading.Lock()
 
     def sample_sigmas(self, sample_sigmas: Tensor) -> list[float]:
-        """The sampler's schedule on the host: one device sync per run."""
+        """The sampler's schedule on the host: one device sync per run.
+
+        Known by its length: in a multi-GPU run every forward brings a copy of its own.
+        """
         with self._lock:
-            if self._schedule is None or self._schedule[0] is not sample_sigmas:
-                self._schedule = (sample_sigmas, sample_sigmas.tolist())
-                self.record.total_steps = max(self.record.total_steps, len(sample_sigmas) - 1)
-            return self._schedule[1]
+            length = len(sample_sigmas)
+            if length not in self._schedules:
+                self._schedules[length] = sample_sigmas.tolist()
+                self.record.total_steps = max(self.record.total_steps, length - 1)
+            return self._schedules[length]
 
     def step(self, sigma: float, sample_sigmas: Tensor) -> tuple[int | None, int]:
         """(denoising step, steps in the schedule) of a forward at noise level sigma."""
@@ -56,6 +60,17 @@ def noise_bounds(schedule: Schedule, model_patcher: Any) -> NoiseBounds:
     )
 
 
+def _open_record(settings: AttentionSettings, diffusion_model: Any) -> RunRecord:
+    choice, dense = settings.sparse, settings.dense
+    return RunRecord(
+        method="dense attention" if choice is None else choice.policy.describe(),
+        model=type(diffusion_model).__name__,
+        num_layers=len(getattr(diffusion_model, "blocks", ())),
+        dense_backends="" if dense is None else dense.describe(),
+        notes=[] if dense is None else list(dense.unavailable),
+    )
+
+
 def _say(record: RunRecord, choice: SparseChoice | None) -> None:
     if choice is None:
         log.info(record.backend_summary())
@@ -64,7 +79,8 @@ def _say(record: RunRecord, choice: SparseChoice | None) -> None:
     if schedule.warmup_is_too_long(record.total_steps):
         record.note(
             f"the preset's {schedule.dense_timesteps} dense steps would take all "
-            f"{record.total_steps}; {schedule.first_dense_steps(record.total_steps)} are used"
+            f"{record.total_steps}, so a quarter is dense "
+            f"({schedule.first_dense_steps(record.total_steps)})"
         )
     log.info(record.summary())
     level = logging.INFO if choice.verbose else logging.DEBUG
@@ -87,27 +103,26 @@ class OuterSampleWrapper:
         if settings is None:
             return executor(*args, **kwargs)
         choice = settings.sparse
-        model = guider.model_patcher.model.diffusion_model
-        record = RunRecord(
-            method="dense attention" if choice is None else choice.policy.describe(),
-            model=type(model).__name__,
-            num_layers=len(getattr(model, "blocks", ())),
-            dense_backends="" if settings.dense is None else settings.dense.describe(),
-        )
+        record = _open_record(settings, guider.model_patcher.model.diffusion_model)
         bounds = None
         if choice is not None:
             bounds = noise_bounds(choice.schedule, guider.model_patcher)
         options[RUN_KEY] = RunState(record, bounds)
-        finished = False
         try:
             out = executor(*args, **kwargs)
-            finished = True
-            return out
+        except BaseException:
+            record.note("the run ended early")
+            raise
         finally:
             options.pop(RUN_KEY, None)
-            record.finish()
             self._history.latest = record
-            if not finished:
-                record.note("the run ended early")
-            if finished or record.calls or record.backend_calls:
-                _say(record, choice)
+            self._close(record, choice)
+        return out
+
+    @staticmethod
+    def _close(record: RunRecord, choice: SparseChoice | None) -> None:
+        try:
+            record.finish()
+            _say(record, choice)
+        except Exception as error:  # it must not hide what ended the run
+            log.warning(f"the run's record is incomplete: {one_line(error)}")

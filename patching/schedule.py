@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 MAX_TIMESTEPS = 100
-_LAYER_OR_RANGE = re.compile(r"(-?\d+)(?:\s*-\s*(-?\d+))?")
+_LAYER_OR_RANGE = re.compile(r"(-?[0-9]{1,6})(?:\s*-\s*(-?[0-9]{1,6}))?")
 
 
 def layer_spans(text: str, *, name: str = "dense_layers") -> tuple[tuple[int, int], ...]:
@@ -19,6 +19,8 @@ def layer_spans(text: str, *, name: str = "dense_layers") -> tuple[tuple[int, in
     Raises:
         ValueError: something is not a layer or a range, or a range runs backwards.
     """
+    if not isinstance(text, str):
+        raise ValueError(f'{name} {text!r}: a layer list is text, such as "0" or "0-2, 39"')
     spans = []
     for part in (piece.strip() for piece in text.split(",")):
         if not part:
@@ -100,14 +102,16 @@ class Schedule:
             ("dense_timesteps", self.dense_timesteps, -1),
             ("last_dense_timesteps", self.last_dense_timesteps, 0),
         ):
-            if not lowest <= value <= MAX_TIMESTEPS:
-                raise ValueError(f"{name} {value}: allowed are {lowest} to {MAX_TIMESTEPS}")
+            if type(value) is not int or not lowest <= value <= MAX_TIMESTEPS:
+                raise ValueError(
+                    f"{name} {value!r}: allowed are whole numbers from {lowest} to {MAX_TIMESTEPS}"
+                )
         for name, percent in (
             ("start_percent", self.start_percent),
             ("end_percent", self.end_percent),
         ):
-            if not 0.0 <= percent <= 1.0:
-                raise ValueError(f"{name} {percent}: allowed are 0.0 to 1.0")
+            if not isinstance(percent, (int, float)) or not 0.0 <= percent <= 1.0:
+                raise ValueError(f"{name} {percent!r}: allowed are 0.0 to 1.0")
         if self.start_percent > self.end_percent:
             raise ValueError(
                 f"start_percent {self.start_percent} is after end_percent {self.end_percent}; "
@@ -145,7 +149,7 @@ class Schedule:
             if step < first:
                 return f"first {min(first, total_steps)} of {total_steps} steps"
             if step >= total_steps - self.last_dense_timesteps:
-                return f"last {self.last_dense_timesteps} of {total_steps} steps"
+                return f"last {min(self.last_dense_timesteps, total_steps)} of {total_steps} steps"
         if self.bounded_by_noise:
             if sigma is None or bounds is None:
                 return "the noise schedule is unknown, so percents cannot be placed"

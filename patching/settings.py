@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import BlockPlan, TokenLayout
+from ..kernels.registry import PRECISIONS
 from .schedule import Schedule
 
 SETTINGS_KEY = "sparse_video_attention"
@@ -73,6 +74,12 @@ class SparseChoice:
     min_tokens: int = 4096
     verbose: bool = False
 
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision {self.precision!r}: allowed are {', '.join(PRECISIONS)}")
+        if type(self.min_tokens) is not int or self.min_tokens < 0:
+            raise ValueError(f"min_tokens {self.min_tokens!r}: allowed are whole numbers from 0 on")
+
 
 @dataclass(frozen=True)
 class DenseChoice:
@@ -80,17 +87,22 @@ class DenseChoice:
 
     Attributes:
         backends: (site, name of a dense backend) pairs; a site without one is left to ComfyUI.
+        unavailable: what was asked for and cannot run here, with the reason, for the record.
     """
 
     backends: tuple[tuple[AttentionSite, str], ...] = ()
+    unavailable: tuple[str, ...] = ()
 
     def backend(self, site: AttentionSite | None) -> str | None:
         """The backend for a site, None to leave it to ComfyUI."""
-        return next((name for place, name in self.backends if place is site), None)
+        if site is None:
+            return None
+        # By value: ComfyUI and a script may have loaded this package under two names.
+        return next((name for place, name in self.backends if place.value == site.value), None)
 
     def describe(self) -> str:
-        """The choice, for the log."""
-        return ", ".join(f"{site.value} {name}" for site, name in self.backends) or "auto"
+        """The choice, for the log; empty if everything is left to ComfyUI."""
+        return ", ".join(f"{site.value} {name}" for site, name in self.backends)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ def checkpoint_path(name: str) -> str | None:
     Raises:
         ValueError: there is no such file.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"sparge_ckpt {name!r}: it is the name of a file, or none")
     if name == NO_CHECKPOINT:
         return None
     if Path(name).is_absolute():
@@ -60,11 +62,11 @@ def checkpoint_stamp(name: str) -> str:
     """Changes whenever the file behind a sparge_ckpt input does."""
     try:
         path = checkpoint_path(name)
-    except ValueError as error:
+        if path is None:
+            return name
+        state = Path(path).stat()
+    except (OSError, ValueError) as error:
         return str(error)
-    if path is None:
-        return name
-    state = Path(path).stat()
     return f"{path} {state.st_mtime_ns} {state.st_size}"
 
 

@@ -43,9 +43,11 @@ class RadialPolicy:
             if value not in allowed:
                 choices = ", ".join(str(choice) for choice in allowed)
                 raise ValueError(f"{name} must be one of {choices}; got {value!r}")
-        if not 0.0 <= self.decay_factor <= MAX_DECAY_FACTOR:
+        numeric = isinstance(self.decay_factor, (int, float))
+        if not numeric or not 0.0 <= self.decay_factor <= MAX_DECAY_FACTOR:
             raise ValueError(
-                f"decay_factor must be between 0.0 and {MAX_DECAY_FACTOR}; got {self.decay_factor}"
+                f"decay_factor must be between 0.0 and {MAX_DECAY_FACTOR}; "
+                f"got {self.decay_factor!r}"
             )
 
     @property

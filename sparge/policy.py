@@ -67,8 +67,10 @@ class SpargePolicy:
             ("simthreshd1", self.simthreshd1, -1.0),
             ("cdfthreshd", self.cdfthreshd, 0.0),
         ):
-            if value is not None and not low <= value <= 1.0:
-                raise ValueError(f"{name} must be between {low:g} and 1; got {value}")
+            if value is None and name == "cdfthreshd":
+                continue
+            if not isinstance(value, (int, float)) or not low <= value <= 1.0:
+                raise ValueError(f"{name} must be between {low:g} and 1; got {value!r}")
 
     def describe(self) -> str:
         """The method and its parameters, for the log."""

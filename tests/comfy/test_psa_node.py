@@ -102,7 +102,9 @@ def test_a_preset_warm_up_longer_than_the_run_is_scaled_and_said(models, patch, 
     patched = patch(models("wan"), preset="Wan2.1_1.3b/psa_balanced")
     sample(patched)
     assert {call.step for call in sparse_calls(patched)} == {1, 2, 3}
-    assert "the preset's 15 dense steps would take all 4; 1 are used" in run_lines()[-1]
+    assert (
+        "the preset's 15 dense steps would take all 4, so a quarter is dense (1)" in run_lines()[-1]
+    )
 
 
 def test_a_baseline_preset_is_dense_and_says_so(models, patch, sample, run_lines):
@@ -174,7 +176,7 @@ def test_the_last_sparse_node_of_the_pack_acts_and_says_so(
         ({"preset": "Wan2.1_14b/psa_balancd"}, "did you mean 'Wan2.1_14b/psa_balanced'"),
         ({"preset": "nope"}, "preset 'nope' does not exist"),
         ({"config_file": "nowhere.yaml"}, "config_file 'nowhere.yaml': no such file"),
-        ({"warmup_steps": 101}, "101: allowed are -1 to 100"),
+        ({"warmup_steps": 101}, "101: allowed are whole numbers from -1 to 100"),
         ({"dense_layers": "9"}, "layer 9 is outside this model"),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,

@@ -62,7 +62,7 @@ def test_sparse_attention_acts_and_changes_the_result_a_little(models, patch, sa
     calls = sparse_calls(patched)
     assert {call.layer for call in calls} == set(range(1, layers))
     assert {call.step for call in calls} == {1, 2, 3}
-    assert dense_reasons(patched) == {"first 1 of 4 steps", "layer 0"}
+    assert dense_reasons(patched) == {"first 1 of 4 steps", "layer 0 is in dense_layers"}
     assert all(0 < call.density < 1 for call in calls)
 
 
@@ -281,7 +281,7 @@ def test_the_run_line_says_what_ran(models, patch, sample, run_lines):
         "3 of 4 layers sparse on 3 of 4 steps",
         "kernel torch",
         "4 x first 1 of 4 steps",
-        "3 x layer 0",
+        "3 x layer 0 is in dense_layers",
         " s sparse + ",
     ):
         assert part in line, (part, line)

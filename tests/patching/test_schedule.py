@@ -120,9 +120,12 @@ def test_what_cannot_be_placed_is_dense_and_says_so():
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"dense_timesteps": -2}, "dense_timesteps -2: allowed are -1 to 100"),
-        ({"dense_timesteps": 101}, "dense_timesteps 101: allowed are -1 to 100"),
-        ({"last_dense_timesteps": -1}, "last_dense_timesteps -1: allowed are 0 to 100"),
+        ({"dense_timesteps": -2}, "dense_timesteps -2: allowed are whole numbers from -1 to 100"),
+        ({"dense_timesteps": 101}, "dense_timesteps 101: allowed are whole numbers from -1 to 100"),
+        (
+            {"last_dense_timesteps": -1},
+            "last_dense_timesteps -1: allowed are whole numbers from 0 to 100",
+        ),
         ({"start_percent": -0.1}, "start_percent -0.1: allowed are 0.0 to 1.0"),
         ({"end_percent": math.nan}, "end_percent nan: allowed are 0.0 to 1.0"),
         ({"start_percent": 0.8, "end_percent": 0.2}, "start_percent 0.8 is after end_percent 0.2"),
