@@ -27,7 +27,7 @@ def _package_view(environment: Environment) -> Path:
     package = view / "sparse_video_attention"
     package.mkdir(parents=True)
     listed = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    for name in re.findall(r'"sparse_video_attention\.(\w+)"', listed):
+    for name in dict.fromkeys(re.findall(r'"sparse_video_attention\.(\w+)"', listed)):
         link_folder(ROOT / name, package / name)
     shutil.copyfile(ROOT / "__init__.py", package / "__init__.py")
     return view
