@@ -20,6 +20,8 @@ def group_means(x: Tensor, level: int) -> tuple[Tensor, Tensor]:
     Returns:
         means [B, H, ceil(N / level), D] in x's dtype, and tokens per group [ceil(N / level)].
     """
+    if level == 1:
+        return x, torch.ones(x.shape[2], dtype=torch.int64, device=x.device)
     groups = x.split(level, dim=2)
     means = torch.stack([group.mean(dim=2) for group in groups], dim=2)
     return means, torch.tensor([group.shape[2] for group in groups], device=x.device)

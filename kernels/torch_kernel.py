@@ -8,6 +8,7 @@ from torch import Tensor
 from .registry import Kernel, KernelCall, register
 from .torch_gathered import attend_gathered
 from .torch_panels import attend_in_panels
+from .torch_shared import attend_shared, has_matrix_units
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -21,9 +22,11 @@ def _refuses(call: KernelCall) -> str | None:
 
 
 def _run(call: KernelCall) -> Tensor:
-    if call.q.device.type == "cpu":
-        return attend_in_panels(call)
-    return attend_gathered(call)
+    if call.q.device.type != "cpu":
+        return attend_gathered(call)
+    if call.plan.levels == (1,) and has_matrix_units(call.q.dtype):
+        return attend_shared(call)
+    return attend_in_panels(call)
 
 
 register(

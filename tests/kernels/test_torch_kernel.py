@@ -1,4 +1,7 @@
-"""The torch kernel: both of its ways, rows of panels (CPUs) and gathered batches (elsewhere)."""
+"""The torch kernel and its ways: panels (CPUs), gathered batches (elsewhere), and shared keys.
+
+Shared keys are for CPUs with matrix units, and for masks alone; they are tested on any CPU.
+"""
 
 import json
 import threading
@@ -10,10 +13,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse_video_attention.kernels import BlockPlan, block_sparse_attention, torch_gathered
+from sparse_video_attention.kernels import (
+    BlockPlan,
+    block_sparse_attention,
+    torch_gathered,
+    torch_kernel,
+)
 from sparse_video_attention.kernels.reference import reference_attention
 from sparse_video_attention.kernels.registry import KernelCall
 from sparse_video_attention.kernels.torch_gathered import attend_gathered
+from sparse_video_attention.kernels.torch_panels import attend_in_panels
+from sparse_video_attention.kernels.torch_shared import attend_shared, shared_parts
 from sparse_video_attention.kernels.torch_workers import for_each
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,16 +37,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LIMITS = {torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
-def panels(q, k, v, plan, scale=None):
-    return block_sparse_attention(q, k, v, plan, scale=scale, kernel="torch")
+def way(run):
+    def attend(q, k, v, plan, scale=None):
+        return run(KernelCall(q, k, v, plan, scale or q.shape[-1] ** -0.5))
+
+    return attend
 
 
-def gathered(q, k, v, plan, scale=None):
-    return attend_gathered(KernelCall(q, k, v, plan, scale or q.shape[-1] ** -0.5))
-
-
-WAYS = {"panels": panels, "gathered": gathered}
+panels = way(attend_in_panels)
+WAYS = {"panels": panels, "gathered": way(attend_gathered)}
 BOTH = pytest.mark.parametrize("attend", WAYS.values(), ids=WAYS.keys())
+MASK_WAYS = {**WAYS, "shared": way(attend_shared)}
+ALL = pytest.mark.parametrize("attend", MASK_WAYS.values(), ids=MASK_WAYS.keys())
 
 
 def random_plan(
@@ -59,6 +71,18 @@ def random_plan(
     return BlockPlan.from_levels(
         levels.to(torch.int8), block_m=block_m, block_n=block_n, q_len=q_len, k_len=k_len, **options
     )
+
+
+def random_mask_plan(q_len, k_len=None, **options):
+    return random_plan(q_len, k_len or q_len, choices=(0, 1), **options)
+
+
+def banded_mask(rows, columns, width):
+    """Runs that neighbouring rows share, as in the masks of the methods, and a first column."""
+    distance = torch.arange(rows)[:, None] * columns / rows - torch.arange(columns)
+    mask = distance.abs() <= width
+    mask[:, 0] = True
+    return mask
 
 
 def random_qkv(batch, heads, q_len, head_dim, *, k_len=None, dtype=torch.float32, seed=1):
@@ -135,14 +159,33 @@ def test_other_numbers_of_keys_than_queries(attend, q_len, k_len):
     check(attend, random_qkv(1, 2, q_len, 64, k_len=k_len), random_plan(q_len, k_len, block_n=64))
 
 
-@BOTH
+@ALL
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("width", [0.6, 4.0], ids=lambda w: f"width{w}")
+@pytest.mark.parametrize("block_n", [32, 128], ids=lambda n: f"n{n}")
+def test_bands_that_neighbouring_rows_share(attend, block_n, width, dtype):
+    mask = banded_mask(-(-1300 // 128), -(-1300 // block_n), width)
+    plan = BlockPlan.from_mask(mask, block_m=128, block_n=block_n, q_len=1300, k_len=1300)
+    check(attend, random_qkv(1, 1, 1300, 32, dtype=dtype), plan)
+
+
+@ALL
+@pytest.mark.parametrize(
+    "extents", [(), (3,), (2, 1), (2, 3)], ids=["shared", "heads", "samples", "samples-heads"]
+)
+def test_masks_of_their_own_per_head_and_sample(attend, extents):
+    plan = random_mask_plan(333, extents=extents, block_m=64, block_n=64, packed=False)
+    check(attend, random_qkv(2, 3, 333, 64), plan)
+
+
+@ALL
 def test_rows_with_a_single_block(attend):
     mask = torch.eye(8, dtype=torch.bool).roll(3, dims=1)
     plan = BlockPlan.from_mask(mask, block_m=128, block_n=128, q_len=1000, k_len=1000)
     check(attend, random_qkv(1, 2, 1000, 64), plan)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 def test_everything_kept_is_dense_attention(attend, dtype):
     q, k, v = random_qkv(2, 2, 700, 64, dtype=dtype)
@@ -152,12 +195,12 @@ def test_everything_kept_is_dense_attention(attend, dtype):
     assert worst_error(attend(q, k, v, plan), dense) < LIMITS[dtype]
 
 
-@BOTH
+@ALL
 def test_the_scale_is_the_one_asked_for(attend):
-    check(attend, random_qkv(1, 1, 200, 64), random_plan(200, 200), scale=0.3)
+    check(attend, random_qkv(1, 1, 200, 64), random_mask_plan(200), scale=0.3)
 
 
-@BOTH
+@ALL
 def test_logits_far_beyond_exp_stay_finite(attend):
     q, k, v = random_qkv(1, 1, 3000, 64)
     # The largest logits come last: every panel raises the running maximum.
@@ -210,34 +253,39 @@ STRIDES = [nhd_view, tokens_innermost, every_other_element, inside_a_larger_buff
 STRIDES += [one_head_expanded]
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("layout", STRIDES, ids=lambda f: f.__name__)
 def test_any_strides_and_inputs_stay_as_they_are(attend, layout):
     qkv = [layout(x) for x in random_qkv(2, 2, 333, 64)]
     before = [x.clone() for x in qkv]
-    check(attend, qkv, random_plan(333, 333, extents=(2,), block_n=64))
+    check(attend, qkv, random_mask_plan(333, extents=(2,), block_n=64))
     for x, copy in zip(qkv, before, strict=True):
         assert torch.equal(x, copy)
 
 
-@BOTH
+@ALL
 def test_slices_of_one_fused_projection(attend):
     fused = torch.randn(2, 333, 3, 2, 64, generator=torch.Generator().manual_seed(5))
     qkv = [fused[:, :, i].transpose(1, 2) for i in range(3)]
-    check(attend, qkv, random_plan(333, 333, block_n=64))
+    check(attend, qkv, random_mask_plan(333, block_n=64))
 
 
-@BOTH
+@ALL
 def test_output_memory_is_batch_tokens_heads_dim(attend):
     q, k, v = random_qkv(2, 3, 200, 64)
-    out = attend(q, k, v, random_plan(200, 200))
+    out = attend(q, k, v, random_mask_plan(200))
     assert out.shape == (2, 3, 200, 64)
     merged = out.transpose(1, 2).flatten(2)
     assert merged.data_ptr() == out.data_ptr() and merged.is_contiguous()
 
 
-@BOTH
-@pytest.mark.parametrize("choices", [(0, 1), (0, 1, 2, 8)], ids=["mask", "levels"])
+SKIPPING = [
+    *[pytest.param(run, (0, 1), id=f"{name}-mask") for name, run in MASK_WAYS.items()],
+    *[pytest.param(run, (0, 1, 2, 8), id=f"{name}-levels") for name, run in WAYS.items()],
+]
+
+
+@pytest.mark.parametrize(("attend", "choices"), SKIPPING)
 def test_keys_of_skipped_blocks_are_never_read_into_the_output(attend, choices):
     levels = torch.tensor(choices)[torch.arange(8 * 16).reshape(8, 16) % len(choices)]
     levels[:, 1] = 1
@@ -368,10 +416,10 @@ def test_a_failing_worker_is_heard():
         for_each(worker, 5)
 
 
-@BOTH
+@ALL
 def test_modes_of_the_caller_do_not_change_the_result(attend):
     q, k, v = random_qkv(1, 2, 333, 64)
-    plan = random_plan(333, 333, block_n=64)
+    plan = random_mask_plan(333, block_n=64)
     plain = attend(q, k, v, plan)
     with torch.inference_mode():
         assert torch.equal(attend(q.clone(), k, v, plan), plain)
@@ -402,5 +450,58 @@ def test_any_plan_matches_the_definition(data):
         packed=data.draw(st.booleans()),
     )
     qkv = random_qkv(batch, heads, q_len, 16, k_len=k_len, seed=data.draw(st.integers(0, 2**20)))
-    for attend in WAYS.values():
+    for attend in (MASK_WAYS if plan.levels == (1,) else WAYS).values():
         check(attend, qkv, plan)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_shared_parts_cover_every_kept_block_of_every_row_once(data):
+    rows, columns = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 30))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
+    mask = torch.rand(rows, columns, generator=generator) < data.draw(st.floats(0, 1))
+    k_len = columns * 128 - data.draw(st.integers(0, 127))
+    covered = torch.zeros(rows, k_len, dtype=torch.int64)
+    for part in shared_parts(mask, 0, 128, k_len):
+        for start, end in part.runs:
+            covered[part.first : part.last, start:end] += 1
+    assert torch.equal(covered, mask.repeat_interleave(128, dim=1)[:, :k_len].long())
+
+
+def test_blocks_that_all_rows_keep_are_one_part():
+    mask = banded_mask(8, 32, 16.0)
+    common = int(mask.all(dim=0).sum())
+    assert common >= 4
+    first = next(shared_parts(mask, 0, 128, 32 * 128))
+    assert (first.first, first.last) == (0, 8)
+    assert sum(end - start for start, end in first.runs) == common * 128
+
+
+@pytest.mark.parametrize("matrix_units", [True, False], ids=["matrix-units", "none"])
+def test_the_kernel_takes_the_way_that_fits_the_cpu_and_the_plan(monkeypatch, matrix_units):
+    taken = []
+    for name in ("attend_shared", "attend_in_panels", "attend_gathered"):
+        monkeypatch.setattr(torch_kernel, name, lambda call, name=name: taken.append(name))
+    monkeypatch.setattr(
+        torch_kernel, "has_matrix_units", lambda dtype: matrix_units and dtype == torch.bfloat16
+    )
+    mask, levels = random_mask_plan(200), random_plan(200, 200, choices=(0, 1, 2, 4, 8), seed=1)
+    for dtype, plan in ((torch.bfloat16, mask), (torch.float32, mask), (torch.bfloat16, levels)):
+        block_sparse_attention(*random_qkv(1, 1, 200, 64, dtype=dtype), plan, kernel="torch")
+    assert taken == [
+        "attend_shared" if matrix_units else "attend_in_panels",
+        "attend_in_panels",
+        "attend_in_panels",
+    ]
+    taken.clear()
+    q, k, v = (x.to("meta") for x in random_qkv(1, 1, 200, 64))
+    block_sparse_attention(q, k, v, mask.on_device("meta"), kernel="torch")
+    assert taken == ["attend_gathered"]
+
+
+def test_on_this_cpu_the_kernel_is_right_whatever_way_it_takes():
+    for dtype in DTYPES.values():
+        q, k, v = random_qkv(1, 2, 333, 64, dtype=dtype)
+        plan = random_mask_plan(333)
+        out = block_sparse_attention(q, k, v, plan, kernel="torch")
+        assert worst_error(out, reference_attention(q, k, v, plan)) < LIMITS[dtype]
