@@ -4,10 +4,11 @@ import logging
 
 import pytest
 import torch
-from demo.checkpoints import make_cogvideox_checkpoint, make_wan_checkpoint
 from safetensors.torch import load_file
 from sparse_video_attention.patching import AttentionSettings, Schedule, SparseChoice, install
 from sparse_video_attention.radial_attn import RadialPolicy
+
+from demo.checkpoints import make_cogvideox_checkpoint, make_wan_checkpoint
 
 pytestmark = pytest.mark.comfy
 

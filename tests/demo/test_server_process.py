@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from devtools.errors import DevError
 from devtools.server import (
     ComfyServer,
@@ -132,7 +133,10 @@ REJECTIONS = {
                 "5": {
                     "class_type": "PatchRadialAttention",
                     "errors": [
-                        {"message": "Value 500 bigger than max of 100", "details": "dense_timesteps"}
+                        {
+                            "message": "Value 500 bigger than max of 100",
+                            "details": "dense_timesteps",
+                        }
                     ],
                 }
             }

@@ -8,6 +8,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+
 from devtools import comfyui, environment
 from devtools import pip as pip_module
 from devtools.comfyui import check_archive, comfyui_version, own_comfyui, provide_comfyui, unpack
