@@ -1,0 +1,80 @@
+"""What a measurement depends on: device, driver, versions, commit, date."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def default_device() -> torch.device:
+    """The first accelerator, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """As its maker calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"CPU {_cpu_model()}"
+    return f"{device.type} {platform.machine()}"
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if match:
+            return match[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def slug(name: str) -> str:
+    """A device name as a folder name: "CPU AMD EPYC" -> "cpu-amd-epyc"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _output_of(*command: str) -> str | None:
+    try:
+        done = subprocess.run(
+            command, cwd=REPOSITORY, capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def header(device: torch.device) -> dict[str, object]:
+    """The header of a result file."""
+    driver = None
+    if device.type == "cuda":
+        query = ("--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index or 0}")
+        driver = _output_of("nvidia-smi", *query)
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "driver": driver,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "commit": _output_of("git", "rev-parse", "HEAD"),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
