@@ -1,0 +1,122 @@
+"""Which methods are measured, and radial and Sparge settings of equal density."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from sparse_video_attention.kernels import TokenLayout
+from sparse_video_attention.patching.settings import SparsePolicy
+from sparse_video_attention.psa import PsaPolicy, load_presets
+from sparse_video_attention.radial_attn import RadialPolicy
+from sparse_video_attention.radial_attn.mask import MAX_DECAY_FACTOR
+from sparse_video_attention.sparge import SpargePolicy
+
+from .method_call import LAYER, MethodCall
+from .structured import AttentionInputs
+
+# Halvings of a setting's range when a density is looked for.
+BISECTIONS = 10
+
+
+@dataclass(frozen=True)
+class Method:
+    """A policy to measure.
+
+    Attributes:
+        name: in tables.
+        equal_to: the preset whose density its setting was chosen for; such a method is not timed.
+    """
+
+    name: str
+    policy: SparsePolicy
+    equal_to: str | None = None
+
+
+def methods(model_family: str) -> Iterator[Method]:
+    """Radial, Sparge and the presets of the sections that begin with model_family."""
+    yield Method("radial", RadialPolicy())
+    yield Method("radial pool", RadialPolicy(skipped_blocks="pool"))
+    for order in ("raster", "Gilbert"):
+        for skipped in ("drop", "pool"):
+            name = f"sparge {order}" + (" pool" if skipped == "pool" else "")
+            yield Method(name, SpargePolicy(block_order=order, skipped_blocks=skipped))
+    for section, presets in load_presets().items():
+        for name, preset in presets.items():
+            if preset.type == "psa" and section.startswith(model_family):
+                label = f"{section}/{name}"
+                yield Method(f"psa {label}", PsaPolicy.from_preset(preset, label=label))
+
+
+@dataclass(frozen=True)
+class Dial:
+    """A method with one setting whose density rises with it, from low to high."""
+
+    name: str
+    policy: Callable[[float], SparsePolicy]
+    low: float
+    high: float
+
+
+DIALS = (
+    Dial("radial", lambda decay: RadialPolicy(decay_factor=decay), 0.0, MAX_DECAY_FACTOR),
+    Dial("sparge raster", lambda topk: SpargePolicy(topk=topk), 0.0, 1.0),
+    Dial("sparge Gilbert", lambda topk: SpargePolicy(topk=topk, block_order="Gilbert"), 0.0, 1.0),
+)
+
+
+class DialDensity:
+    """The density of a dial's setting on some inputs; every setting is tried once."""
+
+    def __init__(self, dial: Dial, layout: TokenLayout, inputs: AttentionInputs) -> None:
+        self._dial, self._layout = dial, layout
+        # The setting changes the plan and not the order of the tokens.
+        self._q, self._k, _ = MethodCall(dial.policy(dial.low), layout, inputs).prepared()
+        self._known: dict[float, float] = {}
+
+    def __call__(self, setting: float) -> float:
+        if setting not in self._known:
+            self._known[setting] = (
+                self._dial.policy(setting)
+                .plan(
+                    self._q,
+                    self._k,
+                    self._layout,
+                    layer=LAYER,
+                    scale=self._q.shape[-1] ** -0.5,
+                )
+                .density()
+            )
+        return self._known[setting]
+
+
+def nearest_setting(
+    density_of: Callable[[float], float], wanted: float, low: float, high: float
+) -> float:
+    """The setting between low and high whose density is nearest to the one wanted.
+
+    Args:
+        density_of: (setting) -> density; it must not fall.
+    """
+    tried = [low, high]
+    if density_of(low) < wanted < density_of(high):
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            tried.append(middle)
+            low, high = (middle, high) if density_of(middle) < wanted else (low, middle)
+    return min(tried, key=lambda setting: abs(density_of(setting) - wanted))
+
+
+def of_equal_density(
+    wanted: Mapping[str, float], layout: TokenLayout, inputs: AttentionInputs
+) -> Iterator[Method]:
+    """Every dial as near to each density as its setting allows, on these inputs.
+
+    Args:
+        wanted: density by the name of the method that has it.
+    """
+    for dial in DIALS:
+        density_of = DialDensity(dial, layout, inputs)
+        for name, density in wanted.items():
+            setting = nearest_setting(density_of, density, dial.low, dial.high)
+            yield Method(f"{dial.name} as {name}", dial.policy(setting), equal_to=name)

@@ -1,0 +1,145 @@
+"""Measure the sparse methods themselves: the stages of a call, and error over density.
+
+Every method runs as patching runs it, on inputs with the structure of video (see structured.py),
+beside dense attention of the same inputs. Writes methods.json and methods.png to
+benchmarks/results/<device>/. On a CPU the shapes are reduced ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from . import structured
+from .attention import RESULTS
+from .environment import default_device, device_name, header, slug
+from .grids import DEFAULT_GRID_SHAPES, GRID_SHAPES, find_grid_shape
+from .measure import DTYPES
+from .method_measure import MethodRow, ShapeRow, measure_shape
+from .method_plot import draw
+from .stages import STAGES
+
+DEFAULT_DTYPE = {"cuda": "bf16", "cpu": "fp32"}
+DEFAULT_REPEATS = {"cuda": 20, "cpu": 5}
+
+
+def _print_methods(rows: list[MethodRow]) -> None:
+    stages = [stage for stage in STAGES if any(stage in (row.stages_ms or {}) for row in rows)]
+    head = f"  {'method':34} density   error"
+    if stages:
+        head += "    call ms  dense/call  call/kernel   " + "  ".join(stages)
+    print(head)
+    for row in rows:
+        if row.equal_to is not None:
+            continue
+        line = f"  {row.method:34} {row.density:7.3f} {row.rel_l2:7.4f}"
+        if row.shares is not None:
+            line += f" {row.call_ms:10.1f} {row.speedup:10.2f}x {row.call_over_kernel:11.2f}x   "
+            line += "  ".join(f"{row.shares.get(stage, 0):{len(stage)}.1%}" for stage in stages)
+        print(line)
+
+
+def _print_equal_density(rows: list[MethodRow]) -> None:
+    print("  error at equal density, as near as it gets (how much denser):")
+    for name in dict.fromkeys(row.equal_to for row in rows if row.equal_to is not None):
+        own = next(row for row in rows if row.method == name)
+        others = "; ".join(
+            f"{row.method.removesuffix(f' as {name}')} {row.rel_l2:.4f} "
+            f"({row.density_difference:+.3f})"
+            for row in rows
+            if row.equal_to == name
+        )
+        print(f"    {name} {own.rel_l2:.4f} at {own.density:.3f}; {others}")
+
+
+def _print_shape(shape: ShapeRow, rows: list[MethodRow]) -> None:
+    print(
+        f"  a tenth of the keys has {shape.top_tenth_mass:.0%} of the softmax weight; error of "
+        f"dense attention itself {shape.dense_rel_l2:.0e}"
+    )
+    if shape.dense_ms is not None and shape.dense_ms_spread is not None:
+        print(f"  {shape.dense}: {shape.dense_ms:.1f} ms +-{shape.dense_ms_spread / 2:.1f}")
+    _print_methods(rows)
+    _print_equal_density(rows)
+
+
+def run(arguments: argparse.Namespace) -> Path:
+    """Measure what was asked for; returns the JSON file."""
+    device = torch.device(arguments.device) if arguments.device else default_device()
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    names = arguments.shapes or DEFAULT_GRID_SHAPES[kind]
+    shapes = [find_grid_shape(name) for name in names]
+    dtype_name = arguments.dtype or DEFAULT_DTYPE[kind]
+    repeats = 0 if arguments.errors_only else arguments.repeats or DEFAULT_REPEATS[kind]
+
+    print(f"{device_name(device)}, torch {torch.__version__}")
+    if kind == "cpu" and not arguments.shapes:
+        print("reduced shapes: no GPU was found; --shapes runs the models' own")
+    shape_rows: list[ShapeRow] = []
+    rows: list[MethodRow] = []
+    for shape in shapes:
+        print(
+            f"{shape.name}: {shape.layout} tokens, {shape.heads} x {shape.head_dim}, {dtype_name}",
+            flush=True,
+        )
+        shape_row, more = measure_shape(shape, dtype_name, device, repeats)
+        _print_shape(shape_row, more)
+        shape_rows.append(shape_row)
+        rows += more
+
+    folder = Path(arguments.out) / slug(device_name(device))
+    folder.mkdir(parents=True, exist_ok=True)
+    result = {
+        "header": header(device),
+        "inputs": " ".join(str(structured.__doc__).split()),
+        "repeats": repeats,
+        "shapes": [asdict(row) for row in shape_rows],
+        "rows": [asdict(row) for row in rows],
+    }
+    path = folder / ("methods.json" if repeats else "method_errors.json")
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+    print(f"wrote {draw(result, path.with_suffix('.png'))}")
+    return path
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(prog="python -m benchmarks.methods", description=__doc__)
+    result.add_argument(
+        "--shapes",
+        nargs="+",
+        metavar="SHAPE",
+        help=f"{', '.join(GRID_SHAPES)}, or spelled out as FRAMESxROWSxCOLUMNS:HEADSxHEAD_DIM, "
+        "for example 21x30x52:12x128; default: the models' on a GPU, reduced ones on a CPU",
+    )
+    result.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 else")
+    result.add_argument(
+        "--repeats", type=int, help="times each call is timed; default: 20 on a GPU, 5 else"
+    )
+    result.add_argument(
+        "--errors-only",
+        action="store_true",
+        help="no times; writes method_errors.json and .png instead",
+    )
+    result.add_argument("--device", help="default: the first GPU, or cpu")
+    result.add_argument(
+        "--out", default=RESULTS, help="folder for the results; default: benchmarks/results"
+    )
+    return result
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parser().parse_args(argv)
+    try:
+        run(arguments)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
