@@ -6,7 +6,7 @@ from typing import Any
 
 from ..kernels import registry
 from .forward import diffusion_model_wrapper
-from .layout import is_readable, model_family, supported_families
+from .layout import model_family, supported_families, unreadable_reason
 from .log import log
 from .record import RunHistory
 from .router import OVERRIDE_KEY, AttentionRouter, find_router
@@ -103,11 +103,9 @@ def _say_what_changes(
             f"{settings.sparse.policy.describe()} replaces {earlier.sparse.policy.describe()} "
             "on this model"
         )
-    if not is_readable(diffusion_model):
-        log.warning(
-            f"{type(diffusion_model).__name__} stays dense: where it keeps its video tokens is "
-            "not known"
-        )
+    reason = unreadable_reason(diffusion_model)
+    if reason is not None:
+        log.warning(f"{type(diffusion_model).__name__} stays dense: {reason}")
 
 
 class _ReassertOverride:

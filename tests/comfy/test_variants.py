@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from sparse_video_attention.kernels import TokenLayout
+from sparse_video_attention.patching.layout import unreadable_reason
 from sparse_video_attention.patching.record import RunRecord
 from sparse_video_attention.patching.router import OVERRIDE_KEY
 from sparse_video_attention.patching.run import RUN_KEY, RunState
@@ -21,8 +22,18 @@ WAN, ANIMATE, DANCER = "wan.model", "wan.model_animate", "wan.model_wandancer"
 TEXT_TOKENS, TEXT_WIDTH, CLIP_WIDTH = 12, 64, 1280
 BLOCK = 64
 
+# How a call ran, by a part of the reason that the record gives.
+SPARSE, DENSE_LAYER, NOT_THE_VIDEO = None, "layer 0", "over the video"
+
 # Latents: 3 frames of 16x20, patches of 2x2.
 GRID = TokenLayout(3, 8, 10)
+
+
+class FaceMotion(torch.nn.Module):
+    """In place of Animate's face encoder, whose 512x512 pictures would take half a minute."""
+
+    def get_motion(self, pictures):
+        return pictures.flatten(1).repeat(1, 3)[:, :512]
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,8 @@ class Variant:
             base = dict(dim=256, ffn_dim=256, num_heads=2, num_layers=3, text_dim=TEXT_WIDTH)
         config = base | dict(dtype=torch.float32, operations=comfy.ops.disable_weight_init)
         model = cls(**(config | self.config)).requires_grad_(False)
+        if self.name == "AnimateWanModel":
+            model.motion_encoder = FaceMotion()
         generator = torch.Generator().manual_seed(3)
         for name, weight in model.named_parameters():
             if "norm" in name and name.endswith("weight") and weight.ndim == 1:
@@ -132,6 +145,125 @@ VARIANTS = {
         {"context_latents": [(2, 16, 1, 16, 20), (2, 16, 2, 9, 12)]},
         TokenLayout(3, 8, 10, suffix_tokens=80 + 2 * 5 * 6),
     ),
+    "vace": wan(
+        {"vace_context": (2, 1, 96, 3, 16, 20)},
+        name="VaceWanModel",
+        config={"num_layers": 4, "vace_layers": 2, "vace_in_dim": 96},
+        values={"vace_strength": [1.0]},
+        # The two control blocks hang on layers 0 and 2.
+        layers=(0, 0, 1, 2, 2, 3),
+    ),
+    "vace-two-controls": wan(
+        {"vace_context": (2, 2, 96, 3, 16, 20)},
+        name="VaceWanModel",
+        config={"num_layers": 4, "vace_layers": 2, "vace_in_dim": 96},
+        values={"vace_strength": [1.0, 0.5]},
+        layers=(0, 0, 0, 1, 2, 2, 2, 3),
+    ),
+    "camera": wan(
+        CLIP | {"camera_conditions": (2, 24, 3, 128, 160)},
+        name="CameraWanModel",
+        config={"in_dim": 32},
+        x=(2, 32, 3, 16, 20),
+        context_keys=(257, TEXT_TOKENS),
+    ),
+    "camera-2.2": wan(
+        {"camera_conditions": (2, 24, 3, 128, 160)},
+        name="CameraWanModel",
+        config={"model_type": "camera_2.2", "in_dim": 36},
+        x=(2, 36, 3, 16, 20),
+    ),
+    "animate": wan(
+        CLIP | {"pose_latents": (2, 16, 2, 16, 20), "face_pixel_values": (2, 3, 5, 8, 8)},
+        code=ANIMATE,
+        name="AnimateWanModel",
+        config={"num_layers": 5, "in_dim": 36},
+        x=(2, 36, 3, 16, 20),
+        layers=(0, 1, 2, 3, 4),
+        context_keys=(257, TEXT_TOKENS),
+    ),
+    "s2v": wan(
+        {
+            "audio_embed": (2, 25, 32, 12),
+            "reference_latent": (2, 16, 1, 16, 20),
+            "reference_motion": (2, 16, 19, 16, 20),
+            "control_video": (2, 16, 3, 16, 20),
+        },
+        # Motion: 1 frame in patches of 2, 2 of 4 x 4 x 2, 16 of 8 x 8 x 4.
+        TokenLayout(3, 8, 10, suffix_tokens=80 + 80 + 4 * 5 + 4 * 2 * 2),
+        name="WanModel_S2V",
+        config={"audio_dim": 32, "audio_inject_layers": [0, 2]},
+    ),
+    "s2v-without-motion": wan(
+        {"audio_embed": (2, 25, 32, 12), "reference_latent": (2, 16, 1, 16, 20)},
+        TokenLayout(3, 8, 10, suffix_tokens=80),
+        name="WanModel_S2V",
+        config={"audio_dim": 32, "audio_inject_layers": [0, 2]},
+    ),
+    "humo": wan(
+        {"audio_embed": (2, 3, 8, 5, 1280), "reference_latent": (2, 16, 1, 16, 20)},
+        TokenLayout(3, 8, 10, suffix_tokens=80),
+        name="HumoWanModel",
+    ),
+    # A frame has as many tokens as audio: queries and keys of one shape.
+    "humo-16-tokens-a-frame": wan(
+        {"audio_embed": (2, 14, 8, 5, 1280), "reference_latent": (2, 16, 1, 8, 8)},
+        TokenLayout(14, 4, 4, suffix_tokens=16),
+        name="HumoWanModel",
+        x=(2, 16, 14, 8, 8),
+    ),
+    "scail": wan(
+        CLIP | {"reference_latent": (2, 20, 1, 16, 20), "pose_latents": (2, 20, 3, 8, 10)},
+        # The pose is of half size.
+        TokenLayout(3, 8, 10, prefix_tokens=80, suffix_tokens=3 * 4 * 5),
+        name="SCAILWanModel",
+        x=(2, 20, 3, 16, 20),
+        context_keys=(257, TEXT_TOKENS),
+    ),
+    "scail2": wan(
+        CLIP
+        | {
+            "reference_latent": (2, 20, 2, 16, 20),
+            "pose_latents": (2, 20, 3, 16, 20),
+            "ref_mask_latents": (2, 28, 5, 16, 20),
+            "sam_latents": (2, 28, 3, 16, 20),
+        },
+        TokenLayout(3, 8, 10, prefix_tokens=160, suffix_tokens=240),
+        name="SCAIL2WanModel",
+        values={"ref_mask_flag": False},
+        x=(2, 20, 3, 16, 20),
+        context_keys=(257, TEXT_TOKENS),
+    ),
+    "wandancer": wan(
+        CLIP | {"clip_fea_ref": (2, 257, CLIP_WIDTH), "audio_embed": (2, 12, 35)},
+        code=DANCER,
+        name="WanDancerModel",
+        config={"in_dim": 36, "audio_inject_layers": [0, 2]},
+        values={"fps": 24},
+        x=(2, 36, 3, 16, 20),
+        context_keys=(2 * 257, TEXT_TOKENS),
+    ),
+    "cogvideox-2b": cogvideox(
+        (2, 16, 3, 16, 20), COGVIDEOX_GRID, use_rotary_positional_embeddings=False
+    ),
+    "cogvideox-5b": cogvideox((2, 16, 3, 16, 20), COGVIDEOX_GRID),
+    "cogvideox-i2v": cogvideox(
+        (2, 32, 3, 16, 20),
+        COGVIDEOX_GRID,
+        in_channels=32,
+        use_learned_positional_embeddings=True,
+    ),
+    "cogvideox-inpaint": cogvideox((2, 33, 3, 16, 20), COGVIDEOX_GRID, in_channels=33),
+    # Frames in pairs: the fifth gets a padded sixth.
+    "cogvideox-1.5": cogvideox((2, 16, 5, 16, 20), COGVIDEOX_GRID, patch_size_t=2),
+    "cogvideox-1.5-i2v": cogvideox(
+        (2, 32, 6, 16, 20),
+        COGVIDEOX_GRID,
+        values={"ofs": torch.tensor([2.0, 2.0])},
+        in_channels=32,
+        patch_size_t=2,
+        ofs_embed_dim=32,
+    ),
 }
 
 
@@ -156,10 +288,10 @@ class Model:
         clone.model_options["transformer_options"][OVERRIDE_KEY] = override
         return clone
 
-    def run(self, patcher, **changed):
+    def run(self, patcher, *, options=None, **changed):
         """(output, record) of one forward at the second of two steps."""
         record = RunRecord(method="")
-        options = dict(patcher.model_options["transformer_options"])
+        options = patcher.model_options["transformer_options"] | (options or {})
         options |= {
             "wrappers": patcher.wrappers,
             "sigmas": torch.tensor([0.5, 0.5]),
@@ -175,18 +307,6 @@ class Model:
             out = self.net(**arguments, transformer_options=options)
         record.finish()
         return out, record
-
-
-@pytest.fixture(scope="module")
-def model_of(comfyui):
-    models = {}
-
-    def load(name):
-        if name not in models:
-            models[name] = Model(comfyui, VARIANTS[name])
-        return models[name]
-
-    return load
 
 
 class Spy:
@@ -235,32 +355,57 @@ def relative_error(a, b):
     return float((a - b).norm() / b.norm())
 
 
+@pytest.fixture(scope="module")
+def model_of(comfyui):
+    models = {}
+
+    def load(name):
+        if name not in models:
+            models[name] = Model(comfyui, VARIANTS[name])
+        return models[name]
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def banded(model_of, install_band):
+    """banded(name): (output, record, the spy beneath) of a forward with layer 0 dense."""
+    runs = {}
+
+    def run(name):
+        if name not in runs:
+            spy = Spy()
+            patched = model_of(name).with_override(spy)
+            patched = install_band(patched, dense_layers=(0,), dense_timesteps=0)
+            runs[name] = (*model_of(name).run(patched), spy)
+        return runs[name]
+
+    return run
+
+
 every_variant = pytest.mark.parametrize("name", VARIANTS)
 
 
 @every_variant
-def test_self_attention_runs_sparse_and_says_why_not(model_of, install_band, name):
-    model = model_of(name)
-    variant = model.variant
-    spy = Spy()
-    patched = install_band(model.with_override(spy), dense_layers=(0,), dense_timesteps=0)
-    record = model.run(patched)[1]
+def test_self_attention_runs_sparse_and_says_why_not(model_of, banded, name):
+    variant = model_of(name).variant
+    _, record, spy = banded(name)
     assert record.layouts == [str(variant.layout)]
-    # A call that has as many keys as queries and is no self-attention; see the HuMo variant.
-    calls = [call for call in record.calls if call.reason != "the call is not over the video grid"]
-    expected = [(layer, "layer 0" if layer == 0 else None) for layer in variant.layers]
+    expected = [(layer, DENSE_LAYER if layer == 0 else SPARSE) for layer in variant.layers]
     if name == "humo-16-tokens-a-frame":
-        expected.insert(1, (0, "layer 0"))
-        assert len(record.calls) - len(calls) == 2
-    assert [(call.layer, call.reason) for call in calls] == expected
+        # Its audio attention cannot be told from self-attention by lengths, but is no grid.
+        expected = [(0, DENSE_LAYER)] * 2
+        expected += [(layer, why) for layer in (1, 2) for why in (SPARSE, NOT_THE_VIDEO)]
+    assert [call.layer for call in record.calls] == [layer for layer, _ in expected]
+    for call, (_, why) in zip(record.calls, expected, strict=True):
+        assert call.reason is None if why is SPARSE else why in call.reason
     # Whatever was not taken reached the override beneath: nothing else, nothing twice.
     total = variant.layout.num_tokens
     contexts = [(total, keys) for _ in variant.layers for keys in variant.context_keys]
     dense_layers = [(total, total)] * variant.layers.count(0)
-    audio = [pair for pair in spy.lengths if pair[0] != total]
-    assert all(keys == 16 for _, keys in audio)
-    assert sorted(set(spy.lengths) - set(audio)) == sorted(set(contexts + dense_layers))
-    assert len(spy.lengths) - len(audio) == len(contexts + dense_layers)
+    per_frame = variant.layout.tokens_per_frame
+    audio = [(per_frame, 16)] * (len(variant.layers) if variant.name == "HumoWanModel" else 0)
+    assert sorted(spy.lengths) == sorted(contexts + dense_layers + audio)
 
 
 @every_variant
@@ -274,10 +419,10 @@ def test_everything_kept_is_dense(model_of, install_band, name):
 
 
 @every_variant
-def test_only_self_attention_over_the_video_differs(model_of, install_band, name):
+def test_only_self_attention_over_the_video_differs(model_of, banded, name):
     model = model_of(name)
-    out = model.run(install_band(model.patcher, dense_layers=(1,), dense_timesteps=0))[0]
-    judge = model.with_override(MaskedAttention(model.variant.layout, dense_layers=(1,)))
+    out = banded(name)[0]
+    judge = model.with_override(MaskedAttention(model.variant.layout, dense_layers=(0,)))
     expected = model.run(judge)[0]
     assert relative_error(out, expected) < 1e-5
     assert relative_error(out, model.dense) > 1e-3
@@ -296,10 +441,52 @@ def test_a_changed_pixel_changes_the_token_that_the_layout_says(model_of, name):
 
     x = model.inputs["x"]
     before = queries(x)
-    # Not in the first row or column, which fill up a last patch that is not whole.
-    for frame, y, column in ((0, 1, 1), (1, 2, 3), (layout.frames - 1, layout.height - 1, 4)):
+    # Not in the first frame, row or column, which fill up a last patch that is not whole.
+    last = (layout.frames - 1, layout.height - 1, layout.width - 1)
+    for frame, y, column in ((1, 1, 1), (1, 2, 3), last):
         changed = x.clone()
         changed[0, :, frame * patch_t, 2 * y, 2 * column] += 1.0
         moved = (before != queries(changed)).any(dim=2).nonzero().tolist()
         token = (frame * layout.height + y) * layout.width + column
         assert moved == [[0, layout.prefix_tokens + token]]
+
+
+@pytest.mark.parametrize("block_by_block", [True, False], ids=["ar-sampler", "other-sampler"])
+def test_an_autoregressive_model_warns_when_patched_and_stays_dense(
+    comfyui, install_band, run_lines, block_by_block
+):
+    model = Model(comfyui, wan(code="wan.ar_model", name="CausalWanModel"))
+    spy = Spy()
+    patched = install_band(model.with_override(spy), dense_layers=(), dense_timesteps=0)
+    assert [line for line in run_lines() if "CausalWanModel" in line and "stays dense" in line]
+
+    def options():
+        if not block_by_block:
+            return {}
+        caches = model.net.init_kv_caches(2, 240, "cpu", torch.float32)
+        crossed = model.net.init_crossattn_caches(2, "cpu", torch.float32)
+        state = {"start_frame": 0, "kv_caches": caches, "crossattn_caches": crossed}
+        return {"ar_state": state}
+
+    out, record = model.run(patched, options=options())
+    assert torch.equal(out, model.run(model.patcher, options=options())[0])
+    if block_by_block:
+        # Neither of ComfyUI's hooks is called.
+        assert record.calls == [] and spy.lengths == []
+    else:
+        assert {call.reason for call in record.calls} == {unreadable_reason(model.net)}
+
+
+def test_a_class_that_nobody_knows_warns_when_patched_and_stays_dense(
+    comfyui, install_band, run_lines
+):
+    from comfy.ldm.wan.model import WanModel
+
+    model = Model(comfyui, VARIANTS["t2v"])
+    model.net.__class__ = type("WanModelOfTomorrow", (WanModel,), {})
+    patched = install_band(model.patcher, dense_layers=(), dense_timesteps=0)
+    said = "where WanModelOfTomorrow keeps its video tokens is not known"
+    assert [line for line in run_lines() if said in line]
+    out, record = model.run(patched)
+    assert torch.equal(out, model.dense)
+    assert [(call.layer, call.reason) for call in record.calls] == [(i, said) for i in range(3)]
