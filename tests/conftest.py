@@ -34,6 +34,12 @@ def comfyui_path() -> Path:
 
 
 @pytest.fixture(scope="session")
+def comfyui_folder():
+    """Folder with ComfyUI's main.py."""
+    return comfyui_path()
+
+
+@pytest.fixture(scope="session")
 def golden():
     """Folder of the published arrays."""
     return GOLDEN
