@@ -13,6 +13,8 @@ from pathlib import Path
 from .environment import ROOT, Environment
 from .server import link_folder
 
+# Each holds ComfyUI and torch: about a gigabyte.
+MOST_PROCESSES = 4
 TYPED_BESIDE = ("dev.py", "devtools", "demo")
 
 
@@ -64,7 +66,7 @@ def _run_tests(environment: Environment, arguments: Sequence[str], quick: bool) 
     # A process per core with one thread each: the models are tiny, and threads that wait for each
     # other on a busy machine make the suite many times slower. Files stay whole, since their
     # servers and checkpoints are shared.
-    command += [f"--numprocesses={os.cpu_count() or 1}", "--dist=loadfile"]
+    command += [f"--numprocesses={min(os.cpu_count() or 1, MOST_PROCESSES)}", "--dist=loadfile"]
     if without:
         command += ["-m", " and ".join(f"not {mark}" for mark in without)]
     env = {"OMP_NUM_THREADS": "1"} | os.environ | {"COMFYUI_PATH": str(environment.comfyui)}
