@@ -1,10 +1,8 @@
 """Triton kernel: attention of one query block over its list of key blocks, level by level.
 
 One program owns one query block of one head and keeps the running softmax of its rows in
-registers (online softmax, arXiv 2112.05682). Every level is one loop over tiles of TILE_N keys:
-large key blocks are cut into tiles, small or pooled ones are packed until a tile is full. What
-does not fill a tile, and the ragged last key block, goes through one masked step after the loop,
-so the loop itself never branches per block.
+registers. Every level of the plan is one loop over full tiles of keys; what is left of every
+level follows in masked steps.
 """
 
 from __future__ import annotations
@@ -12,140 +10,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_level import segment, tile_at, visit_full_tiles, visit_rest
+from .triton_softmax import FP8_SHIFT
+
 # Levels are 1 to 256, the largest block.
 NUM_LOG_LEVELS: tl.constexpr = tl.constexpr(9)
-
-
-@triton.jit
-def _softmax_step(query, keys, values, acc, row_max, row_sum, scale, bias, MASKED: tl.constexpr):
-    """Fold one tile into the running softmax. scale and bias are in units of log2.
-
-    bias is a number without MASKED, and one number per key (-inf: no such key) with it.
-    """
-    logits = tl.dot(query, tl.trans(keys))
-    if MASKED:
-        logits = logits * scale + bias[None, :]
-        new_max = tl.maximum(row_max, tl.max(logits, 1))
-        weights = tl.math.exp2(logits - new_max[:, None])
-    else:
-        # The scale is applied inside the exponent, one multiply-add per logit.
-        new_max = tl.maximum(row_max, tl.max(logits, 1) * scale + bias)
-        weights = tl.math.exp2(logits * scale - (new_max - bias)[:, None])
-    rescale = tl.math.exp2(row_max - new_max)
-    row_sum = row_sum * rescale + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(values.dtype), values, acc * rescale[:, None])
-    return acc, new_max, row_sum
-
-
-@triton.jit
-def _segment(bounds, indices, position, num_k_blocks, k_len, BLOCK_N: tl.constexpr):
-    """First and last entry of a level, and 1 if its last key block is the ragged one."""
-    first = tl.load(bounds + position)
-    last = tl.load(bounds + position + 1)
-    # Entries ascend inside a level, so only the last one can be the ragged key block.
-    final = tl.load(indices + last - 1, mask=last > first, other=-1)
-    ragged = (final == num_k_blocks - 1) & (k_len % BLOCK_N != 0)
-    return first, last, ragged.to(tl.int32)
-
-
-@triton.jit
-def _visit_full_tiles(
-    query,
-    K,
-    V,
-    stride_kn,
-    stride_vn,
-    indices,
-    first,
-    last,
-    acc,
-    row_max,
-    row_sum,
-    scale,
-    LOG_LEVEL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TILE_N: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """Visit the entries from first to before last of one level that fill whole tiles."""
-    ROWS: tl.constexpr = BLOCK_N >> LOG_LEVEL
-    dims = tl.arange(0, HEAD_DIM)
-    lanes = tl.arange(0, TILE_N)
-    if ROWS >= TILE_N:
-        TILES: tl.constexpr = ROWS // TILE_N
-        for tile in tl.range(first * TILES, last * TILES):
-            block = tl.load(indices + tile // TILES)
-            rows = (block * ROWS + tile % TILES * TILE_N + lanes)[:, None].to(tl.int64)
-            keys = tl.load(K + rows * stride_kn + dims[None, :])
-            values = tl.load(V + rows * stride_vn + dims[None, :])
-            acc, row_max, row_sum = _softmax_step(
-                query, keys, values, acc, row_max, row_sum, scale, LOG_LEVEL, MASKED=False
-            )
-    else:
-        ENTRIES: tl.constexpr = TILE_N // ROWS
-        for tile in tl.range(0, (last - first) // ENTRIES):
-            block = tl.load(indices + first + tile * ENTRIES + lanes // ROWS)
-            rows = (block * ROWS + lanes % ROWS)[:, None].to(tl.int64)
-            keys = tl.load(K + rows * stride_kn + dims[None, :])
-            values = tl.load(V + rows * stride_vn + dims[None, :])
-            acc, row_max, row_sum = _softmax_step(
-                query, keys, values, acc, row_max, row_sum, scale, LOG_LEVEL, MASKED=False
-            )
-    return acc, row_max, row_sum
-
-
-@triton.jit
-def _visit_rest(
-    query,
-    K,
-    V,
-    stride_kn,
-    stride_vn,
-    indices,
-    first,
-    last,
-    ragged,
-    num_k_blocks,
-    k_len,
-    acc,
-    row_max,
-    row_sum,
-    scale,
-    LOG_LEVEL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TILE_N: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """Visit what _visit_full_tiles left of one level: a part of a tile, the ragged block."""
-    ROWS: tl.constexpr = BLOCK_N >> LOG_LEVEL
-    dims = tl.arange(0, HEAD_DIM)
-    lanes = tl.arange(0, TILE_N)
-    if ROWS >= TILE_N:
-        first = last - ragged
-    else:
-        first += (last - ragged - first) // (TILE_N // ROWS) * (TILE_N // ROWS)
-    for tile in tl.range(0, tl.cdiv((last - first) * ROWS, TILE_N), num_stages=1):
-        entry = first + (tile * TILE_N + lanes) // ROWS
-        block = tl.load(indices + entry, mask=entry < last, other=num_k_blocks)
-        row = (tile * TILE_N + lanes) % ROWS
-        # A group at the ragged end has fewer tokens than the level; past the end it has none.
-        tokens = tl.minimum(k_len - block * BLOCK_N - (row << LOG_LEVEL), 1 << LOG_LEVEL)
-        live = tokens > 0
-        bias = tl.where(live, tl.math.log2(tl.maximum(tokens, 1).to(tl.float32)), float("-inf"))
-        rows = (block * ROWS + row)[:, None].to(tl.int64)
-        keys = tl.load(K + rows * stride_kn + dims[None, :], mask=live[:, None], other=0.0)
-        values = tl.load(V + rows * stride_vn + dims[None, :], mask=live[:, None], other=0.0)
-        acc, row_max, row_sum = _softmax_step(
-            query, keys, values, acc, row_max, row_sum, scale, bias, MASKED=True
-        )
-    return acc, row_max, row_sum
 
 
 # Values that differ between calls and help no load: one compiled kernel serves them all.
 @triton.jit(
     do_not_specialize=[
         "stride_bounds_b", "stride_bounds_h", "stride_bounds_m",
-        "first_head", "heads", "q_len", "k_len", "pooled_len",
+        "first_head", "heads", "q_len", "k_len", "scratch_k_rows", "scratch_v_rows",
     ]
 )  # fmt: skip
 def attention_kernel(
@@ -153,8 +29,12 @@ def attention_kernel(
     K,
     V,
     Out,
-    PooledK,
-    PooledV,
+    ScratchK,
+    ScratchV,
+    Fp8V,
+    QScale,
+    KScale,
+    VScale,
     Indices,
     Bounds,
     stride_qb,
@@ -176,21 +56,32 @@ def attention_kernel(
     heads,
     q_len,
     k_len,
-    pooled_len,
+    scratch_k_rows,
+    scratch_v_rows,
     scale,
     LEVELS: tl.constexpr,
+    NUM_LEVELS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILE_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    FP8: tl.constexpr,
 ):
     """Grid (query blocks, heads of this launch); first_head counts heads over the whole batch.
 
-    PooledK and PooledV: [heads of this launch, pooled_len, HEAD_DIM], the pooled levels of the
-    plan one after the other, num_k_blocks * BLOCK_N / level rows each.
+    ScratchK [heads of this launch, scratch_k_rows, HEAD_DIM] holds the plan's pooled levels, and
+    level 1 too if QUANTIZED, one after the other: num_k_blocks * BLOCK_N / level rows each.
+    ScratchV is the same for values, without level 1.
+    QUANTIZED: Q is int8 [heads of this launch, q_len, HEAD_DIM] with QScale [heads of this launch,
+        q_len]; ScratchK is int8 with KScale [heads of this launch, NUM_LEVELS, num_k_blocks].
+    FP8 (with QUANTIZED): level 1 of the values is Fp8V, e4m3 [heads of this launch, HEAD_DIM,
+        num_k_blocks * BLOCK_N]; these and ScratchV are to be multiplied by VScale [heads of this
+        launch, HEAD_DIM].
     LEVELS: the sum of the plan's levels, which are powers of two. scale: times log2(e).
     """
     block_m = tl.program_id(0)
+    local_head = tl.program_id(1).to(tl.int64)
     head = first_head + tl.program_id(1)
     # int64: 160000 tokens of 40 heads pass 2**31 elements.
     b = (head // heads).to(tl.int64)
@@ -200,62 +91,70 @@ def attention_kernel(
     q_rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, HEAD_DIM)
     in_q = (q_rows < q_len)[:, None]
-    Q += b * stride_qb + h * stride_qh
-    query = tl.load(
-        Q + q_rows[:, None].to(tl.int64) * stride_qn + dims[None, :], mask=in_q, other=0.0
-    )
+    if QUANTIZED:
+        Q += local_head * stride_qh
+        scale *= tl.load(QScale + local_head * q_len + q_rows, mask=q_rows < q_len, other=0.0)
+    else:
+        Q += b * stride_qb + h * stride_qh
+    query = tl.load(tile_at(Q, q_rows, stride_qn, HEAD_DIM), mask=in_q, other=0.0)
     K += b * stride_kb + h * stride_kh
     V += b * stride_vb + h * stride_vh
-    PooledK += tl.program_id(1).to(tl.int64) * pooled_len * HEAD_DIM
-    PooledV += tl.program_id(1).to(tl.int64) * pooled_len * HEAD_DIM
+    ScratchK += local_head * scratch_k_rows * HEAD_DIM
+    ScratchV += local_head * scratch_v_rows * HEAD_DIM
+    Fp8V += local_head * num_k_blocks * BLOCK_N * HEAD_DIM
+    KScale += local_head * num_k_blocks * NUM_LEVELS
     Bounds += b * stride_bounds_b + h * stride_bounds_h + block_m * stride_bounds_m
 
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    position = 0
-    pooled_row = 0
-    for LOG_LEVEL in tl.static_range(NUM_LOG_LEVELS):
-        if (LEVELS >> LOG_LEVEL) & 1:
-            first, last, ragged = _segment(Bounds, Indices, position, num_k_blocks, k_len, BLOCK_N)
-            if LOG_LEVEL == 0:
-                acc, row_max, row_sum = _visit_full_tiles(
-                    query, K, V, stride_kn, stride_vn, Indices, first, last - ragged,
-                    acc, row_max, row_sum, scale, LOG_LEVEL, BLOCK_N, TILE_N, HEAD_DIM,
-                )  # fmt: skip
-            else:
-                acc, row_max, row_sum = _visit_full_tiles(
-                    query, PooledK + pooled_row * HEAD_DIM, PooledV + pooled_row * HEAD_DIM,
-                    HEAD_DIM, HEAD_DIM, Indices, first, last - ragged,
-                    acc, row_max, row_sum, scale, LOG_LEVEL, BLOCK_N, TILE_N, HEAD_DIM,
-                )  # fmt: skip
-                pooled_row += num_k_blocks * (BLOCK_N >> LOG_LEVEL)
-            position += 1
-
-    position = 0
-    pooled_row = 0
-    for LOG_LEVEL in tl.static_range(NUM_LOG_LEVELS):
-        if (LEVELS >> LOG_LEVEL) & 1:
-            first, last, ragged = _segment(Bounds, Indices, position, num_k_blocks, k_len, BLOCK_N)
-            if LOG_LEVEL == 0:
-                acc, row_max, row_sum = _visit_rest(
-                    query, K, V, stride_kn, stride_vn, Indices, first, last, ragged, num_k_blocks,
-                    k_len, acc, row_max, row_sum, scale, LOG_LEVEL, BLOCK_N, TILE_N, HEAD_DIM,
-                )  # fmt: skip
-            else:
-                acc, row_max, row_sum = _visit_rest(
-                    query, PooledK + pooled_row * HEAD_DIM, PooledV + pooled_row * HEAD_DIM,
-                    HEAD_DIM, HEAD_DIM, Indices, first, last, ragged, num_k_blocks, k_len,
-                    acc, row_max, row_sum, scale, LOG_LEVEL, BLOCK_N, TILE_N, HEAD_DIM,
-                )  # fmt: skip
-                pooled_row += num_k_blocks * (BLOCK_N >> LOG_LEVEL)
-            position += 1
+    SHIFT: tl.constexpr = FP8_SHIFT if FP8 else 0.0
+    for REST in tl.static_range(2):
+        k_row = 0
+        v_row = 0
+        position = 0
+        for LOG_LEVEL in tl.static_range(NUM_LOG_LEVELS):
+            if (LEVELS >> LOG_LEVEL) & 1:
+                level_k = ScratchK + k_row * HEAD_DIM
+                level_v = ScratchV + v_row * HEAD_DIM
+                row_stride_k = HEAD_DIM
+                row_stride_v = HEAD_DIM
+                if LOG_LEVEL == 0 and not QUANTIZED:
+                    level_k = K
+                    row_stride_k = stride_kn
+                else:
+                    k_row += num_k_blocks * (BLOCK_N >> LOG_LEVEL)
+                if LOG_LEVEL == 0 and FP8:
+                    level_v = Fp8V
+                    row_stride_v = num_k_blocks * BLOCK_N
+                elif LOG_LEVEL == 0:
+                    level_v = V
+                    row_stride_v = stride_vn
+                else:
+                    v_row += num_k_blocks * (BLOCK_N >> LOG_LEVEL)
+                first, last, ragged = segment(
+                    Bounds, Indices, position, num_k_blocks, k_len, BLOCK_N
+                )
+                if REST == 0:
+                    acc, row_max, row_sum = visit_full_tiles(
+                        query, level_k, level_v, KScale + position * num_k_blocks,
+                        row_stride_k, row_stride_v, Indices, first, last - ragged,
+                        acc, row_max, row_sum, scale, LOG_LEVEL, BLOCK_N, TILE_N, HEAD_DIM,
+                        SHIFT, QUANTIZED, FP8 and LOG_LEVEL == 0,
+                    )  # fmt: skip
+                else:
+                    acc, row_max, row_sum = visit_rest(
+                        query, level_k, level_v, KScale + position * num_k_blocks,
+                        row_stride_k, row_stride_v, Indices, first, last, ragged,
+                        num_k_blocks, k_len,
+                        acc, row_max, row_sum, scale, LOG_LEVEL, BLOCK_N, TILE_N, HEAD_DIM,
+                        SHIFT, QUANTIZED, FP8 and LOG_LEVEL == 0,
+                    )  # fmt: skip
+                position += 1
 
     # A row without entries is 0, not 0 / 0.
     acc = tl.where(row_sum[:, None] > 0, acc / row_sum[:, None], 0.0)
-    Out += b * stride_ob + h * stride_oh
-    tl.store(
-        Out + q_rows[:, None].to(tl.int64) * stride_on + dims[None, :],
-        acc.to(Out.dtype.element_ty),
-        mask=in_q,
-    )
+    if FP8:
+        acc *= tl.load(VScale + local_head * HEAD_DIM + dims)[None, :]
+    out = tile_at(Out + b * stride_ob + h * stride_oh, q_rows, stride_on, HEAD_DIM)
+    tl.store(out, acc.to(Out.dtype.element_ty), mask=in_q)

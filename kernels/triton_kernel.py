@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from .registry import Kernel, KernelCall, register
-from .triton_launch import MIN_NVIDIA, architecture, is_listed
+from .triton_launch import HEAD_DIMS, MIN_NVIDIA, architecture, launch_for, settings_for
 
-HEAD_DIMS = (64, 128)
 BLOCKS_M = (64, 128)
 BLOCKS_N = (32, 64, 128)
 
@@ -51,12 +50,17 @@ def _unavailable() -> str | None:
 
 def _unlisted(device: torch.device) -> str | None:
     arch = architecture(device)
-    if is_listed(arch):
+    if settings_for(arch) is not None:
         return None
     if isinstance(arch, str):
-        return f"it has no settings for AMD architecture {arch}"
-    least = f"{MIN_NVIDIA // 10}.{MIN_NVIDIA % 10}"
-    return f"it needs compute capability {least} or newer; {device} has {arch // 10}.{arch % 10}"
+        return f"it has no settings for {_named(arch)}"
+    return f"it needs {_named(MIN_NVIDIA)} or newer; {device} has {_named(arch)}"
+
+
+def _named(arch: int | str) -> str:
+    if isinstance(arch, int):
+        return f"compute capability {arch // 10}.{arch % 10}"
+    return f"AMD architecture {arch}"
 
 
 def _refuses(call: KernelCall) -> str | None:
@@ -80,8 +84,9 @@ def _refuses(call: KernelCall) -> str | None:
         )
     if not 0 <= call.scale < math.inf:
         return f"it takes a scale of at least 0; got {call.scale}"
-    if call.precision != "native":
-        return f"it does not offer precision {call.precision}"
+    arch = architecture(q.device)
+    if launch_for(arch, q.shape[3], call.precision, plan.block_m) is None:
+        return f"it does not offer {call.precision} on {_named(arch)}"
     if torch.is_grad_enabled() and (
         q.requires_grad or call.k.requires_grad or call.v.requires_grad
     ):

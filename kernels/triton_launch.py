@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,39 +24,75 @@ class Launch:
     maxnreg: int = 0
 
 
+Settings = dict[tuple[int, str], Launch]
+
 # [architecture][(head_dim, precision)] for query blocks of 128 rows. NVIDIA architectures are
-# numbers, and one that is not listed takes the nearest lower entry.
-NVIDIA: dict[int, dict[tuple[int, str], Launch]] = {
+# numbers, and one that is not listed takes the nearest lower entry. A precision that is not
+# listed is not offered: fp8 needs 8.9.
+NVIDIA: dict[int, Settings] = {
     80: {
         (64, "native"): Launch(64, 4, 3),
+        (64, "int8"): Launch(64, 4, 3),
         (128, "native"): Launch(64, 8, 3),
+        (128, "int8"): Launch(64, 8, 3),
+    },
+    89: {
+        (64, "native"): Launch(64, 4, 3),
+        (64, "int8"): Launch(64, 4, 3),
+        (64, "fp8"): Launch(64, 8, 3),
+        (128, "native"): Launch(64, 8, 3),
+        (128, "int8"): Launch(64, 8, 3),
+        (128, "fp8"): Launch(64, 8, 3),
     },
     90: {
         (64, "native"): Launch(64, 8, 3, 128),
+        (64, "int8"): Launch(64, 8, 3, 128),
+        (64, "fp8"): Launch(64, 8, 3, 128),
         (128, "native"): Launch(64, 8, 3, 128),
+        (128, "int8"): Launch(128, 8, 3),
+        (128, "fp8"): Launch(64, 8, 3),
     },
     100: {
         (64, "native"): Launch(64, 4, 3),
+        (64, "int8"): Launch(64, 4, 3),
+        (64, "fp8"): Launch(64, 4, 3),
         (128, "native"): Launch(64, 4, 3),
+        (128, "int8"): Launch(64, 4, 3),
+        (128, "fp8"): Launch(64, 8, 3),
     },
     120: {
         (64, "native"): Launch(64, 4, 3),
+        (64, "int8"): Launch(64, 8, 3),
+        (64, "fp8"): Launch(64, 8, 3),
         (128, "native"): Launch(64, 8, 2),
+        (128, "int8"): Launch(64, 8, 3),
+        (128, "fp8"): Launch(64, 8, 3),
     },
 }
-# Matched by the longest prefix of the architecture's name.
-AMD: dict[str, dict[tuple[int, str], Launch]] = {
-    "gfx9": {
+# By the longest prefix of the architecture's name: gfx90a and gfx942, gfx11.., gfx12...
+AMD: dict[str, Settings] = {
+    "gfx90a": {
         (64, "native"): Launch(64, 8, 2),
         (128, "native"): Launch(32, 8, 2),
     },
-    "gfx1": {
+    "gfx94": {
+        (64, "native"): Launch(64, 8, 2),
+        (128, "native"): Launch(32, 8, 2),
+    },
+    "gfx11": {
         (64, "native"): Launch(32, 8, 1),
         (128, "native"): Launch(32, 8, 1),
     },
+    "gfx12": {
+        (64, "native"): Launch(64, 8, 1),
+        (128, "native"): Launch(32, 8, 1),
+    },
 }
+
 # Triton has no tensor-core code for older NVIDIA GPUs.
 MIN_NVIDIA = min(NVIDIA)
+HEAD_DIMS = (64, 128)
+
 # The interpreter only needs the tile.
 INTERPRETER = Launch(64, 4, 1)
 
@@ -72,27 +108,24 @@ def architecture(device: torch.device) -> int | str:
     return major * 10 + minor
 
 
-def is_listed(arch: int | str) -> bool:
-    """Whether there are settings for an architecture."""
+def settings_for(arch: int | str) -> Settings | None:
+    """The table of an architecture, or None if Triton or this file has nothing for it."""
     if isinstance(arch, int):
-        return arch >= MIN_NVIDIA
-    return arch == "cpu" or any(arch.startswith(name) for name in AMD)
-
-
-@functools.cache
-def launch_for(arch: int | str, head_dim: int, precision: str, block_m: int) -> Launch:
-    """The settings for an architecture that is_listed; KeyError for a precision it lacks."""
+        known = [entry for entry in NVIDIA if entry <= arch]
+        return NVIDIA[max(known)] if known else None
     if arch == "cpu":
-        return INTERPRETER
-    if isinstance(arch, str):
-        table = AMD[max((name for name in AMD if arch.startswith(name)), key=len)]
-    else:
-        table = NVIDIA[max(known for known in NVIDIA if known <= arch)]
-    launch = table[head_dim, precision]
-    if block_m == 128:
+        return {(d, p): INTERPRETER for d in HEAD_DIMS for p in ("native", "int8", "fp8")}
+    prefixes = [entry for entry in AMD if arch.startswith(entry)]
+    return AMD[max(prefixes, key=len)] if prefixes else None
+
+
+def launch_for(arch: int | str, head_dim: int, precision: str, block_m: int) -> Launch | None:
+    """The settings for a call, or None if the architecture does not offer it."""
+    launch = (settings_for(arch) or {}).get((head_dim, precision))
+    if launch is None or block_m == 128:
         return launch
     # Half the rows on half the warps: registers per thread stay the same.
-    return Launch(launch.tile_n, launch.num_warps // 2, launch.num_stages, launch.maxnreg)
+    return replace(launch, num_warps=launch.num_warps // 2)
 
 
 def options(launch: Launch) -> dict[str, int]:

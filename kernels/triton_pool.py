@@ -13,28 +13,23 @@ from .triton_attention import NUM_LOG_LEVELS
 
 
 @triton.jit
-def _store_means(
-    sums,
-    out,
-    first_group,
-    step,
-    tokens_left,
-    LOG_LEVEL: tl.constexpr,
-    GROUPS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """Divide sums [GROUPS, HEAD_DIM] by their token counts; group i is first_group + i * step."""
-    group = first_group + tl.arange(0, GROUPS) * step
-    tokens = tl.minimum(tl.maximum(tokens_left - (group << LOG_LEVEL), 1), 1 << LOG_LEVEL)
-    means = sums / tokens[:, None].to(tl.float32)
-    at = group[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
-    tl.store(out + at, means.to(out.dtype.element_ty))
+def group_means(sums, groups, tokens_left, LOG_LEVEL: tl.constexpr):
+    """sums [groups, D] over the tokens that each group of 2**LOG_LEVEL has, divided by those."""
+    tokens = tl.minimum(tl.maximum(tokens_left - (groups << LOG_LEVEL), 1), 1 << LOG_LEVEL)
+    return sums / tokens[:, None].to(tl.float32)
 
 
 @triton.jit
-def _pool_block(
+def _store_rows(out, rows, x, HEAD_DIM: tl.constexpr):
+    at = rows[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    tl.store(out + at, x.to(out.dtype.element_ty))
+
+
+@triton.jit
+def pool_block(
     x,
     out,
+    factor,
     stride_n,
     block,
     num_k_blocks,
@@ -43,7 +38,10 @@ def _pool_block(
     BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """Store the means of the key block at x, for every pooled level, into the levels at out."""
+    """Store the means of the key block at x times factor, for every pooled level, in out.
+
+    out: the levels one after the other, num_k_blocks * BLOCK_N / level rows each.
+    """
     EIGHTHS: tl.constexpr = BLOCK_N // 8
     eighths = tl.arange(0, EIGHTHS)
     dims = tl.arange(0, HEAD_DIM)[None, :]
@@ -65,36 +63,36 @@ def _pool_block(
         row = tl.load(
             x + token.to(tl.int64) * stride_n + dims, mask=token < tokens_left, other=0.0
         ).to(tl.float32)
-        sum2 += row
+        sum2 += row * factor
         if j % 2 == 1:
             if LEVELS & 2:
-                _store_means(sum2, out2, j // 2, 4, tokens_left, 1, EIGHTHS, HEAD_DIM)
+                groups = eighths * 4 + j // 2
+                _store_rows(out2, groups, group_means(sum2, groups, tokens_left, 1), HEAD_DIM)
             sum4 += sum2
             sum2 = tl.zeros([EIGHTHS, HEAD_DIM], tl.float32)
         if j % 4 == 3:
             if LEVELS & 4:
-                _store_means(sum4, out4, j // 4, 2, tokens_left, 2, EIGHTHS, HEAD_DIM)
+                groups = eighths * 2 + j // 4
+                _store_rows(out4, groups, group_means(sum4, groups, tokens_left, 2), HEAD_DIM)
             sum8 += sum4
             sum4 = tl.zeros([EIGHTHS, HEAD_DIM], tl.float32)
     if LEVELS & 8:
-        _store_means(sum8, out8, 0, 1, tokens_left, 3, EIGHTHS, HEAD_DIM)
-
+        _store_rows(out8, eighths, group_means(sum8, eighths, tokens_left, 3), HEAD_DIM)
     for LOG_LEVEL in tl.static_range(4, NUM_LOG_LEVELS):
         if (LEVELS >> LOG_LEVEL) & 1:
+            groups = tl.arange(0, BLOCK_N >> LOG_LEVEL)
             sums = tl.reshape(sum8, [BLOCK_N >> LOG_LEVEL, 1 << (LOG_LEVEL - 3), HEAD_DIM])
-            _store_means(
-                tl.sum(sums, 1), out + block * (BLOCK_N >> LOG_LEVEL) * HEAD_DIM, 0, 1,
-                tokens_left, LOG_LEVEL, BLOCK_N >> LOG_LEVEL, HEAD_DIM,
-            )  # fmt: skip
+            means = group_means(tl.sum(sums, 1), groups, tokens_left, LOG_LEVEL)
+            _store_rows(out, block * (BLOCK_N >> LOG_LEVEL) + groups, means, HEAD_DIM)
             out += num_k_blocks * (BLOCK_N >> LOG_LEVEL) * HEAD_DIM
 
 
-@triton.jit(do_not_specialize=["first_head", "heads", "k_len", "pooled_len"])
+@triton.jit(do_not_specialize=["first_head", "heads", "k_len", "scratch_rows"])
 def pool_kernel(
     K,
     V,
-    PooledK,
-    PooledV,
+    ScratchK,
+    ScratchV,
     stride_kb,
     stride_kh,
     stride_kn,
@@ -104,7 +102,7 @@ def pool_kernel(
     first_head,
     heads,
     k_len,
-    pooled_len,
+    scratch_rows,
     LEVELS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -116,12 +114,12 @@ def pool_kernel(
     b = (head // heads).to(tl.int64)
     h = (head % heads).to(tl.int64)
     first = (block * BLOCK_N).to(tl.int64)
-    out = tl.program_id(1).to(tl.int64) * pooled_len * HEAD_DIM
-    _pool_block(
-        K + b * stride_kb + h * stride_kh + first * stride_kn, PooledK + out, stride_kn,
+    out = tl.program_id(1).to(tl.int64) * scratch_rows * HEAD_DIM
+    pool_block(
+        K + b * stride_kb + h * stride_kh + first * stride_kn, ScratchK + out, 1.0, stride_kn,
         block, num_k_blocks, k_len - block * BLOCK_N, LEVELS, BLOCK_N, HEAD_DIM,
     )  # fmt: skip
-    _pool_block(
-        V + b * stride_vb + h * stride_vh + first * stride_vn, PooledV + out, stride_vn,
+    pool_block(
+        V + b * stride_vb + h * stride_vh + first * stride_vn, ScratchV + out, 1.0, stride_vn,
         block, num_k_blocks, k_len - block * BLOCK_N, LEVELS, BLOCK_N, HEAD_DIM,
     )  # fmt: skip

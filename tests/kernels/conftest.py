@@ -29,6 +29,7 @@ def interpreter():
 class InterpretedAttention:
     """block_sparse_attention by the "triton" kernel, in the interpreter."""
 
+    on_gpu = False
     # Relative L2 error to expect.
     tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
@@ -48,6 +49,7 @@ class InterpretedAttention:
 class AttentionOnGpu:
     """The same on a GPU; inputs and output are CPU tensors. fp32 is computed in fp16 there."""
 
+    on_gpu = True
     tolerance = {torch.float32: 1e-3, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
     def __init__(self, monkeypatch):

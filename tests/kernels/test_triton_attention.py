@@ -8,6 +8,7 @@ import pytest
 import torch
 from sparse_video_attention.kernels import BlockPlan
 from sparse_video_attention.kernels.reference import reference_attention
+from sparse_video_attention.kernels.triton_launch import Launch
 
 
 def relative_error(got, want):
@@ -165,7 +166,7 @@ def test_groups_of_heads_change_nothing(triton_attention, limit):
     q, k, v = random_inputs(2, 3, 20, 64, 64)
     levels = random_levels(2, 3, 20, 64, 64, 32, (2, 4, 8), seed=5)
     plan = BlockPlan.from_levels(levels, block_m=64, block_n=32, q_len=20, k_len=64)
-    module = "sparse_video_attention.kernels.triton_forward:"
+    module = "sparse_video_attention.kernels.triton_scratch:"
     settings = {module + name: value for name, value in limit.items()}
     out = triton_attention(q, k, v, plan, settings=settings)
     want = reference_attention(q, k, v, plan)
@@ -173,6 +174,18 @@ def test_groups_of_heads_change_nothing(triton_attention, limit):
 
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "psa_attention.npz"
+
+
+# The interpreter's tile is 64 keys; GPUs also use these.
+@pytest.mark.parametrize("tile_n", [32, 128])
+def test_other_tiles(triton_attention, tile_n):
+    q, k, v = random_inputs(1, 1, 64, 450, 64)
+    levels = random_levels(1, 1, 64, 450, 64, 64, (1, 2, 8), seed=1)
+    plan = BlockPlan.from_levels(levels, block_m=64, block_n=64, q_len=64, k_len=450)
+    launch = "sparse_video_attention.kernels.triton_launch:INTERPRETER"
+    out = triton_attention(q, k, v, plan, settings={launch: Launch(tile_n, 4, 1)})
+    want = reference_attention(q, k, v, plan)
+    assert relative_error(out, want) < triton_attention.tolerance[torch.float32]
 
 
 def golden_cases():

@@ -1,0 +1,156 @@
+"""Triton functions: visit the entries of one level of a query block's list.
+
+Whole tiles first, in a loop without masks: large key blocks are cut into tiles of TILE_N rows,
+small or pooled ones are packed until a tile is full. Then, in masked steps, what does not fill a
+tile and the ragged last key block. No loop branches per block.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_softmax import softmax_step
+
+
+@triton.jit
+def tile_at(base, rows, row_stride, HEAD_DIM: tl.constexpr):
+    """Pointers [rows, HEAD_DIM]."""
+    return base + rows[:, None].to(tl.int64) * row_stride + tl.arange(0, HEAD_DIM)[None, :]
+
+
+@triton.jit
+def _transposed_tile_at(
+    base, rows, row_stride, ROWS: tl.constexpr, TILE_N: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """Pointers [HEAD_DIM, rows] into an array with one row per channel."""
+    RUN: tl.constexpr = ROWS if ROWS < TILE_N else TILE_N
+    rows = tl.max_contiguous(tl.multiple_of(rows, RUN), RUN)
+    return base + tl.arange(0, HEAD_DIM)[:, None].to(tl.int64) * row_stride + rows[None, :]
+
+
+@triton.jit
+def segment(bounds, indices, position, num_k_blocks, k_len, BLOCK_N: tl.constexpr):
+    """First and last entry of a level, and 1 if its last key block is the ragged one."""
+    first = tl.load(bounds + position)
+    last = tl.load(bounds + position + 1)
+    # Entries ascend inside a level, so only the last one can be the ragged key block.
+    final = tl.load(indices + last - 1, mask=last > first, other=-1)
+    ragged = (final == num_k_blocks - 1) & (k_len % BLOCK_N != 0)
+    return first, last, ragged.to(tl.int32)
+
+
+@triton.jit
+def visit_full_tiles(
+    query,
+    K,
+    V,
+    KScale,
+    stride_kn,
+    stride_vn,
+    indices,
+    first,
+    last,
+    acc,
+    row_max,
+    row_sum,
+    scale,
+    LOG_LEVEL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILE_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SHIFT: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    FP8_VALUES: tl.constexpr,
+):
+    """Visit the entries from first to before last of one level that fill whole tiles."""
+    ROWS: tl.constexpr = BLOCK_N >> LOG_LEVEL
+    # The scale of a tile's keys is one number where the tile lies in one block.
+    KEY_SCALES: tl.constexpr = ROWS < TILE_N
+    lanes = tl.arange(0, TILE_N)
+    if ROWS >= TILE_N:
+        TILES: tl.constexpr = ROWS // TILE_N
+        start = first * TILES
+        end = last * TILES
+    else:
+        start = 0
+        end = (last - first) // (TILE_N // ROWS)
+    for tile in tl.range(start, end):
+        if ROWS >= TILE_N:
+            block = tl.load(indices + tile // TILES)
+            rows = block * ROWS + tile % TILES * TILE_N + lanes
+        else:
+            block = tl.load(indices + first + tile * (TILE_N // ROWS) + lanes // ROWS)
+            rows = block * ROWS + lanes % ROWS
+        keys = tl.load(tile_at(K, rows, stride_kn, HEAD_DIM))
+        if FP8_VALUES:
+            values = tl.load(_transposed_tile_at(V, rows, stride_vn, ROWS, TILE_N, HEAD_DIM))
+        else:
+            values = tl.load(tile_at(V, rows, stride_vn, HEAD_DIM))
+        key_scale = 1.0
+        if QUANTIZED:
+            key_scale = tl.load(KScale + block)
+        acc, row_max, row_sum = softmax_step(
+            query, keys, values, acc, row_max, row_sum, scale, key_scale, LOG_LEVEL,
+            SHIFT, False, QUANTIZED, KEY_SCALES, FP8_VALUES,
+        )  # fmt: skip
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def visit_rest(
+    query,
+    K,
+    V,
+    KScale,
+    stride_kn,
+    stride_vn,
+    indices,
+    first,
+    last,
+    ragged,
+    num_k_blocks,
+    k_len,
+    acc,
+    row_max,
+    row_sum,
+    scale,
+    LOG_LEVEL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILE_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SHIFT: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    FP8_VALUES: tl.constexpr,
+):
+    """Visit what visit_full_tiles left of one level: a part of a tile, the ragged block."""
+    ROWS: tl.constexpr = BLOCK_N >> LOG_LEVEL
+    lanes = tl.arange(0, TILE_N)
+    if ROWS >= TILE_N:
+        first = last - ragged
+    else:
+        first += (last - ragged - first) // (TILE_N // ROWS) * (TILE_N // ROWS)
+    for tile in tl.range(0, tl.cdiv((last - first) * ROWS, TILE_N), num_stages=1):
+        entry = first + (tile * TILE_N + lanes) // ROWS
+        block = tl.load(indices + entry, mask=entry < last, other=num_k_blocks)
+        row = (tile * TILE_N + lanes) % ROWS
+        # A group at the ragged end has fewer tokens than the level; past the end it has none.
+        tokens = tl.minimum(k_len - block * BLOCK_N - (row << LOG_LEVEL), 1 << LOG_LEVEL)
+        live = tokens > 0
+        bias = tl.where(live, tl.math.log2(tl.maximum(tokens, 1).to(tl.float32)), float("-inf"))
+        rows = block * ROWS + row
+        keys = tl.load(tile_at(K, rows, stride_kn, HEAD_DIM), mask=live[:, None], other=0.0)
+        if FP8_VALUES:
+            at = _transposed_tile_at(V, rows, stride_vn, ROWS, TILE_N, HEAD_DIM)
+            # Tokens are in another order, so not `live`; what the block lacks is stored as 0.
+            values = tl.load(at, mask=(entry < last)[None, :], other=0.0)
+        else:
+            values = tl.load(tile_at(V, rows, stride_vn, HEAD_DIM), mask=live[:, None], other=0.0)
+        key_scale = 1.0
+        if QUANTIZED:
+            key_scale = tl.load(KScale + block, mask=live, other=0.0)
+        acc, row_max, row_sum = softmax_step(
+            query, keys, values, acc, row_max, row_sum, scale, key_scale, bias,
+            SHIFT, True, QUANTIZED, True, FP8_VALUES,
+        )  # fmt: skip
+    return acc, row_max, row_sum

@@ -1,0 +1,110 @@
+"""What the Triton attention kernel reads besides q, k and v, for a group of heads at a time.
+
+Pooled levels, and in 8 bits the quantised queries, keys and values. Allocated once per call and
+filled again for every group, so extra memory does not grow with the number of heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .registry import KernelCall
+from .triton_pool import pool_kernel
+from .triton_quantize import quantize_blocks_kernel, quantize_queries_kernel
+from .triton_statistics import statistics_kernel
+
+# Upper limit of the scratch memory of a call, unless one head needs more.
+SCRATCH_BYTES = 256 * 2**20
+MAX_GRID_Y = 65535
+# Tokens per partial sum of the mean key.
+CHUNK_TOKENS = 1024
+FP8_MAX = 448.0
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Of batch, head and token; channels are contiguous."""
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+class Scratch:
+    """Scratch memory of one call.
+
+    `group` heads fit; fill() computes it for so many. Tensors have `group` heads, see
+    attention_kernel for what is in them; one that the call does not need has no elements.
+    """
+
+    def __init__(self, call: KernelCall) -> None:
+        plan, k = call.plan, call.k
+        self.call = call
+        self.quantized = call.precision in ("int8", "fp8")
+        self.fp8 = call.precision == "fp8"
+        heads, head_dim = k.shape[0] * k.shape[1], k.shape[3]
+        level_rows = [plan.num_k_blocks * plan.block_n // level for level in plan.levels]
+        level_1 = level_rows[0] if plan.levels[0] == 1 else 0
+        self.v_rows = sum(level_rows) - level_1
+        self.k_rows = sum(level_rows) if self.quantized else self.v_rows
+        fp8_rows = level_1 if self.fp8 else 0
+        q_rows = plan.q_len if self.quantized else 0
+
+        k_dtype = torch.int8 if self.quantized else k.dtype
+        per_head = self.v_rows * k.element_size() + self.k_rows * k_dtype.itemsize + fp8_rows
+        per_head = max(1, (per_head + q_rows) * head_dim)
+        self.group = max(1, min(heads, MAX_GRID_Y, SCRATCH_BYTES // per_head))
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return k.new_empty(self.group, *shape, dtype=dtype)
+
+        self.q = empty(q_rows, head_dim, dtype=torch.int8)
+        self.k = empty(self.k_rows, head_dim, dtype=k_dtype)
+        self.v = empty(self.v_rows, head_dim, dtype=k.dtype)
+        self.fp8_v = empty(head_dim, fp8_rows, dtype=torch.float8_e4m3fn if self.fp8 else k.dtype)
+        self.q_scale = empty(q_rows)
+        self.k_scale = empty(len(plan.levels) if self.quantized else 0, plan.num_k_blocks)
+        self.v_scale = empty(0)
+
+    def fill(self, q: Tensor, k: Tensor, v: Tensor, first: int, count: int) -> None:
+        """Compute everything for heads first to first + count, counted over the whole batch."""
+        if self.quantized:
+            self._quantize(q, k, v, first, count)
+        elif self.k_rows:
+            plan = self.call.plan
+            pool_kernel[plan.num_k_blocks, count](
+                *(k, v, self.k, self.v, *strides(k), *strides(v)),
+                *(first, k.shape[1], plan.k_len, self.k_rows),
+                LEVELS=sum(plan.levels),
+                BLOCK_N=plan.block_n,
+                HEAD_DIM=k.shape[3],
+                num_warps=8,
+            )
+
+    def _quantize(self, q: Tensor, k: Tensor, v: Tensor, first: int, count: int) -> None:
+        plan, heads, head_dim = self.call.plan, k.shape[1], k.shape[3]
+        chunks = -(-plan.k_len // CHUNK_TOKENS)
+        k_sums = k.new_empty(count, chunks, head_dim, dtype=torch.float32)
+        v_largest = k.new_empty(count if self.fp8 else 0, chunks, head_dim, dtype=torch.float32)
+        statistics_kernel[chunks, count](
+            *(k, v, k_sums, v_largest, *strides(k), *strides(v)),
+            *(first, heads, plan.k_len, CHUNK_TOKENS),
+            HEAD_DIM=head_dim,
+            VALUES=self.fp8,
+            num_warps=4,
+        )
+        k_mean = k_sums.sum(1) / plan.k_len
+        if self.fp8:
+            self.v_scale = v_largest.amax(1).clamp_(min=1e-30) / FP8_MAX
+        quantize_queries_kernel[-(-plan.q_len // 64), count](
+            *(q, self.q, self.q_scale, *strides(q), first, heads, plan.q_len),
+            HEAD_DIM=head_dim,
+            num_warps=4,
+        )
+        quantize_blocks_kernel[plan.num_k_blocks, count](
+            *(k, v, k_mean, self.k, self.v, self.fp8_v, self.k_scale, self.v_scale),
+            *(*strides(k), *strides(v), first, heads, plan.k_len, self.k_rows, self.v_rows),
+            LEVELS=sum(plan.levels),
+            NUM_LEVELS=len(plan.levels),
+            BLOCK_N=plan.block_n,
+            HEAD_DIM=head_dim,
+            FP8=self.fp8,
+            num_warps=8,
+        )

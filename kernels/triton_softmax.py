@@ -1,0 +1,90 @@
+"""Triton function: fold one tile of keys and values into the running softmax of a query block.
+
+Online softmax (arXiv 2112.05682) in base 2, fp32 statistics. In 8 bits: int8 queries and keys
+with one scale per row and per key block (arXiv 2411.10958), fp8 weights and values.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# The float 1.5 * 2**23 holds an integer below 2**22 in its last bits, so adding its bits turns
+# an integer into a float. The conversion instruction would share a slow unit with exp2.
+MINUS_FLOAT_BITS: tl.constexpr = tl.constexpr(-0x4B400000)
+FLOAT_ZERO: tl.constexpr = tl.constexpr(12582912.0)
+# Weights reach fp8 as 2**8 times themselves, to use its range; the division at the end cancels it.
+FP8_SHIFT: tl.constexpr = tl.constexpr(8.0)
+
+
+@triton.jit
+def fp8_order(position):
+    """Which token, of every 16, is at a position of values stored as fp8."""
+    return position // 16 * 16 + position // 2 % 2 * 8 + position % 16 // 4 * 2 + position % 2
+
+
+@triton.jit
+def _in_fp8_order(weights):
+    """weights[:, fp8_order]: where a thread holds them and where it needs them then agree."""
+    M: tl.constexpr = weights.shape[0]
+    N: tl.constexpr = weights.shape[1]
+    pairs = tl.reshape(weights, [M, N // 16, 2, 4, 2])
+    return tl.reshape(tl.permute(pairs, [0, 1, 3, 2, 4]), [M, N])
+
+
+@triton.jit
+def softmax_step(
+    query,
+    keys,
+    values,
+    acc,
+    row_max,
+    row_sum,
+    scale,
+    key_scale,
+    bias,
+    SHIFT: tl.constexpr,
+    MASKED: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    KEY_SCALES: tl.constexpr,
+    FP8_VALUES: tl.constexpr,
+):
+    """Returns acc, row_max and row_sum with one tile more. Logits are in units of log2.
+
+    query [M, D], keys [N, D]; values [N, D], or with FP8_VALUES [D, N] of fp8, tokens in fp8_order.
+    scale: of the products; with QUANTIZED one per row, and key_scale on top: one number, or one
+        per key with KEY_SCALES.
+    bias: added to the logits; a number, or with MASKED one per key (-inf: no such key).
+        MASKED and QUANTIZED together need KEY_SCALES.
+    SHIFT: log2 of the factor on acc and row_sum, the same in every step.
+    """
+    products = tl.dot(query, tl.trans(keys))
+    zero = 0.0
+    column = scale
+    if QUANTIZED:
+        products = (products - MINUS_FLOAT_BITS).to(tl.float32, bitcast=True)
+        if KEY_SCALES:
+            products = (products - FLOAT_ZERO) * key_scale[None, :]
+        else:
+            # Stays in the products; taken off inside the exponent, where it costs nothing.
+            zero = FLOAT_ZERO
+            scale = scale * key_scale
+        column = scale[:, None]
+    if MASKED:
+        logits = products * column + bias[None, :]
+        new_max = tl.maximum(row_max, tl.max(logits, 1))
+        weights = tl.math.exp2(logits - (new_max - SHIFT)[:, None])
+    else:
+        new_max = tl.maximum(row_max, (tl.max(products, 1) - zero) * scale + bias)
+        weights = tl.math.exp2(
+            products * column - (new_max - (bias + SHIFT) + zero * scale)[:, None]
+        )
+    rescale = tl.math.exp2(row_max - new_max)
+    row_sum = row_sum * rescale + tl.sum(weights, 1)
+    if FP8_VALUES:
+        # Tensor cores add fp8 products with about 14 bits: only within a tile, then in fp32.
+        partial = tl.dot(_in_fp8_order(weights.to(values.dtype)), tl.trans(values))
+        acc = tl.math.fma(acc, tl.broadcast_to(rescale[:, None], acc.shape), partial)
+    else:
+        acc = tl.dot(weights.to(values.dtype), values, acc * rescale[:, None])
+    return acc, new_max, row_sum

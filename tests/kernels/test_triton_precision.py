@@ -1,0 +1,122 @@
+"""The 8-bit precisions of the "triton" kernel on the data that 8 bits are bad at."""
+
+import pytest
+import torch
+from sparse_video_attention.kernels import BlockPlan
+from sparse_video_attention.kernels.reference import reference_attention
+from sparse_video_attention.kernels.triton_launch import Launch
+
+# Relative L2 error to expect where values average to nothing, the worst that they can do.
+PROMISED = {"int8": 0.025, "fp8": 0.07}
+PRECISIONS = ["int8", "fp8"]
+
+
+@pytest.fixture(autouse=True)
+def offered(triton_attention, request):
+    precision = request.node.callspec.params.get("precision", "int8")
+    if (
+        triton_attention.on_gpu
+        and precision == "fp8"
+        and torch.cuda.get_device_capability() < (8, 9)
+    ):
+        pytest.skip("this GPU has no fp8")
+
+
+def relative_error(got, want):
+    got, want = got.double(), want.double()
+    return ((got - want).norm() / want.norm()).item()
+
+
+def hard_inputs(batch, heads, q_len, k_len, head_dim, *, seed=0):
+    """A mean key far larger than the keys differ, outlier channels and tokens, uneven values."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    q = normal(batch, heads, q_len, head_dim)
+    k = normal(batch, heads, k_len, head_dim) + 30 * normal(batch, heads, 1, head_dim)
+    k[..., 3] *= 4
+    k[..., ::17, :] += normal(head_dim)
+    v = normal(batch, heads, k_len, head_dim) * torch.logspace(-3, 3, head_dim)
+    # What a GPU is given: fp16 there must not be what this measures.
+    return q.half().float(), k.half().float(), v.half().float()
+
+
+def full_plan(q_len, k_len, block_n, levels=(1,), remainder=False, block_m=64):
+    """Every level in turn along every row, 0 too where there is a remainder."""
+    values = torch.tensor((0, *levels) if remainder else levels, dtype=torch.int8)
+    rows, columns = -(-q_len // block_m), -(-k_len // block_n)
+    grid = torch.arange(rows)[:, None] + torch.arange(columns)
+    return BlockPlan.from_levels(
+        values[grid % len(values)],
+        block_m=block_m, block_n=block_n, q_len=q_len, k_len=k_len, pooled_remainder=remainder,
+    )  # fmt: skip
+
+
+CASES = {
+    "D64-block128-k300": (2, 1, 30, 300, 64, 128, (1,), False),
+    "D128-block64-k257": (1, 1, 30, 257, 128, 64, (1,), False),
+    "D64-block32-k211": (1, 1, 20, 211, 64, 32, (1,), False),
+    "D64-pyramid-block64-k317": (1, 1, 20, 317, 64, 64, (1, 2, 4, 8), False),
+    "D128-pyramid-remainder-block32-k190": (1, 1, 20, 190, 128, 32, (1, 2, 4, 8), True),
+    "D64-levels-2-8-block64-k100": (1, 1, 20, 100, 64, 64, (2, 8), False),
+    "one-token": (1, 1, 1, 1, 64, 64, (1,), False),
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_error_on_outliers_and_a_large_mean_key(triton_attention, case, precision):
+    batch, heads, q_len, k_len, head_dim, block_n, levels, remainder = case
+    q, k, v = hard_inputs(batch, heads, q_len, k_len, head_dim)
+    plan = full_plan(q_len, k_len, block_n, levels, remainder)
+    out = triton_attention(q, k, v, plan, precision=precision, scale=0.05)
+    want = reference_attention(q, k, v, plan, scale=0.05)
+    # Per channel: the largest of them must not hide the others.
+    errors = (out - want).flatten(0, 2).norm(dim=0) / want.flatten(0, 2).norm(dim=0)
+    assert errors.square().mean().sqrt() < PROMISED[precision]
+
+
+@pytest.mark.parametrize("levels", [(1,), (1, 2, 4, 8)], ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_shift_of_all_keys_changes_nothing(triton_attention, precision, levels):
+    q, k, v = (x / x.abs().max() for x in hard_inputs(1, 1, 64, 150, 64, seed=1))
+    k -= k.mean(2, keepdim=True)
+    plan = full_plan(64, 150, 64, levels)
+    shift = torch.randn(64, generator=torch.Generator().manual_seed(2))
+    # Dyadic: k + shift is exact in fp16.
+    k, shift = (k * 64).round() / 64, (shift * 64).round() / 64
+    still = triton_attention(q, k, v, plan, precision=precision, scale=0.5)
+    moved = triton_attention(q, k + shift, v, plan, precision=precision, scale=0.5)
+    assert relative_error(moved, still) < 0.1 * PROMISED[precision]
+
+
+@pytest.mark.parametrize("tile_n", [32, 64, 128])
+@pytest.mark.parametrize("block_n", [32, 128])
+def test_int8_is_exact_where_the_inputs_are_integers(triton_attention, block_n, tile_n):
+    """Quantising loses nothing here, so any error is in the scales or the arithmetic."""
+    generator = torch.Generator().manual_seed(3)
+    q = torch.randint(-127, 128, (1, 2, 64, 64), generator=generator).float()
+    k = torch.randint(-127, 128, (1, 2, 160, 64), generator=generator).float()
+    q[..., 5], k[..., ::32, 7] = 127, 127
+    k = torch.cat([k, -k], dim=2)  # the mean is 0
+    q, k = q * 2.0**-7, k * 2.0**-5
+    v = torch.randn(1, 2, 320, 64, generator=generator)
+    plan = full_plan(64, 320, block_n)
+    launch = "sparse_video_attention.kernels.triton_launch:INTERPRETER"
+    out = triton_attention(q, k, v, plan, precision="int8", settings={launch: Launch(tile_n, 4, 1)})
+    want = reference_attention(q, k, v, plan)
+    # Weights are off by less than one integer step of a logit, 1e-5 to 1e-4 here.
+    assert relative_error(out, want) < max(1e-4, triton_attention.tolerance[torch.float32])
+
+
+def test_8_bit_precisions_are_never_chosen_unmeasured(interpreter):
+    q, k, v = hard_inputs(1, 1, 64, 64, 64)
+    plan = full_plan(64, 64, 64)
+    attention = "sparse_video_attention.kernels:block_sparse_attention"
+    auto, native = (
+        interpreter.call(attention, q, k, v, plan, kernel="triton", precision=precision)
+        for precision in ("auto", "native")
+    )
+    assert torch.equal(auto, native)
