@@ -68,7 +68,7 @@ class Variant:
                 num_attention_heads=3, time_embed_dim=32, text_embed_dim=TEXT_WIDTH, num_layers=3
             )
         else:
-            base = dict(dim=256, ffn_dim=256, num_heads=2, num_layers=3, text_dim=TEXT_WIDTH)
+            base = dict(dim=256, ffn_dim=128, num_heads=2, num_layers=3, text_dim=TEXT_WIDTH)
         config = base | dict(dtype=torch.float32, operations=comfy.ops.disable_weight_init)
         model = cls(**(config | self.config)).requires_grad_(False)
         if self.name == "AnimateWanModel":
@@ -83,20 +83,20 @@ class Variant:
         return model
 
     def inputs(self):
-        """forward's arguments but for transformer_options; two samples."""
+        """forward's arguments but for transformer_options."""
         generator = torch.Generator().manual_seed(4)
 
         def random(shape):
             return torch.randn(shape, generator=generator)
 
-        arguments = {"context": random((2, TEXT_TOKENS, TEXT_WIDTH))}
+        arguments = {"context": random((1, TEXT_TOKENS, TEXT_WIDTH))}
         for name, shape in self.shapes.items():
             listed = isinstance(shape, list)
             arguments[name] = [random(s) for s in shape] if listed else random(shape)
-        return arguments | {"timestep": torch.tensor([500.0, 500.0])} | self.values
+        return arguments | {"timestep": torch.tensor([500.0])} | self.values
 
 
-def wan(shapes=None, layout=GRID, *, code=WAN, name="WanModel", x=(2, 16, 3, 16, 20), **how):
+def wan(shapes=None, layout=GRID, *, code=WAN, name="WanModel", x=(1, 16, 3, 16, 20), **how):
     return Variant(code, name, {"x": x} | (shapes or {}), layout, **how)
 
 
@@ -112,41 +112,41 @@ def cogvideox(x, layout, *, values=None, **config):
     )
 
 
-CLIP = {"clip_fea": (2, 257, CLIP_WIDTH)}
-I2V = {"x": (2, 36, 3, 16, 20), "context_keys": (257, TEXT_TOKENS)}
+CLIP = {"clip_fea": (1, 257, CLIP_WIDTH)}
+I2V = {"x": (1, 36, 3, 16, 20), "context_keys": (257, TEXT_TOKENS)}
 I2V_CONFIG = {"model_type": "i2v", "in_dim": 36}
 COGVIDEOX_GRID = TokenLayout(3, 8, 10, prefix_tokens=TEXT_TOKENS)
 
 VARIANTS = {
     "t2v": wan(),
-    "t2v-odd": wan(x=(2, 16, 3, 15, 19)),
+    "t2v-odd": wan(x=(1, 16, 3, 15, 19)),
     "t2v-with-clip": wan(CLIP),
     "i2v": wan(CLIP, config=I2V_CONFIG, **I2V),
     "flf2v": wan(
-        {"clip_fea": (2, 514, CLIP_WIDTH)},
+        {"clip_fea": (1, 514, CLIP_WIDTH)},
         config=I2V_CONFIG | {"flf_pos_embed_token_number": 514},
-        x=(2, 36, 3, 16, 20),
+        x=(1, 36, 3, 16, 20),
         context_keys=(514, TEXT_TOKENS),
     ),
-    "wan2.2-5b": wan(config={"in_dim": 48, "out_dim": 48}, x=(2, 48, 3, 16, 20)),
+    "wan2.2-5b": wan(config={"in_dim": 48, "out_dim": 48}, x=(1, 48, 3, 16, 20)),
     "fun-control": wan(
-        {"reference_latent": (2, 16, 16, 20)},
+        {"reference_latent": (1, 16, 16, 20)},
         TokenLayout(3, 8, 10, prefix_tokens=80),
         config={"in_dim": 48, "in_dim_ref_conv": 16},
-        x=(2, 48, 3, 16, 20),
+        x=(1, 48, 3, 16, 20),
     ),
     "fun-control-no-reference": wan(
-        config={"in_dim": 48, "in_dim_ref_conv": 16}, x=(2, 48, 3, 16, 20)
+        config={"in_dim": 48, "in_dim_ref_conv": 16}, x=(1, 48, 3, 16, 20)
     ),
     "phantom": wan(
-        {"time_dim_concat": (2, 16, 2, 16, 20)}, TokenLayout(3, 8, 10, suffix_tokens=160)
+        {"time_dim_concat": (1, 16, 2, 16, 20)}, TokenLayout(3, 8, 10, suffix_tokens=160)
     ),
     "bernini": wan(
-        {"context_latents": [(2, 16, 1, 16, 20), (2, 16, 2, 9, 12)]},
+        {"context_latents": [(1, 16, 1, 16, 20), (1, 16, 2, 9, 12)]},
         TokenLayout(3, 8, 10, suffix_tokens=80 + 2 * 5 * 6),
     ),
     "vace": wan(
-        {"vace_context": (2, 1, 96, 3, 16, 20)},
+        {"vace_context": (1, 1, 96, 3, 16, 20)},
         name="VaceWanModel",
         config={"num_layers": 4, "vace_layers": 2, "vace_in_dim": 96},
         values={"vace_strength": [1.0]},
@@ -154,40 +154,40 @@ VARIANTS = {
         layers=(0, 0, 1, 2, 2, 3),
     ),
     "vace-two-controls": wan(
-        {"vace_context": (2, 2, 96, 3, 16, 20)},
+        {"vace_context": (1, 2, 96, 3, 16, 20)},
         name="VaceWanModel",
         config={"num_layers": 4, "vace_layers": 2, "vace_in_dim": 96},
         values={"vace_strength": [1.0, 0.5]},
         layers=(0, 0, 0, 1, 2, 2, 2, 3),
     ),
     "camera": wan(
-        CLIP | {"camera_conditions": (2, 24, 3, 128, 160)},
+        CLIP | {"camera_conditions": (1, 24, 3, 128, 160)},
         name="CameraWanModel",
         config={"in_dim": 32},
-        x=(2, 32, 3, 16, 20),
+        x=(1, 32, 3, 16, 20),
         context_keys=(257, TEXT_TOKENS),
     ),
     "camera-2.2": wan(
-        {"camera_conditions": (2, 24, 3, 128, 160)},
+        {"camera_conditions": (1, 24, 3, 128, 160)},
         name="CameraWanModel",
         config={"model_type": "camera_2.2", "in_dim": 36},
-        x=(2, 36, 3, 16, 20),
+        x=(1, 36, 3, 16, 20),
     ),
     "animate": wan(
-        CLIP | {"pose_latents": (2, 16, 2, 16, 20), "face_pixel_values": (2, 3, 5, 8, 8)},
+        CLIP | {"pose_latents": (1, 16, 2, 16, 20), "face_pixel_values": (1, 3, 5, 8, 8)},
         code=ANIMATE,
         name="AnimateWanModel",
         config={"num_layers": 5, "in_dim": 36},
-        x=(2, 36, 3, 16, 20),
+        x=(1, 36, 3, 16, 20),
         layers=(0, 1, 2, 3, 4),
         context_keys=(257, TEXT_TOKENS),
     ),
     "s2v": wan(
         {
-            "audio_embed": (2, 25, 32, 12),
-            "reference_latent": (2, 16, 1, 16, 20),
-            "reference_motion": (2, 16, 19, 16, 20),
-            "control_video": (2, 16, 3, 16, 20),
+            "audio_embed": (1, 25, 32, 12),
+            "reference_latent": (1, 16, 1, 16, 20),
+            "reference_motion": (1, 16, 19, 16, 20),
+            "control_video": (1, 16, 3, 16, 20),
         },
         # Motion: 1 frame in patches of 2, 2 of 4 x 4 x 2, 16 of 8 x 8 x 4.
         TokenLayout(3, 8, 10, suffix_tokens=80 + 80 + 4 * 5 + 4 * 2 * 2),
@@ -195,71 +195,71 @@ VARIANTS = {
         config={"audio_dim": 32, "audio_inject_layers": [0, 2]},
     ),
     "s2v-without-motion": wan(
-        {"audio_embed": (2, 25, 32, 12), "reference_latent": (2, 16, 1, 16, 20)},
+        {"audio_embed": (1, 25, 32, 12), "reference_latent": (1, 16, 1, 16, 20)},
         TokenLayout(3, 8, 10, suffix_tokens=80),
         name="WanModel_S2V",
         config={"audio_dim": 32, "audio_inject_layers": [0, 2]},
     ),
     "humo": wan(
-        {"audio_embed": (2, 3, 8, 5, 1280), "reference_latent": (2, 16, 1, 16, 20)},
+        {"audio_embed": (1, 3, 8, 5, 1280), "reference_latent": (1, 16, 1, 16, 20)},
         TokenLayout(3, 8, 10, suffix_tokens=80),
         name="HumoWanModel",
     ),
     # A frame has as many tokens as audio: queries and keys of one shape.
     "humo-16-tokens-a-frame": wan(
-        {"audio_embed": (2, 14, 8, 5, 1280), "reference_latent": (2, 16, 1, 8, 8)},
+        {"audio_embed": (1, 14, 8, 5, 1280), "reference_latent": (1, 16, 1, 8, 8)},
         TokenLayout(14, 4, 4, suffix_tokens=16),
         name="HumoWanModel",
-        x=(2, 16, 14, 8, 8),
+        x=(1, 16, 14, 8, 8),
     ),
     "scail": wan(
-        CLIP | {"reference_latent": (2, 20, 1, 16, 20), "pose_latents": (2, 20, 3, 8, 10)},
+        CLIP | {"reference_latent": (1, 20, 1, 16, 20), "pose_latents": (1, 20, 3, 8, 10)},
         # The pose is of half size.
         TokenLayout(3, 8, 10, prefix_tokens=80, suffix_tokens=3 * 4 * 5),
         name="SCAILWanModel",
-        x=(2, 20, 3, 16, 20),
+        x=(1, 20, 3, 16, 20),
         context_keys=(257, TEXT_TOKENS),
     ),
     "scail2": wan(
         CLIP
         | {
-            "reference_latent": (2, 20, 2, 16, 20),
-            "pose_latents": (2, 20, 3, 16, 20),
-            "ref_mask_latents": (2, 28, 5, 16, 20),
-            "sam_latents": (2, 28, 3, 16, 20),
+            "reference_latent": (1, 20, 2, 16, 20),
+            "pose_latents": (1, 20, 3, 16, 20),
+            "ref_mask_latents": (1, 28, 5, 16, 20),
+            "sam_latents": (1, 28, 3, 16, 20),
         },
         TokenLayout(3, 8, 10, prefix_tokens=160, suffix_tokens=240),
         name="SCAIL2WanModel",
         values={"ref_mask_flag": False},
-        x=(2, 20, 3, 16, 20),
+        x=(1, 20, 3, 16, 20),
         context_keys=(257, TEXT_TOKENS),
     ),
     "wandancer": wan(
-        CLIP | {"clip_fea_ref": (2, 257, CLIP_WIDTH), "audio_embed": (2, 12, 35)},
+        CLIP | {"clip_fea_ref": (1, 257, CLIP_WIDTH), "audio_embed": (1, 12, 35)},
         code=DANCER,
         name="WanDancerModel",
         config={"in_dim": 36, "audio_inject_layers": [0, 2]},
         values={"fps": 24},
-        x=(2, 36, 3, 16, 20),
+        x=(1, 36, 3, 16, 20),
         context_keys=(2 * 257, TEXT_TOKENS),
     ),
     "cogvideox-2b": cogvideox(
-        (2, 16, 3, 16, 20), COGVIDEOX_GRID, use_rotary_positional_embeddings=False
+        (1, 16, 3, 16, 20), COGVIDEOX_GRID, use_rotary_positional_embeddings=False
     ),
-    "cogvideox-5b": cogvideox((2, 16, 3, 16, 20), COGVIDEOX_GRID),
+    "cogvideox-5b": cogvideox((1, 16, 3, 16, 20), COGVIDEOX_GRID),
     "cogvideox-i2v": cogvideox(
-        (2, 32, 3, 16, 20),
+        (1, 32, 3, 16, 20),
         COGVIDEOX_GRID,
         in_channels=32,
         use_learned_positional_embeddings=True,
     ),
-    "cogvideox-inpaint": cogvideox((2, 33, 3, 16, 20), COGVIDEOX_GRID, in_channels=33),
+    "cogvideox-inpaint": cogvideox((1, 33, 3, 16, 20), COGVIDEOX_GRID, in_channels=33),
     # Frames in pairs: the fifth gets a padded sixth.
-    "cogvideox-1.5": cogvideox((2, 16, 5, 16, 20), COGVIDEOX_GRID, patch_size_t=2),
+    "cogvideox-1.5": cogvideox((1, 16, 5, 16, 20), COGVIDEOX_GRID, patch_size_t=2),
     "cogvideox-1.5-i2v": cogvideox(
-        (2, 32, 6, 16, 20),
+        (1, 32, 6, 16, 20),
         COGVIDEOX_GRID,
-        values={"ofs": torch.tensor([2.0, 2.0])},
+        values={"ofs": torch.tensor([2.0])},
         in_channels=32,
         patch_size_t=2,
         ofs_embed_dim=32,
@@ -294,7 +294,7 @@ class Model:
         options = patcher.model_options["transformer_options"] | (options or {})
         options |= {
             "wrappers": patcher.wrappers,
-            "sigmas": torch.tensor([0.5, 0.5]),
+            "sigmas": torch.tensor([0.5]),
             "sample_sigmas": torch.tensor([1.0, 0.5, 0.0]),
             RUN_KEY: RunState(record, NoiseBounds()),
         }
@@ -463,8 +463,8 @@ def test_an_autoregressive_model_warns_when_patched_and_stays_dense(
     def options():
         if not block_by_block:
             return {}
-        caches = model.net.init_kv_caches(2, 240, "cpu", torch.float32)
-        crossed = model.net.init_crossattn_caches(2, "cpu", torch.float32)
+        caches = model.net.init_kv_caches(1, 240, "cpu", torch.float32)
+        crossed = model.net.init_crossattn_caches(1, "cpu", torch.float32)
         state = {"start_frame": 0, "kv_caches": caches, "crossattn_caches": crossed}
         return {"ar_state": state}
 
