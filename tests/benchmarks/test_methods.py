@@ -1,0 +1,318 @@
+"""python -m benchmarks.methods: its numbers against attention written out, its clock, inputs."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sparse_video_attention.kernels import TokenLayout
+from sparse_video_attention.psa import policy as psa_policy
+from sparse_video_attention.sparge import SpargePolicy
+
+from benchmarks import stages
+from benchmarks.grids import FRAME_GRIDS, GRID_SHAPES, find_grid_shape
+from benchmarks.method_call import MethodCall
+from benchmarks.method_list import DIALS, DialDensity, methods, nearest_setting
+from benchmarks.methods import main
+from benchmarks.shapes import SHAPES
+from benchmarks.stages import OTHER, STAGES, StageClock, median_sample, timed_functions
+from benchmarks.structured import HEAD_KINDS, structured_inputs
+
+CPU = torch.device("cpu")
+# Ragged last blocks of every size, and text in the first block.
+WAN, COGVIDEOX = "8x8x9:2x32", "20+8x8x9:2x32"
+PSA_NAMES = {
+    WAN: [
+        "psa Wan2.1_14b/psa_balanced",
+        "psa Wan2.1_1.3b/psa_balanced",
+        "psa Wan2.1_1.3b/psa_topk",
+        "psa Wan2.2_A14B/psa_balanced",
+        "psa Wan2.2_5B/psa_balanced",
+    ],
+    COGVIDEOX: [
+        "psa CogVideo1.5_5b/psa_balanced",
+        "psa CogVideo_5b/psa_balanced",
+        "psa CogVideo_5b/psa_4steps",
+    ],
+}
+OTHER_NAMES = ["radial", "radial pool", "sparge raster", "sparge raster pool"]
+OTHER_NAMES += ["sparge Gilbert", "sparge Gilbert pool"]
+CASES = [(shape, name) for shape in PSA_NAMES for name in [*OTHER_NAMES, *PSA_NAMES[shape]]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """What a run of the command wrote, its folder, and the global generator before and after."""
+    out = tmp_path_factory.mktemp("results")
+    before = torch.get_rng_state()
+    main(["--device", "cpu", "--shapes", WAN, COGVIDEOX, "--repeats", "3", "--out", str(out)])
+    after = torch.get_rng_state()
+    (path,) = out.glob("cpu-*/methods.json")
+    return json.loads(path.read_text(encoding="utf-8")), path.parent, (before, after)
+
+
+@pytest.fixture(scope="module")
+def rows(run):
+    return {(row["shape"], row["method"]): row for row in run[0]["rows"]}
+
+
+def case(shape_name, method_name):
+    """The shape, the method's policy, and the benchmark's inputs [1, H, N, D] in fp64."""
+    shape = find_grid_shape(shape_name)
+    (policy,) = [m.policy for m in methods(shape.model_family) if m.name == method_name]
+    inputs = structured_inputs(shape.layout, shape.heads, shape.head_dim)
+    q, k, v = (x.double() for x in inputs.heads_first())
+    return shape, policy, q, k, v
+
+
+def attention_row(q, keys, values, biases):
+    """softmax(q . keys / sqrt(D) + biases) . values for the queries of one block."""
+    logits = q @ torch.stack(keys).T / math.sqrt(q.shape[-1]) + torch.tensor(biases).double()
+    return logits.softmax(-1) @ torch.stack(values)
+
+
+def attention_over_levels(q, k, v, levels, block_m, block_n):
+    """Attention of one head, key group by key group: a group of c tokens is their mean, bias ln c.
+
+    q, k, v: fp64 [N, D]; levels: [M, N'] with 0 for skipped blocks.
+    """
+    out = torch.empty_like(q)
+    for i in range(levels.shape[0]):
+        keys, values, biases = [], [], []
+        for j in range(levels.shape[1]):
+            level = int(levels[i, j])
+            end = min(len(k), (j + 1) * block_n)
+            for start in range(j * block_n, end, level) if level else ():
+                group = slice(start, min(start + level, end))
+                keys.append(k[group].mean(0))
+                values.append(v[group].mean(0))
+                biases.append(math.log(group.stop - group.start))
+        queries = slice(i * block_m, (i + 1) * block_m)
+        out[queries] = attention_row(q[queries], keys, values, biases)
+    return out
+
+
+@pytest.mark.parametrize(("shape_name", "name"), CASES, ids=lambda text: text.replace(" ", "-"))
+def test_error_and_density_are_those_of_attention_written_out(rows, shape_name, name):
+    shape, policy, q, k, v = case(shape_name, name)
+    order = policy.order(shape.layout)
+    order = torch.arange(shape.layout.num_tokens) if order is None else order
+    ordered_q, ordered_k, ordered_v = (x[:, :, order] for x in (q, k, v))
+    scale = shape.head_dim**-0.5
+    plan = policy.plan(ordered_q.float(), ordered_k.float(), shape.layout, layer=1, scale=scale)
+    levels = plan.to_levels().expand(1, shape.heads, -1, -1)[0]
+
+    row = rows[shape_name, name]
+    density = np.mean([0.0 if level == 0 else 1 / level for level in levels.flatten().tolist()])
+    assert row["density"] == pytest.approx(density, rel=1e-5)
+
+    sparse, dense = torch.empty_like(q[0]), torch.empty_like(q[0])
+    for head in range(shape.heads):
+        sparse[head, order] = attention_over_levels(
+            ordered_q[0, head],
+            ordered_k[0, head],
+            ordered_v[0, head],
+            levels[head],
+            plan.block_m,
+            plan.block_n,
+        )
+        dense[head] = attention_row(q[0, head], [*k[0, head]], [*v[0, head]], [0.0] * k.shape[2])
+    error = float((sparse - dense).norm() / dense.norm())
+    assert row["rel_l2"] == pytest.approx(error, rel=1e-3)
+    assert 1e-3 < error < 1.0
+
+
+def test_every_method_has_one_row_and_every_preset_its_three_of_equal_density(run, rows):
+    assert len(rows) == len(run[0]["rows"])
+    own = {key for key, row in rows.items() if row["equal_to"] is None}
+    assert own == set(CASES)
+    for shape, presets in PSA_NAMES.items():
+        for preset in presets:
+            others = [
+                row
+                for (row_shape, _), row in rows.items()
+                if row_shape == shape and row["equal_to"] == preset
+            ]
+            assert [row["method"] for row in others] == [
+                f"{dial.name} as {preset}" for dial in DIALS
+            ]
+            for row in others:
+                difference = row["density"] - rows[shape, preset]["density"]
+                assert row["density_difference"] == pytest.approx(difference, abs=1e-9)
+                assert row["call_ms"] is None
+
+
+@pytest.mark.parametrize(("shape_name", "name"), CASES, ids=lambda text: text.replace(" ", "-"))
+def test_times_of_a_method_add_up(run, rows, shape_name, name):
+    row = rows[shape_name, name]
+    assert sum(row["shares"].values()) == pytest.approx(1.0)
+    assert sum(row["stages_ms"].values()) == pytest.approx(row["call_ms"])
+    assert row["call_ms"] / row["stages_ms"]["kernel"] == pytest.approx(row["call_over_kernel"])
+    for stage, share in row["shares"].items():
+        assert share * row["call_ms"] == pytest.approx(row["stages_ms"][stage])
+    (dense_ms,) = [s["dense_ms"] for s in run[0]["shapes"] if s["shape"] == shape_name]
+    assert dense_ms / row["call_ms"] == pytest.approx(row["speedup"])
+
+
+@pytest.mark.parametrize(("shape_name", "name"), CASES, ids=lambda text: text.replace(" ", "-"))
+def test_a_method_has_the_stages_of_its_policy(rows, shape_name, name):
+    expected = {"pooling", "kernel", OTHER}
+    if "Gilbert" in name or (name.startswith("psa") and "CogVideo_5b" not in name):
+        expected |= {"permutation"}
+    if not name.startswith("radial"):
+        expected |= {"importance", "levels", "lists"}
+    if name == "psa Wan2.1_1.3b/psa_balanced":
+        expected |= {"similarity cap"}
+    assert set(rows[shape_name, name]["stages_ms"]) == expected
+    assert expected <= set(STAGES)
+
+
+def test_inner_time_is_not_counted_twice(monkeypatch):
+    ticks = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0])
+    monkeypatch.setattr(stages.time, "perf_counter", lambda: next(ticks))
+    clock = StageClock(CPU)
+    with clock.stage(OTHER), clock.stage("levels"), clock.stage("importance"):
+        pass
+    assert clock.seconds() == {OTHER: 1.0 + 5.0, "levels": 2.0 + 4.0, "importance": 3.0}
+
+
+def test_the_sample_of_median_total_is_taken():
+    samples = [{"kernel": float(total)} for total in (5, 1, 9, 2, 3)]
+    sample, spread = median_sample(samples)
+    assert sample == {"kernel": 3.0}
+    assert spread == pytest.approx(
+        np.quantile([5, 1, 9, 2, 3], 0.8) - np.quantile([5, 1, 9, 2, 3], 0.2)
+    )
+
+
+def test_timing_changes_no_output_and_leaves_nothing_behind():
+    shape = find_grid_shape(WAN)
+    inputs = structured_inputs(shape.layout, shape.heads, shape.head_dim)
+    functions = {name: vars(psa_policy)[name] for name in ("token_importance", "assign_levels")}
+    for method in methods("Wan"):
+        call = MethodCall(method.policy, shape.layout, inputs)
+        plain = call.run()
+        with timed_functions(CPU) as new_clock:
+            assert vars(psa_policy)["assign_levels"] is not functions["assign_levels"]
+            clock = new_clock()
+            timed = call.run(clock)
+        assert torch.equal(plain, timed)
+    assert {name: vars(psa_policy)[name] for name in functions} == functions
+
+
+@pytest.mark.parametrize("wanted", [0.1, 0.37, 0.5, 0.93])
+@pytest.mark.parametrize("dial", DIALS, ids=lambda dial: dial.name.replace(" ", "-"))
+def test_no_other_setting_is_nearer_to_a_density(dial, wanted):
+    layout = TokenLayout(6, 12, 16)
+    inputs = structured_inputs(layout, 1, 32)
+    density_of = DialDensity(dial, layout, inputs)
+    chosen = nearest_setting(density_of, wanted, dial.low, dial.high)
+    everywhere = np.linspace(dial.low, dial.high, 60)
+    nearest = min(abs(density_of(float(setting)) - wanted) for setting in everywhere)
+    assert abs(density_of(chosen) - wanted) <= nearest + 1e-6
+
+
+def test_density_of_a_dial_is_that_of_its_plan():
+    layout = TokenLayout(6, 12, 16)
+    inputs = structured_inputs(layout, 2, 32)
+    q, k, _ = inputs.heads_first()
+    plan = SpargePolicy(topk=0.4).plan(q, k, layout, layer=1, scale=32**-0.5)
+    (dial,) = [dial for dial in DIALS if dial.name == "sparge raster"]
+    assert DialDensity(dial, layout, inputs)(0.4) == plan.density()
+
+
+def mean_logits(head, chosen):
+    """Mean logit over the pairs of tokens for which chosen(frames, rows, columns apart) holds."""
+    layout = TokenLayout(8, 12, 16)
+    q, k, _ = structured_inputs(layout, len(HEAD_KINDS), 64, seed=3).heads_first()
+    place = torch.cartesian_prod(torch.arange(8), torch.arange(12), torch.arange(16))
+    apart = (place[:, None] - place).abs().unbind(-1)
+    logits = q[0, head] @ k[0, head].T / 8.0
+    return float(logits[chosen(*apart)].mean())
+
+
+NEAR_AND_FAR = {
+    "local": (lambda t, y, x: t + y + x <= 1, lambda t, y, x: t + y + x >= 12),
+    "spatial": (lambda t, y, x: (t == 0) & (y + x <= 2), lambda t, y, x: (t >= 3) & (y + x <= 2)),
+    "temporal": (lambda t, y, x: (t >= 3) & (y + x == 0), lambda t, y, x: (t == 0) & (y + x >= 8)),
+}
+
+
+@pytest.mark.parametrize("kind", NEAR_AND_FAR)
+def test_heads_see_what_their_kind_says(kind):
+    near, far = NEAR_AND_FAR[kind]
+    head = [found.name for found in HEAD_KINDS].index(kind)
+    assert mean_logits(head, near) > mean_logits(head, far) + 2.0
+
+
+def test_content_repeats_at_distant_places():
+    layout = TokenLayout(8, 24, 32)
+    q, k, _ = structured_inputs(layout, len(HEAD_KINDS), 64, seed=3).heads_first()
+    head = [found.name for found in HEAD_KINDS].index("content")
+    logits = (q[0, head] @ k[0, head].T / 8.0).view(8, 24, 32, 8, 24, 32)
+    # The first rows against the last ones: places matter no more, alike content still does.
+    # Noise alone comes to about 1.3.
+    far = logits[:, :4, :, :, -4:].flatten(0, 2).flatten(1)
+    assert float((far - far.mean(1, keepdim=True)).amax(1).mean()) > 2.3
+
+
+def test_text_tokens_have_no_structure():
+    layout = TokenLayout(2, 8, 8, prefix_tokens=200)
+    q, k, _ = structured_inputs(layout, 1, 64).heads_first()
+    text_q, text_k = q[0, 0, :200], k[0, 0, :200] - k[0, 0, :200].mean(0)
+    cosines = torch.nn.functional.normalize(text_q, dim=-1) @ (
+        torch.nn.functional.normalize(text_k, dim=-1).T
+    )
+    assert float(cosines.std()) == pytest.approx(64**-0.5, rel=0.1)
+    assert abs(float(cosines.mean())) < 0.05
+
+
+def test_inputs_are_repeatable_and_leave_the_global_generator_alone(run):
+    layout = TokenLayout(2, 5, 7, prefix_tokens=3)
+    first, again, other = (structured_inputs(layout, 2, 32, seed=seed) for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first[:3], again[:3], strict=True))
+    assert not torch.equal(first.q, other.q)
+    before, after = run[2]
+    assert torch.equal(before, after)
+
+
+def test_header_inputs_and_picture_are_written(run):
+    written, folder, _ = run
+    assert written["header"]["torch"] == torch.__version__
+    assert "smooth fields" in written["inputs"] and written["repeats"] == 3
+    assert [shape["shape"] for shape in written["shapes"]] == [WAN, COGVIDEOX]
+    for shape in written["shapes"]:
+        assert 0.3 < shape["top_tenth_mass"] < 0.999
+        assert shape["dense_rel_l2"] < 1e-5
+    picture = Image.open(folder / "methods.png")
+    assert picture.width > 1000 and len(picture.convert("P").getcolors()) > 10
+
+
+def test_errors_only_takes_no_times(run, tmp_path):
+    main(["--device", "cpu", "--shapes", WAN, "--errors-only", "--out", str(tmp_path)])
+    (path,) = tmp_path.glob("cpu-*/*.json")
+    assert path.name == "method_errors.json" and path.with_suffix(".png").is_file()
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert all(row["call_ms"] is None and row["stages_ms"] is None for row in written["rows"])
+    timed = {row["method"]: row["rel_l2"] for row in run[0]["rows"] if row["shape"] == WAN}
+    assert {row["method"]: row["rel_l2"] for row in written["rows"]} == pytest.approx(timed)
+
+
+def test_grids_fit_the_shapes_and_wrong_ones_are_named():
+    for name, (height, width) in FRAME_GRIDS.items():
+        assert height * width == SHAPES[name].tokens_per_frame
+        assert GRID_SHAPES[name].layout.num_tokens == SHAPES[name].tokens
+    with pytest.raises(SystemExit, match="21x30x52:12x128.*got '3x13:2x32'"):
+        main(["--device", "cpu", "--shapes", "3x13:2x32"])
+
+
+@pytest.mark.gpu
+def test_times_on_a_gpu_add_up(tmp_path):
+    main(["--shapes", "9x16x24:4x64", "--repeats", "3", "--out", str(tmp_path)])
+    (path,) = tmp_path.glob("*/methods.json")
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        if row["equal_to"] is None:
+            assert sum(row["shares"].values()) == pytest.approx(1.0)
+            assert row["call_ms"] > row["stages_ms"]["kernel"] > 0
