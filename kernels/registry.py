@@ -19,7 +19,12 @@ PRECISIONS = ("auto", "native", "int8", "fp8")
 
 # Modules that register kernels when they are imported, in order of registration. Those that wrap
 # other people's libraries live a floor above this folder, so they are named and not imported.
-PROVIDERS = (".torch_kernel", ".triton_kernel", "..third_party.sparse_kernels")
+PROVIDERS = (
+    ".torch_kernel",
+    ".triton_kernel",
+    ".hopper_kernel",
+    "..third_party.sparse_kernels",
+)
 
 
 @dataclass(frozen=True)

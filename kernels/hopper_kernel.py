@@ -1,0 +1,128 @@
+"""The "hopper" kernel: binary plans on sm_90, warp-specialised, in Gluon.
+
+It compiles for sm_90 without a spill, and has not run on a GPU yet. So it ships off: its rank is
+below every other kernel's until MEASURED_RANK says otherwise, and its first output for a shape
+is held against the torch kernel. That check cannot catch a kernel that never returns.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .hopper_check import FirstOutputs
+from .registry import Kernel, KernelCall, register
+from .triton_launch import architecture
+
+ARCHITECTURE = 90
+HEAD_DIMS = (64, 128)
+BLOCKS_M = (64, 128)
+BLOCKS_N = (32, 64, 128)
+MAX_GRID_Y = 65535
+# TMA addresses in units of 16 bytes: 8 elements of 2 bytes.
+TMA_ALIGNMENT = 16
+TMA_ELEMENTS = 8
+
+# The switch: speed relative to the torch kernel on the same GPU, by (head_dim, block_m), entered
+# when it was measured. "auto" chooses it where that beats the rank of the "triton" kernel.
+MEASURED_RANK: dict[tuple[int, int], float] = {}
+UNMEASURED_RANK = 0.0
+
+_FIRST_OUTPUTS = FirstOutputs("hopper")
+
+
+def _unavailable() -> str | None:
+    try:
+        import triton.experimental.gluon  # noqa: F401
+    except ImportError:
+        return "it needs Triton 3.6 or newer with Gluon: pip install -U triton"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device; it runs on compute capability 9.0 (H100, H200)"
+    found = [
+        architecture(torch.device("cuda", index)) for index in range(torch.cuda.device_count())
+    ]
+    if ARCHITECTURE not in found:
+        return f"it runs on compute capability 9.0 (H100, H200); found {_spelled(found[0])}"
+    # Feature test: the kernel uses what Gluon had in Triton 3.6.
+    from . import hopper_forward  # noqa: F401
+
+    return None
+
+
+def _spelled(arch: int | str) -> str:
+    return arch if isinstance(arch, str) else f"{arch // 10}.{arch % 10}"
+
+
+def _refuses(call: KernelCall) -> str | None:
+    return _not_on_hopper(call.q.device) or _unsupported(call) or _not_for_tma(call)
+
+
+def _not_on_hopper(device: torch.device) -> str | None:
+    if device.type == "cuda" and architecture(device) == ARCHITECTURE:
+        return None
+    return f"it runs on GPUs of compute capability 9.0 (H100, H200); got {device}"
+
+
+def _unsupported(call: KernelCall) -> str | None:
+    plan, q = call.plan, call.q
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes float16 and bfloat16 tensors; got {q.dtype}"
+    if call.precision != "native":
+        return f"it computes in the inputs' dtype only, not in {call.precision}"
+    if q.shape[3] not in HEAD_DIMS:
+        return f"it takes head_dim 64 or 128; got {q.shape[3]}"
+    if plan.levels != (1,):
+        return f"it takes plans that keep or drop blocks (level 1 only); got levels {plan.levels}"
+    if plan.block_m not in BLOCKS_M or plan.block_n not in BLOCKS_N:
+        return (
+            f"it takes query blocks of 64 or 128 and key blocks of 32, 64 or 128 tokens; got "
+            f"{plan.block_m}x{plan.block_n}"
+        )
+    if not 0 < call.scale < math.inf:
+        return f"it takes a positive scale; got {call.scale}"
+    if q.shape[0] * q.shape[1] > MAX_GRID_Y:
+        return f"it takes up to {MAX_GRID_Y} heads times batch; got {q.shape[0] * q.shape[1]}"
+    if torch.is_grad_enabled() and (
+        q.requires_grad or call.k.requires_grad or call.v.requires_grad
+    ):
+        return "it has no backward pass"
+    return None
+
+
+def _not_for_tma(call: KernelCall) -> str | None:
+    for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
+        strides = [
+            stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1
+        ]
+        aligned = x.data_ptr() % TMA_ALIGNMENT == 0
+        if x.stride(3) != 1 or not aligned or any(s <= 0 or s % TMA_ELEMENTS for s in strides):
+            return (
+                f"it takes tensors whose rows are contiguous and start at multiples of 16 bytes; "
+                f"{name} has strides {tuple(x.stride())} at address {x.data_ptr():#x}"
+            )
+    return None
+
+
+def _run(call: KernelCall) -> Tensor:
+    # Addresses change between calls of one shape, for which the kernel was chosen once.
+    if reason := _not_for_tma(call):
+        raise ValueError(reason)
+    from .hopper_forward import forward
+
+    out = forward(call)
+    _FIRST_OUTPUTS.check(call, out)
+    return out
+
+
+register(
+    Kernel(
+        name="hopper",
+        unavailable=_unavailable,
+        refuses=_refuses,
+        run=_run,
+        auto_precision=lambda call: "native",
+        rank=lambda call: MEASURED_RANK.get((call.q.shape[3], call.plan.block_m), UNMEASURED_RANK),
+    )
+)

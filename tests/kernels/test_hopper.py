@@ -1,0 +1,284 @@
+"""The "hopper" kernel: on a model of the hardware, compiled for sm_90, and on a GPU."""
+
+import importlib.util
+import math
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from sparse_video_attention.kernels import BlockPlan, available, block_sparse_attention
+from sparse_video_attention.kernels.reference import reference_attention
+from sparse_video_attention.kernels.registry import KernelCall
+
+triton = pytest.importorskip("triton")
+pytest.importorskip("triton.experimental.gluon")
+
+from sparse_video_attention.kernels import hopper_attention, hopper_forward  # noqa: E402
+
+
+def _load(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+gluon = _load("gluon_in_python")
+
+
+def relative_error(got, want):
+    got, want = got.double(), want.double()
+    return ((got - want).norm() / want.norm()).item()
+
+
+def random_inputs(batch, heads, q_len, k_len, head_dim, *, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        torch.randn(batch, heads, tokens, head_dim, generator=generator).to(dtype)
+        for tokens in (q_len, k_len, k_len)
+    )
+
+
+def random_plan(extents, q_len, k_len, block_m, block_n, *, density=0.6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = *extents, -(-q_len // block_m), -(-k_len // block_n)
+    mask = torch.rand(shape, generator=generator) < density
+    mask[..., -1] |= ~mask.any(-1)
+    return BlockPlan.from_mask(mask, block_m=block_m, block_n=block_n, q_len=q_len, k_len=k_len)
+
+
+# batch, heads, q_len, k_len, head_dim, block_m, block_n, plan extents
+CASES = {
+    "one-token": (1, 1, 1, 1, 64, 128, 128, (1, 1)),
+    "N63": (1, 1, 63, 63, 64, 128, 64, (1, 1)),
+    "N129-block64": (1, 1, 129, 129, 64, 64, 64, (1, 1)),
+    "B2-H2-own-plans": (2, 2, 130, 300, 64, 128, 64, (2, 2)),
+    "B2-H3-shared-plan": (2, 3, 64, 260, 128, 64, 128, (1, 1)),
+    "k1000-D128-block128": (1, 2, 130, 1000, 128, 128, 128, (1, 2)),
+    "k1000-D128-block64": (1, 2, 65, 1000, 128, 64, 64, (1, 2)),
+    "k2000-D64-block32": (1, 1, 128, 2000, 64, 128, 32, (1, 1)),
+    "k1024-no-tail": (1, 1, 128, 1024, 64, 128, 64, (1, 1)),
+}
+
+
+def model_attention(q, k, v, plan, *, seed=0, **replaced):
+    """The kernel's source on the model of the hardware, program by program, over NaN."""
+    kernel = gluon.python_functions(hopper_attention, **replaced)["attention_kernel"]
+    out = torch.full(q.shape, float("nan"), dtype=torch.float64)
+    bounds = plan.bounds
+    strides = [bounds.stride(i) if bounds.shape[i] > 1 else 0 for i in range(2)]
+    constants = hopper_forward.constants(q.shape[3], plan.block_m, plan.block_n)
+    names = {p.name for p in hopper_attention.attention_kernel.params if p.is_constexpr}
+    for block in range(plan.num_q_blocks):
+        for head in range(q.shape[0] * q.shape[1]):
+            gluon.run_program(
+                kernel,
+                (block, head),
+                (
+                    *(gluon.machine.Descriptor(x) for x in (q, k, v, out)),
+                    gluon.machine.Pointer(plan.indices),
+                    gluon.machine.Pointer(bounds),
+                    *(*strides, bounds.stride(2), q.shape[1], plan.k_len),
+                    q.shape[3] ** -0.5 * math.log2(math.e),
+                ),
+                seed=seed,
+                **{name: value for name, value in constants.items() if name in names},
+            )
+    return out
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_algorithm_is_the_definition(case):
+    q, k, v = random_inputs(*case[:5])
+    plan = random_plan(case[7], case[2], case[3], *case[5:7])
+    for seed in range(3):
+        out = model_attention(q, k, v, plan, seed=seed)
+        assert relative_error(out, reference_attention(q, k, v, plan)) < 1e-12
+
+
+@pytest.mark.parametrize("block_m", [64, 128])
+@pytest.mark.parametrize("tiles", range(1, 9))
+def test_no_schedule_breaks_the_barriers(tiles, block_m):
+    """Rings are entered at every phase and go round more than twice."""
+    q, k, v = random_inputs(1, 1, block_m, tiles * 128 - 7, 64)
+    mask = torch.ones(1, tiles, dtype=torch.bool)
+    plan = BlockPlan.from_mask(
+        mask, block_m=block_m, block_n=128, q_len=block_m, k_len=tiles * 128 - 7
+    )
+    want = reference_attention(q, k, v, plan)
+    for seed in range(12):
+        assert relative_error(model_attention(q, k, v, plan, seed=seed), want) < 1e-12
+
+
+def test_a_row_without_a_list_is_zero():
+    q, k, v = random_inputs(1, 1, 256, 256, 64)
+    mask = torch.tensor([[0, 0], [1, 1]], dtype=torch.bool)
+    plan = BlockPlan.from_mask(mask, block_m=128, block_n=128, q_len=256, k_len=256, packed=False)
+    out = model_attention(q, k, v, plan)
+    assert out[:, :, :128].eq(0).all()
+    assert relative_error(out[:, :, 128:], reference_attention(q, k, v, plan)[:, :, 128:]) < 1e-12
+
+
+BROKEN = {
+    "wrong-free-parity": {"_free_parity": lambda step, stages: (step // stages) & 1},
+    "never-waits-for-a-free-slot": {"_free_parity": lambda step, stages: step // stages % 2 * 2},
+    "wrong-ready-parity": {"_ready_parity": lambda step, stages: step & 1},
+    "wrong-turn": {"_turn_parity": lambda step, warpgroup: (step - 1) & 1},
+    "no-mask": {"_first_key": lambda indices, entry, last, k_len, block_n: indices.at(entry)},
+}
+
+
+@pytest.mark.parametrize("replaced", BROKEN.values(), ids=BROKEN)
+def test_the_model_shows_broken_code(replaced):
+    """Otherwise the tests above say nothing."""
+    q, k, v = random_inputs(1, 1, 128, 1500, 64)
+    mask = torch.ones(1, 12, dtype=torch.bool)
+    plan = BlockPlan.from_mask(mask, block_m=128, block_n=128, q_len=128, k_len=1500)
+    want = reference_attention(q, k, v, plan)
+    seen = False
+    for seed in range(8):
+        try:
+            out = model_attention(q, k, v, plan, seed=seed, **replaced)
+            seen |= not relative_error(out, want) < 1e-12
+        except AssertionError:
+            seen = True
+    assert seen
+
+
+SM_SHARED_BYTES = 228 * 1024
+BLOCK_SHARED_BYTES = 227 * 1024
+RESERVED_BYTES = 1024
+SM_REGISTERS = 64 * 1024
+
+
+def compiled(dtype, head_dim, block_m, block_n):
+    """The kernel as a launch would compile it for sm_90, and what ptxas says."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.runtime.jit import create_function_from_signature
+
+    q = torch.zeros(2, 300, 3, head_dim, dtype=dtype).transpose(1, 2)
+    plan = random_plan((1, 1), 300, 300, block_m, block_n)
+    arguments = hopper_forward.arguments(KernelCall(q, q, q, plan, 0.1), q)
+    options = hopper_forward.constants(head_dim, block_m, block_n)
+    target = GPUTarget("cuda", 90, 32)
+    backend, kernel = make_backend(target), hopper_attention.attention_kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, _ = bind(*arguments, **options)
+    parsed, signature, constants, attributes = kernel._pack_args(
+        backend, options, bound, specialization, options
+    )
+    source = GluonASTSource(kernel, signature, constants, attributes)
+    binary = triton.compile(source, target=target, options=parsed.__dict__)
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    command = [ptxas, "-v", "-arch=sm_90a", "-", "-o", os.devnull]
+    log = subprocess.run(
+        command, input=binary.asm["ptx"], capture_output=True, text=True, check=True
+    ).stderr
+    return binary, log
+
+
+# dtype, head_dim, block_m, block_n, programs per SM
+COMPILED = {
+    "bf16-D128-128x128": (torch.bfloat16, 128, 128, 128, 1),
+    "bf16-D128-128x64": (torch.bfloat16, 128, 128, 64, 1),
+    "fp16-D64-128x128": (torch.float16, 64, 128, 128, 1),
+    "bf16-D128-64x64": (torch.bfloat16, 128, 64, 64, 2),
+    "bf16-D64-64x32": (torch.bfloat16, 64, 64, 32, 2),
+}
+
+
+@pytest.mark.parametrize("case", COMPILED.values(), ids=COMPILED)
+def test_compiles_for_sm_90(case):
+    *arguments, programs = case
+    binary, log = compiled(*arguments)
+    warpgroups = arguments[2] // 64
+    assert "0 bytes spill stores, 0 bytes spill loads" in log
+    # ptxas warns when it serialises wgmma, and when it ignores a register limit.
+    assert "warning" not in log
+    ptx, ttgir = binary.asm["ptx"], binary.asm["ttgir"]
+    assert "wgmma.mma_async.sync.aligned" in ptx
+    assert re.search(r"cp\.async\.bulk\.tensor\.4d\.shared::cluster\.global", ptx)
+    assert re.search(r"cp\.async\.bulk\.tensor\.4d\.global\.shared::cta", ptx)
+    assert "ttg.warp_specialize" in ttgir
+    assert len(re.findall(r"^ *partition\d+\(", ttgir, re.MULTILINE)) == warpgroups
+    registers = {int(n) for n in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", ptx)}
+    assert {hopper_forward.COPY_REGISTERS, 240 if warpgroups == 2 else 232} <= registers
+    assert binary.metadata.shared <= BLOCK_SHARED_BYTES
+    assert programs * (binary.metadata.shared + RESERVED_BYTES) <= SM_SHARED_BYTES
+    used = int(re.search(r"Used (\d+) registers", log)[1])
+    assert programs * used * 32 * binary.metadata.num_warps <= SM_REGISTERS
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """The kernel on the GPU, its output memory poisoned; skips where it cannot run."""
+    if available()["hopper"] is not None:
+        pytest.skip(available()["hopper"])
+    make = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda *a, **kw: make(*a, **kw).fill_(float("nan"))
+    )
+
+    def attend(q, k, v, plan, **kwargs):
+        return block_sparse_attention(
+            q.cuda(), k.cuda(), v.cuda(), plan.on_device("cuda"), kernel="hopper", **kwargs
+        ).cpu()
+
+    return attend
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_is_the_definition_on_a_gpu(on_hopper, case, dtype):
+    q, k, v = random_inputs(*case[:5], dtype=dtype)
+    plan = random_plan(case[7], case[2], case[3], *case[5:7])
+    tolerance = {torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    for _ in range(5):
+        out = on_hopper(q, k, v, plan)
+        assert relative_error(out, reference_attention(q, k, v, plan)) < tolerance
+        assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.gpu
+def test_slices_of_one_projection_on_a_gpu(on_hopper):
+    joined = torch.randn(2, 200, 3, 4, 64, generator=torch.Generator().manual_seed(0)).half()
+    q, k, v = (joined.cuda()[:, :, i].transpose(1, 2) for i in range(3))
+    plan = random_plan((2, 4), 200, 200, 128, 64)
+    out = on_hopper(q, k, v, plan)
+    want = reference_attention(q.cpu(), k.cpu(), v.cpu(), plan)
+    assert relative_error(out, want) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_160000_tokens_on_a_gpu(on_hopper, head_dim):
+    """More than 2**31 elements in q, k, v and the output."""
+    tokens, heads = 160_000, 2**31 // (160_000 * head_dim) + 2
+    blocks = tokens // 128
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    q, k, v = (
+        torch.randn(1, tokens, heads, head_dim, generator=generator, device="cuda")
+        .bfloat16()
+        .transpose(1, 2)
+        for _ in range(3)
+    )
+    mask = torch.zeros(blocks, blocks, dtype=torch.bool)
+    for row in range(blocks):
+        mask[row, torch.tensor([0, row, blocks - 1, row * 7919 % blocks])] = True
+    plan = BlockPlan.from_mask(mask, block_m=128, block_n=128, q_len=tokens, k_len=tokens)
+    out = on_hopper(q, k, v, plan)
+    for row in (0, blocks // 3, blocks - 1):
+        rows = slice(row * 128, row * 128 + 128)
+        keys = mask[row].repeat_interleave(128)
+        some = (x[:, -1:].double().cpu() for x in (q[:, :, rows], k, v))
+        q_some, k_some, v_some = some
+        want = torch.nn.functional.scaled_dot_product_attention(
+            q_some, k_some[:, :, keys], v_some[:, :, keys]
+        )
+        assert relative_error(out[:, -1:, rows], want) < 8e-3

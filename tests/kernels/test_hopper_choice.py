@@ -1,0 +1,216 @@
+"""When the "hopper" kernel is used: its refusals, its rank, and the check of its first outputs."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from sparse_video_attention.kernels import BlockPlan, available, registry
+from sparse_video_attention.kernels.attention import candidates
+from sparse_video_attention.kernels.fallback import KernelFallback
+from sparse_video_attention.kernels.hopper_check import FirstOutputs
+from sparse_video_attention.kernels.reference import reference_attention
+from sparse_video_attention.kernels.registry import KernelCall
+
+# The package has a module of this name beside the function kernels().
+hopper_kernel = pytest.importorskip("sparse_video_attention.kernels.hopper_kernel")
+HOPPER = registry.kernels()["hopper"]
+
+
+def a_call(q_len=300, head_dim=64, *, dtype=torch.bfloat16, extents=(2, 2), blocks=(128, 64)):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, tokens, 2, head_dim, generator=generator).to(dtype).transpose(1, 2)
+        for tokens in (q_len, 500, 500)
+    )
+    block_m, block_n = blocks
+    mask = torch.rand(*extents, -(-q_len // block_m), -(-500 // block_n), generator=generator) < 0.5
+    mask[..., 0] = True
+    plan = BlockPlan.from_mask(mask, block_m=block_m, block_n=block_n, q_len=q_len, k_len=500)
+    return KernelCall(q, k, v, plan, head_dim**-0.5)
+
+
+def right_output(call):
+    return reference_attention(call.q, call.k, call.v, call.plan, scale=call.scale).to(call.q.dtype)
+
+
+@pytest.fixture
+def as_if_on_hopper(monkeypatch):
+    """CPU tensors pass for an H100's, and `forward` stands in for the launch."""
+    pytest.importorskip("triton.experimental.gluon")
+    from sparse_video_attention.kernels import hopper_forward
+
+    monkeypatch.setattr(hopper_kernel, "_not_on_hopper", lambda device: None)
+    monkeypatch.setattr(hopper_kernel, "_FIRST_OUTPUTS", FirstOutputs("hopper"))
+    registry.unavailable_reason.cache_clear()
+    monkeypatch.setitem(registry.kernels(), "hopper", replace(HOPPER, unavailable=lambda: None))
+
+    def use(forward):
+        monkeypatch.setattr(hopper_forward, "forward", forward)
+
+    yield use
+    registry.unavailable_reason.cache_clear()
+
+
+def test_without_a_hopper_gpu_the_reason_says_what_it_needs():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert "compute capability 9.0" in available()["hopper"]
+    assert "compute capability 9.0" in HOPPER.refuses(a_call())
+
+
+def test_another_gpu_is_named(monkeypatch):
+    pytest.importorskip("triton.experimental.gluon")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(hopper_kernel, "architecture", lambda device: 120)
+    assert hopper_kernel._unavailable().endswith("found 12.0")
+
+
+def test_auto_takes_it_last_until_it_is_measured(as_if_on_hopper, monkeypatch):
+    call = a_call()
+    assert [kernel.name for kernel, _ in candidates(call)[0]] == ["torch", "hopper"]
+    monkeypatch.setitem(hopper_kernel.MEASURED_RANK, (64, 128), 20.0)
+    assert [kernel.name for kernel, _ in candidates(call)[0]] == ["hopper", "torch"]
+    other = a_call(blocks=(64, 64))
+    assert [kernel.name for kernel, _ in candidates(other)[0]] == ["torch", "hopper"]
+
+
+def refused(call, **changes):
+    return HOPPER.refuses(replace(call, **changes))
+
+
+def with_levels(call, level):
+    levels = torch.full((3, 8), level, dtype=torch.int8)
+    plan = BlockPlan.from_levels(levels, block_m=128, block_n=64, q_len=300, k_len=500)
+    return replace(call, plan=plan)
+
+
+REFUSALS = {
+    "float32": (lambda c: a_call(dtype=torch.float32), "float16 and bfloat16.*float32"),
+    "head-dim-32": (lambda c: a_call(head_dim=32), "head_dim 64 or 128; got 32"),
+    "int8": (lambda c: replace(c, precision="int8"), "inputs' dtype only, not in int8"),
+    "pyramid": (lambda c: with_levels(c, 2), r"level 1 only.*\(2,\)"),
+    "block-16": (lambda c: a_call(blocks=(128, 16)), "got 128x16"),
+    "block-256": (lambda c: a_call(blocks=(256, 64)), "got 256x64"),
+    "scale-0": (lambda c: replace(c, scale=0.0), "positive scale; got 0.0"),
+    "gradient": (lambda c: replace(c, q=c.q.clone().requires_grad_()), "no backward"),
+    "inner-stride": (
+        lambda c: replace(c, k=c.k.repeat_interleave(2, 3)[..., ::2]), "k has strides",
+    ),
+    "odd-rows": (
+        lambda c: replace(c, v=torch.nn.functional.pad(c.v, (0, 1))[..., :-1]), "v has strides",
+    ),
+    "odd-address": (
+        lambda c: replace(c, q=torch.nn.functional.pad(c.q, (1, 7))[..., 1:65]), "q has strides",
+    ),
+    "shared-by-heads": (lambda c: replace(c, k=c.k[:, :1].expand_as(c.k)), "k has strides"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change, reason", REFUSALS.values(), ids=REFUSALS)
+def test_refusals_name_the_reason(as_if_on_hopper, change, reason):
+    assert HOPPER.refuses(a_call()) is None
+    assert re.search(reason, HOPPER.refuses(change(a_call())))
+
+
+def test_one_sample_may_have_any_stride(as_if_on_hopper):
+    """Torch gives an extent of 1 whatever stride it likes."""
+    call = a_call(extents=(1, 1))
+    one = {name: getattr(call, name)[:1, :1] for name in "qkv"}
+    odd = {n: x.as_strided(x.shape, (3, 5, *x.stride()[2:])) for n, x in one.items()}
+    assert HOPPER.refuses(replace(call, **odd)) is None
+    from sparse_video_attention.kernels.hopper_forward import descriptor
+
+    assert all(stride % 8 == 0 for stride in descriptor(odd["q"], 64).strides[:3])
+
+
+def test_alignment_is_checked_again_in_every_run(as_if_on_hopper):
+    """A kernel is chosen once per shape; addresses change."""
+    as_if_on_hopper(right_output)
+    call = a_call()
+    HOPPER.run(call)
+    odd = torch.nn.functional.pad(call.q, (1, 7))[..., 1:65]
+    with pytest.raises(ValueError, match="q has strides"):
+        HOPPER.run(replace(call, q=odd))
+
+
+def wrong_block(batch, head, row):
+    """right_output with one query block that attends to one key block less."""
+
+    def forward(call):
+        out = right_output(call)
+        levels = call.plan.to_levels().bool().expand(2, 2, -1, -1).clone()
+        levels[batch, head, row, 0] = False
+        assert levels.any(-1).all()
+        plan = BlockPlan.from_mask(
+            levels,
+            block_m=call.plan.block_m,
+            block_n=call.plan.block_n,
+            q_len=call.plan.q_len,
+            k_len=call.plan.k_len,
+        )
+        out[batch, head] = right_output(replace(call, plan=plan))[batch, head]
+        return out
+
+    return forward
+
+
+@pytest.mark.parametrize("row", [0, 1, 2])
+@pytest.mark.parametrize("batch, head", [(0, 0), (1, 1)])
+@pytest.mark.parametrize("extents", [(1, 1), (2, 2), (2, 1), (1, 2)], ids=str)
+def test_a_wrong_first_output_raises(batch, head, row, extents):
+    call = a_call(extents=extents)
+    FirstOutputs("it").check(call, right_output(call))
+    with pytest.raises(ArithmeticError, match="first output of kernel it .* is off by"):
+        FirstOutputs("it").check(call, wrong_block(batch, head, row)(call))
+
+
+def test_a_nan_in_the_first_output_raises():
+    call = a_call()
+    out = right_output(call)
+    out[0, 0, 5, 5] = float("nan")
+    with pytest.raises(ArithmeticError, match="off by nan"):
+        FirstOutputs("it").check(call, out)
+
+
+def test_only_the_first_output_of_a_shape_is_checked():
+    outputs, call = FirstOutputs("it"), a_call()
+    outputs.check(call, right_output(call))
+    outputs.check(call, torch.zeros_like(call.q))
+    longer = a_call(q_len=301)
+    with pytest.raises(ArithmeticError):
+        outputs.check(longer, torch.zeros_like(longer.q))
+
+
+def test_inputs_with_nan_say_nothing_about_the_kernel():
+    outputs, call = FirstOutputs("it"), a_call()
+    call.k[0, 0, 3] = float("nan")
+    outputs.check(call, right_output(call))
+    call.k[0, 0, 3] = 0.0
+    with pytest.raises(ArithmeticError):
+        outputs.check(call, torch.zeros_like(call.q))
+
+
+def test_a_wrong_kernel_is_set_aside_and_another_serves(as_if_on_hopper):
+    calls = []
+
+    def forward(call):
+        calls.append(call)
+        return torch.zeros_like(call.q)
+
+    as_if_on_hopper(forward)
+    call, runs = a_call(), KernelFallback()
+    for _ in range(2):
+        run = runs.run(call.q, call.k, call.v, call.plan, scale=call.scale, kernel="hopper")
+        assert run.kernel == "torch"
+        assert any("hopper is set aside" in note and "off by 1" in note for note in run.notes)
+        torch.testing.assert_close(run.out, right_output(call), rtol=2e-2, atol=2e-2)
+    assert len(calls) == 1
+
+
+def test_a_right_kernel_serves_by_name(as_if_on_hopper):
+    as_if_on_hopper(right_output)
+    call = a_call()
+    run = KernelFallback().run(call.q, call.k, call.v, call.plan, scale=call.scale, kernel="hopper")
+    assert run.kernel == "hopper" and not run.notes
