@@ -1,0 +1,233 @@
+"""The Triton kernels compile for every architecture with the settings that calls will use."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+from sparse_video_attention.kernels import (  # noqa: E402
+    triton_attention,
+    triton_launch,
+    triton_pool,
+    triton_quantize,
+    triton_statistics,
+)
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Bytes of shared memory that one program may have.
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+PYRAMID = (1, 2, 4, 8)
+# Pointers that are not of the inputs' dtype.
+POINTERS = {
+    "Indices": "*i32", "Bounds": "*i32", "QScale": "*fp32", "KScale": "*fp32", "VScale": "*fp32",
+    "KMean": "*fp32", "KSums": "*fp32", "VLargest": "*fp32", "Int8Q": "*i8",
+}  # fmt: skip
+
+
+def source(kernel, dtype, constexprs, pointers=()):
+    """What Triton compiles for aligned tensors."""
+    pointers = {**POINTERS, **dict(pointers)}
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        aligned = name[0].isupper() or (name.startswith("stride_") and "bounds" not in name)
+        if name in constexprs:
+            signature[name] = "constexpr"
+            continue
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        integer = "fp32" if name == "scale" else "i32"
+        signature[name] = pointers.get(name, f"*{dtype}") if name[0].isupper() else integer
+    return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+
+
+def attention_source(launch, *, head_dim, precision="native", levels=(1,), block_n=128, dtype):
+    quantized = precision != "native"
+    pointers = {"Q": "*i8", "ScratchK": "*i8"} if quantized else {}
+    if precision == "fp8":
+        pointers["Fp8V"] = "*fp8e4nv"
+    constexprs = {
+        "LEVELS": sum(levels), "NUM_LEVELS": len(levels), "BLOCK_M": 128, "BLOCK_N": block_n,
+        "TILE_N": launch.tile_n, "HEAD_DIM": head_dim,
+        "QUANTIZED": quantized, "FP8": precision == "fp8",
+    }  # fmt: skip
+    return source(triton_attention.attention_kernel, dtype, constexprs, pointers)
+
+
+def compile_for_nvidia(kernel_source, arch, **options):
+    return triton.compile(kernel_source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def resources(compiled, tmp_path):
+    """Registers per thread, and bytes of stack, which is where spilled registers go."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    command = [NVIDIA_TOOLS / "cuobjdump", "--dump-resource-usage", cubin]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    return int(found[1]), int(found[2])
+
+
+def spill_limit(arch, precision, levels):
+    """Bytes per thread. Pyramid plans spill outside the loops over full tiles."""
+    if len(levels) > 1:
+        return 96
+    return 8 if arch == 100 and precision == "native" else 0
+
+
+def attention_cases():
+    for arch in SHARED_MEMORY:
+        yield arch, 128, "native", (1,)
+        if arch == 86:
+            continue  # the settings of 80, with less shared memory
+        yield arch, 64, "native", (1,)
+        yield arch, 128, "int8", (1,)
+        if arch >= 89:
+            yield arch, 128, "fp8", (1,)
+    yield 80, 128, "native", PYRAMID
+    yield 90, 128, "native", PYRAMID
+    yield 90, 128, "native", (1, 128)
+    yield 90, 64, "int8", (1,)
+    yield 90, 64, "fp8", (1,)
+
+
+def compiled_attention(arch, head_dim, precision, levels):
+    launch = triton_launch.launch_for(arch, head_dim, precision, 128)
+    kernel = attention_source(
+        launch, head_dim=head_dim, precision=precision, levels=levels, dtype="bf16"
+    )
+    return launch, compile_for_nvidia(kernel, arch, **triton_launch.options(launch))
+
+
+@pytest.mark.parametrize(
+    "arch, head_dim, precision, levels",
+    [
+        pytest.param(*case, id=f"sm_{case[0]}-D{case[1]}-{case[2]}-{len(case[3])}-levels")
+        for case in attention_cases()
+    ],
+)
+def test_attention_fits_the_multiprocessor(tmp_path, arch, head_dim, precision, levels):
+    launch, compiled = compiled_attention(arch, head_dim, precision, levels)
+    registers, stack = resources(compiled, tmp_path)
+    shared = compiled.metadata.shared + 1024
+    assert stack <= spill_limit(arch, precision, levels)
+    assert shared <= SHARED_MEMORY[arch] * 1024
+
+    by_registers = 65536 // (-(-registers // 8) * 8 * launch.num_warps * 32)
+    by_memory = (SHARED_MEMORY[arch] + 1) * 1024 // shared
+    # Settings with few warps or few registers are there to run two programs at a time.
+    wanted = 2 if launch.num_warps == 4 or launch.maxnreg == 128 else 1
+    assert min(by_registers, by_memory) >= wanted
+
+    ptx = compiled.asm["ptx"]
+    assert "cp.async" in ptx, "loads are not prefetched"
+    products = PRODUCTS[9 if arch == 90 else 10 if arch == 100 else 8][precision]
+    assert all(product in ptx for product in products), "not on the tensor cores"
+
+
+PRODUCTS = {
+    8: {
+        "native": ["mma.sync.aligned.m16n8k16.row.col.f32.bf16"],
+        "int8": ["mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8", ".f32.bf16"],
+        "fp8": ["m16n8k32.row.col.satfinite.s32.s8.s8", "m16n8k32.row.col.f32.e4m3.e4m3"],
+    },
+    9: {
+        "native": ["wgmma.mma_async", "k16.f32.bf16"],
+        "int8": ["wgmma.mma_async", "k32.s32.s8.s8", "k16.f32.bf16"],
+        "fp8": ["wgmma.mma_async", "k32.s32.s8.s8", "k32.f32.e4m3.e4m3"],
+    },
+    10: {
+        "native": ["tcgen05.mma.cta_group::1.kind::f16"],
+        # Triton 3.6 has int8 products only in the older instructions there.
+        "int8": ["s32.s8.s8", "tcgen05.mma.cta_group::1.kind::f16"],
+        "fp8": ["s32.s8.s8", "tcgen05.mma.cta_group::1.kind::f8f6f4"],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "head_dim, precision", [(64, "native"), (64, "int8"), (128, "int8"), (128, "fp8")]
+)
+def test_hopper_products_stay_asynchronous(tmp_path, head_dim, precision):
+    """ptxas says when it waits after every product. bf16 at 128 is known to: 128 registers."""
+    _, compiled = compiled_attention(90, head_dim, precision, (1,))
+    ptx = tmp_path / "kernel.ptx"
+    ptx.write_text(compiled.asm["ptx"])
+    command = [NVIDIA_TOOLS / "ptxas", "-v", "-arch=sm_90a", ptx, "-o", tmp_path / "kernel.cubin"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "Used" in text
+    assert "serialized" not in text
+
+
+def test_fp8_products_are_added_up_in_fp32():
+    """Each tile's product starts at zero: Hopper's own fp8 sums have 14 bits."""
+    _, compiled = compiled_attention(90, 128, "fp8", (1,))
+    ttgir = compiled.asm["ttgir"]
+    zeros = re.findall(r"(%\S+) = arith.constant dense<0.0+e\+00> : tensor<128x128xf32", ttgir)
+    products = re.findall(r"warp_group_dot %\S+, %\S+, (%\S+) .*f8E4M3FN", ttgir)
+    assert products
+    assert set(products) <= set(zeros)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("levels", [(1,), (*PYRAMID, 128)], ids=str)
+def test_the_passes_over_q_k_v_do_not_spill(tmp_path, arch, levels):
+    shape = {"LEVELS": sum(levels), "BLOCK_N": 128, "HEAD_DIM": 128}
+    quantize = {**shape, "NUM_LEVELS": len(levels), "FP8": arch == 90}
+    quantized = {"ScratchK": "*i8", "Fp8V": "*fp8e4nv" if arch == 90 else "*bf16"}
+    kernels = {
+        "pool": source(triton_pool.pool_kernel, "bf16", shape),
+        "blocks": source(triton_quantize.quantize_blocks_kernel, "bf16", quantize, quantized),
+    }
+    if levels == (1,):
+        kernels["queries"] = source(
+            triton_quantize.quantize_queries_kernel, "bf16", {"HEAD_DIM": 128}
+        )
+        kernels["statistics"] = source(
+            triton_statistics.statistics_kernel, "bf16", {"HEAD_DIM": 128, "VALUES": True}
+        )
+    for name, kernel in kernels.items():
+        warps = 8 if name in ("pool", "blocks") else 4
+        _, stack = resources(compile_for_nvidia(kernel, arch, num_warps=warps), tmp_path)
+        assert stack == 0, name
+
+
+@pytest.mark.parametrize(
+    "arch, warp_size, product", [("gfx942", 64, "mfma"), ("gfx1100", 32, "wmma")]
+)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_compiles_for_amd(arch, warp_size, product, head_dim):
+    launch = triton_launch.launch_for(arch, head_dim, "native", 128)
+    kernel = attention_source(launch, head_dim=head_dim, dtype="fp16")
+    target = GPUTarget("hip", arch, warp_size)
+    compiled = triton.compile(kernel, target=target, options=triton_launch.options(launch))
+    assembly = compiled.asm["amdgcn"]
+    assert f"v_{product}_f32" in assembly
+    assert int(re.search(r"vgpr_spill_count:\s+(\d+)", assembly)[1]) <= 64
+
+
+@pytest.mark.parametrize(
+    "arch, head_dim, precision, nearest",
+    [(87, 128, "native", 80), (103, 64, "fp8", 100), (121, 128, "int8", 120), (90, 64, "int8", 90)],
+)
+def test_an_architecture_without_settings_takes_the_nearest_lower(
+    arch, head_dim, precision, nearest
+):
+    launch = triton_launch.launch_for(arch, head_dim, precision, 128)
+    assert launch == triton_launch.NVIDIA[nearest][head_dim, precision]
+
+
+@pytest.mark.parametrize(
+    "arch, precision", [(75, "native"), (86, "fp8"), ("gfx803", "native"), ("gfx942", "int8")]
+)
+def test_what_an_architecture_does_not_offer(arch, precision):
+    assert triton_launch.launch_for(arch, 128, precision, 128) is None
+
+
+def test_half_the_rows_get_half_the_warps():
+    full = triton_launch.launch_for(90, 128, "native", 128)
+    half = triton_launch.launch_for(90, 128, "native", 64)
+    assert (half.num_warps * 2, half.tile_n) == (full.num_warps, full.tile_n)
