@@ -12,6 +12,12 @@ import torch
 from torch import Tensor
 
 
+def _has_triton() -> bool:
+    from .registry import unavailable_reason
+
+    return unavailable_reason("triton") is None
+
+
 def segment_counts(levels: Tensor, kept: tuple[int, ...]) -> Tensor:
     """Entries per row and level: [..., N] block levels -> int64 [..., len(kept)]."""
     return torch.stack([(levels == level).sum(-1) for level in kept], dim=-1)
@@ -34,6 +40,10 @@ def packed_lists(levels: Tensor, kept: tuple[int, ...]) -> tuple[Tensor, Tensor]
 
 def strided_lists(levels: Tensor, kept: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Every row in its own num_k_blocks entries; no device sync. Returns as packed_lists."""
+    if levels.is_cuda and _has_triton():
+        from . import triton_lists
+
+        return triton_lists.strided_lists(levels, kept)
     num_k_blocks = levels.shape[-1]
     counts = segment_counts(levels, kept)
     rows = counts[..., 0].numel()

@@ -1,0 +1,84 @@
+"""Index lists made by Triton are those made by torch, and those counted by hand."""
+
+import pytest
+import torch
+from sparse_video_attention.kernels import BlockPlan
+from sparse_video_attention.kernels.lists import strided_lists
+
+
+@pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
+def triton_lists(request):
+    if request.param == "interpreted":
+        interpreter = request.getfixturevalue("interpreter")
+
+        def lists(levels, kept, **settings):
+            name = "sparse_video_attention.kernels.triton_lists:strided_lists"
+            module = "sparse_video_attention.kernels.triton_lists:"
+            values = {module + key: value for key, value in settings.items()}
+            return interpreter.call(name, levels, kept, settings=values)
+
+        return lists
+
+    def lists(levels, kept, **settings):
+        from sparse_video_attention.kernels import triton_lists
+
+        return tuple(x.cpu() for x in triton_lists.strided_lists(levels.cuda(), kept))
+
+    return lists
+
+
+def random_levels(*shape, values, dtype=torch.int8):
+    generator = torch.Generator().manual_seed(len(values))
+    return torch.tensor(values, dtype=dtype)[
+        torch.randint(0, len(values), shape, generator=generator)
+    ]
+
+
+@pytest.mark.parametrize(
+    "levels, kept",
+    [
+        pytest.param(
+            random_levels(2, 2, 3, 37, values=(0, 1, 2, 4, 8)), (1, 2, 4, 8), id="pyramid"
+        ),
+        pytest.param(random_levels(1, 1, 5, 64, values=(0, 1)), (1,), id="mask"),
+        pytest.param(
+            random_levels(1, 2, 2, 5, values=(1, 128), dtype=torch.int16), (1, 128), id="remainder"
+        ),
+        pytest.param(
+            random_levels(1, 1, 2, 9, values=(1, 256), dtype=torch.int16), (1, 256), id="level-256"
+        ),
+        pytest.param(random_levels(1, 1, 3, 20, values=(0, 1, 2, 4)), (2,), id="unlisted-levels"),
+        pytest.param(torch.zeros(1, 1, 2, 3, dtype=torch.int8), (1, 8), id="empty-rows"),
+        pytest.param(
+            random_levels(2, 1, 4, 10, values=(0, 1)).mT.contiguous().mT, (1,), id="strided"
+        ),
+    ],
+)
+def test_equal_to_torch(triton_lists, levels, kept):
+    indices, bounds = triton_lists(levels, kept)
+    want_indices, want_bounds = strided_lists(levels, kept)
+    assert torch.equal(bounds, want_bounds) and bounds.dtype == want_bounds.dtype
+    assert torch.equal(indices, want_indices) and indices.dtype == want_indices.dtype
+
+
+def test_rows_longer_than_a_chunk(triton_lists):
+    levels = random_levels(1, 1, 2, 40, values=(0, 1, 8))
+    lists = triton_lists(levels, (1, 8), MAX_CHUNK=16)
+    assert all(torch.equal(x, y) for x, y in zip(lists, strided_lists(levels, (1, 8)), strict=True))
+
+
+def test_by_hand(triton_lists):
+    levels = torch.tensor([[[[8, 1, 0, 2, 1]], [[0, 0, 0, 0, 2]]]], dtype=torch.int8)
+    indices, bounds = triton_lists(levels, (1, 2, 8))
+    assert bounds.tolist() == [[[[0, 2, 3, 4]], [[5, 5, 6, 6]]]]
+    assert indices[:4].tolist() == [1, 4, 3, 0]
+    assert indices[5:6].tolist() == [4]
+
+
+@pytest.mark.gpu
+def test_plans_made_on_the_gpu_are_those_made_on_the_cpu():
+    levels = random_levels(2, 3, 9, 11, values=(0, 1, 2, 4, 8))
+    sizes = {"block_m": 128, "block_n": 128, "q_len": 1100, "k_len": 1300}
+    on_gpu = BlockPlan.from_levels(levels.cuda(), **sizes, packed=False, pooled_remainder=True)
+    on_cpu = BlockPlan.from_levels(levels, **sizes, packed=False, pooled_remainder=True)
+    assert torch.equal(on_gpu.to_levels().cpu(), on_cpu.to_levels())
