@@ -8,7 +8,7 @@ from torch import Tensor
 from .registry import Kernel, KernelCall, register
 from .torch_gathered import attend_gathered
 from .torch_panels import attend_in_panels
-from .torch_shared import attend_shared, has_matrix_units
+from .torch_shared import attend_shared, fused_attention_is_fast
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,7 +24,7 @@ def _refuses(call: KernelCall) -> str | None:
 def _run(call: KernelCall) -> Tensor:
     if call.q.device.type != "cpu":
         return attend_gathered(call)
-    if call.plan.levels == (1,) and has_matrix_units(call.q.dtype):
+    if call.plan.levels == (1,) and fused_attention_is_fast(call.q.dtype):
         return attend_shared(call)
     return attend_in_panels(call)
 

@@ -1,13 +1,13 @@
-"""Attention over a plan on CPUs: fp32 panels of logits, one row of query blocks at a time.
+"""Attention over a plan on CPUs: one query block at a time, in fp32 panels of its logits.
 
-Why this shape (AMD EPYC, 21 x 1560 tokens, radial mask of density 0.344, one core): dense
-attention runs at 74 GFLOPS; calling it once per row on gathered keys at 45, because it cuts short
-query sequences into tiles of 32 rows; the panels below at 57. Their logits stay in the core's
-cache between the two products, kept blocks that are neighbours are read in place, and an exact
-running softmax bounds the workspace whatever the number of tokens.
+For what torch's fused attention is not good at (torch_shared.py is for the rest): levels, whose
+biases and means want fp32, and fp16 on CPUs that have to convert it in every tile. A panel stays
+in the core's cache between the two products, kept blocks that are neighbours are read in place,
+and an exact running softmax bounds the workspace whatever the number of tokens. Half precision is
+raised to fp32 once per head.
 
-Half precision is raised to fp32 head by head: CPUs without matrix units for it compute in fp32
-anyway, and the conversion is paid once per head instead of once per tile.
+One core of an AMD EPYC on the radial mask at 21 x 1560 tokens: 57 GFLOPS, where dense attention
+runs fp32 at 74 and fp16 at 50, and fused attention per query block fp32 at 45 and fp16 at 23.
 """
 
 from __future__ import annotations
@@ -86,11 +86,10 @@ def _panels(
 class PanelWorkspace:
     """One thread's buffers, reused from panel to panel."""
 
-    def __init__(self, block_m: int, head_dim: int, gathers: bool) -> None:
+    def __init__(self, block_m: int, head_dim: int) -> None:
         self._logits = torch.empty(block_m * PANEL_KEYS)
-        rows = PANEL_KEYS if gathers else 0
-        self._k = torch.empty(rows, head_dim)
-        self._v = torch.empty(rows, head_dim)
+        self._k = torch.empty(PANEL_KEYS, head_dim)
+        self._v = torch.empty(PANEL_KEYS, head_dim)
 
     def logits(self, rows: int, width: int) -> Tensor:
         # Rows must be adjacent in memory: reductions over padded rows are several times slower.
@@ -205,7 +204,7 @@ def _row_worker(
     whole_blocks = plan.k_len // plan.block_n
 
     def work(next_task: Callable[[], int | None]) -> None:
-        workspace = PanelWorkspace(plan.block_m, call.q.shape[3], gathers=True)
+        workspace = PanelWorkspace(plan.block_m, call.q.shape[3])
         while (task := next_task()) is not None:
             pair, i = divmod(task, plan.num_q_blocks)
             b, h = pairs[pair]

@@ -1,15 +1,15 @@
-"""Attention over a mask on CPUs with matrix units: torch's fused attention on shared key blocks.
+"""Attention over a mask on CPUs: torch's fused attention on key blocks that query blocks share.
 
-Fused attention needs many queries per call: it cuts sequences below 768 into smaller tiles, at
-which a call per query block on a CPU with matrix units takes longer than dense attention
-(measured elsewhere: 0.78x at density 0.34). So the query blocks of a group form a binary tree,
-and a key block is attended to at the highest node below which every query block keeps it. The
-parts of a query block are merged by their log-sum-exp, which is exact: one softmax over all.
+Fused attention wants many queries per call: it cuts sequences below 768 into smaller tiles, at
+which a call per query block wastes much on CPUs, and most on those with matrix units (0.78x of
+dense at density 0.34 is on record). So the query blocks of a group form a binary tree, and a key
+block is attended to at the highest node below which every query block keeps it. The parts of a
+query block are merged by their log-sum-exp, which is exact: one softmax over all of them.
 
-Of the radial mask at 21 x 1560 tokens half of the work is shared by 8 query blocks and a third by
-2. On one core of an AMD EPYC, which has no matrix units, this runs bf16 at 60 GFLOPS where dense
-attention has 73 and the fp32 panels 55; with matrix units dense attention, and with it this, is
-several times faster and the panels are not.
+Of the radial mask at 21 x 1560 tokens, 8 query blocks share half of the work and 2 another third.
+One core of a busy AMD EPYC then runs bf16 at 53 GFLOPS where dense attention has 70, and a call
+per query block or the fp32 panels 45. Above all, this keeps its distance to dense attention on
+CPUs where that is faster, since both are the same code.
 """
 
 from __future__ import annotations
@@ -30,14 +30,12 @@ GROUP_QUERIES = 1024
 MIN_SHARED_KEYS = 512
 
 
-def has_matrix_units(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of a half-precision dtype in hardware (Intel AMX)."""
-    get_capabilities = getattr(torch.cpu, "get_capabilities", None)
-    if get_capabilities is None:  # older torch
-        supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-        return dtype == torch.bfloat16 and supported is not None and bool(supported())
-    unit = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}.get(dtype)
-    return unit is not None and bool(get_capabilities().get(unit, False))
+def fused_attention_is_fast(dtype: torch.dtype) -> bool:
+    """Whether fused attention is as fast as in fp32: fp16 needs matrix units (Intel AMX-FP16)."""
+    if dtype != torch.float16:
+        return True
+    get_capabilities = getattr(torch.cpu, "get_capabilities", None)  # newer torch has it
+    return get_capabilities is not None and bool(get_capabilities().get("amx_fp16", False))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
-"""The torch kernel and its ways: panels (CPUs), gathered batches (elsewhere), and shared keys.
-
-Shared keys are for CPUs with matrix units, and for masks alone; they are tested on any CPU.
+"""The torch kernel and its ways: panels and shared keys (CPUs; the latter for masks alone), and
+gathered batches (other devices, but tested here).
 """
 
 import json
@@ -49,6 +48,12 @@ WAYS = {"panels": panels, "gathered": way(attend_gathered)}
 BOTH = pytest.mark.parametrize("attend", WAYS.values(), ids=WAYS.keys())
 MASK_WAYS = {**WAYS, "shared": way(attend_shared)}
 ALL = pytest.mark.parametrize("attend", MASK_WAYS.values(), ids=MASK_WAYS.keys())
+
+
+EVERY_WAY_AND_PLAN = [
+    *[pytest.param(run, (0, 1), id=f"{name}-mask") for name, run in MASK_WAYS.items()],
+    *[pytest.param(run, (0, 1, 2, 8), id=f"{name}-levels") for name, run in WAYS.items()],
+]
 
 
 def random_plan(
@@ -279,13 +284,7 @@ def test_output_memory_is_batch_tokens_heads_dim(attend):
     assert merged.data_ptr() == out.data_ptr() and merged.is_contiguous()
 
 
-SKIPPING = [
-    *[pytest.param(run, (0, 1), id=f"{name}-mask") for name, run in MASK_WAYS.items()],
-    *[pytest.param(run, (0, 1, 2, 8), id=f"{name}-levels") for name, run in WAYS.items()],
-]
-
-
-@pytest.mark.parametrize(("attend", "choices"), SKIPPING)
+@pytest.mark.parametrize(("attend", "choices"), EVERY_WAY_AND_PLAN)
 def test_keys_of_skipped_blocks_are_never_read_into_the_output(attend, choices):
     levels = torch.tensor(choices)[torch.arange(8 * 16).reshape(8, 16) % len(choices)]
     levels[:, 1] = 1
@@ -311,10 +310,13 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@BOTH
+@pytest.mark.parametrize(("attend", "choices"), EVERY_WAY_AND_PLAN)
 @pytest.mark.usefixtures("poisoned_memory")
-def test_nothing_is_read_before_it_is_written(attend):
-    plan = random_plan(1000, 1000, extents=(2,), block_n=32, pooled_remainder=True)
+def test_nothing_is_read_before_it_is_written(attend, choices):
+    pooled = 8 in choices
+    plan = random_plan(
+        1000, 1000, extents=(2,), block_n=32, choices=choices, pooled_remainder=pooled
+    )
     check(attend, random_qkv(1, 2, 1000, 64), plan)
 
 
@@ -340,27 +342,28 @@ def one_thread():
     torch.set_num_threads(count)
 
 
-@BOTH
+@pytest.mark.parametrize(("attend", "choices"), EVERY_WAY_AND_PLAN)
 @pytest.mark.usefixtures("one_thread")
-def test_memory_does_not_grow_with_queries_times_keys(attend, monkeypatch):
+def test_memory_does_not_grow_with_queries_times_keys(attend, choices, monkeypatch):
     monkeypatch.setattr(torch_gathered, "GATHER_BYTES", 2**20)
     tokens = 4096
     q, k, v = random_qkv(1, 1, tokens, 32)
-    plan = random_plan(tokens, tokens, choices=(0, 1, 1, 2))
+    plan = random_plan(tokens, tokens, choices=choices)
     with LargestTensor() as largest:
         out = attend(q, k, v, plan)
     assert out.nbytes <= largest.nbytes <= 2 * 2**20 < tokens * tokens // 2
 
 
-def test_the_result_does_not_depend_on_threads():
+@pytest.mark.parametrize("run", [attend_in_panels, attend_shared], ids=["panels", "shared"])
+def test_the_result_does_not_depend_on_threads(run):
     q, k, v = random_qkv(1, 2, 1000, 64)
-    plan = random_plan(1000, 1000, block_n=64)
+    plan = random_mask_plan(1000, block_n=64)
     count = torch.get_num_threads()
     outs = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            outs.append(panels(q, k, v, plan))
+            outs.append(run(KernelCall(q, k, v, plan, 0.125)))
             assert torch.get_num_threads() == threads
             seen = []
             other = threading.Thread(target=lambda seen=seen: seen.append(torch.get_num_threads()))
@@ -477,22 +480,20 @@ def test_blocks_that_all_rows_keep_are_one_part():
     assert sum(end - start for start, end in first.runs) == common * 128
 
 
-@pytest.mark.parametrize("matrix_units", [True, False], ids=["matrix-units", "none"])
-def test_the_kernel_takes_the_way_that_fits_the_cpu_and_the_plan(monkeypatch, matrix_units):
+@pytest.mark.parametrize("fp16_units", [True, False], ids=["fp16-units", "none"])
+def test_the_kernel_takes_the_way_that_fits_device_dtype_and_plan(monkeypatch, fp16_units):
     taken = []
     for name in ("attend_shared", "attend_in_panels", "attend_gathered"):
         monkeypatch.setattr(torch_kernel, name, lambda call, name=name: taken.append(name))
     monkeypatch.setattr(
-        torch_kernel, "has_matrix_units", lambda dtype: matrix_units and dtype == torch.bfloat16
+        torch.cpu, "get_capabilities", lambda: {"amx_fp16": fp16_units}, raising=False
     )
     mask, levels = random_mask_plan(200), random_plan(200, 200, choices=(0, 1, 2, 4, 8), seed=1)
-    for dtype, plan in ((torch.bfloat16, mask), (torch.float32, mask), (torch.bfloat16, levels)):
-        block_sparse_attention(*random_qkv(1, 1, 200, 64, dtype=dtype), plan, kernel="torch")
-    assert taken == [
-        "attend_shared" if matrix_units else "attend_in_panels",
-        "attend_in_panels",
-        "attend_in_panels",
-    ]
+    for plan, dtype in ((mask, "fp32"), (mask, "bf16"), (mask, "fp16"), (levels, "bf16")):
+        qkv = random_qkv(1, 1, 200, 64, dtype=DTYPES[dtype])
+        block_sparse_attention(*qkv, plan, kernel="torch")
+    of_fp16 = "attend_shared" if fp16_units else "attend_in_panels"
+    assert taken == ["attend_shared", "attend_shared", of_fp16, "attend_in_panels"]
     taken.clear()
     q, k, v = (x.to("meta") for x in random_qkv(1, 1, 200, 64))
     block_sparse_attention(q, k, v, mask.on_device("meta"), kernel="torch")
