@@ -58,11 +58,11 @@ def _short(error: Exception) -> str:
 
 
 def _choose(call: KernelCall, kernel: str) -> _Choice:
-    able, reasons = candidates(call)
+    able, reasons = candidates(call, kernel)
     notes = [f"kernel {kernel} is not used: {reasons[kernel]}"] if kernel in reasons else []
     if not able and call.precision not in ("auto", "native"):
         notes.append(f"precision {call.precision} is not to be had here; native is used")
-        able, reasons = candidates(replace(call, precision="native"))
+        able, reasons = candidates(replace(call, precision="native"), kernel)
     if not able:
         notes += [
             f"kernel {name} cannot serve the call: {reason}"

@@ -1,8 +1,8 @@
 """The "hopper" kernel: binary plans on sm_90, warp-specialised, in Gluon.
 
-It compiles for sm_90 without a spill, and has not run on a GPU yet. So it ships off: its rank is
-below every other kernel's until MEASURED_RANK says otherwise, and its first output for a shape
-is held against the torch kernel. That check cannot catch a kernel that never returns.
+It compiles for sm_90 without a spill, and has not run on a GPU yet. So it ships off: without an
+entry in MEASURED_RANK it runs only where it is asked for by name, and its first output for a
+shape is held against the torch kernel. That check cannot catch a kernel that never returns.
 """
 
 from __future__ import annotations

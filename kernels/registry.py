@@ -53,7 +53,7 @@ class Kernel:
             the caller's transpose and flatten copy nothing.
         auto_precision: (call) -> the precision "auto" means for this call.
         rank: (call) -> expected speed relative to the torch kernel on the same device (larger
-            wins), from measurements where there are any.
+            wins), from measurements where there are any. 0 or less: only when asked for by name.
     """
 
     name: str

@@ -67,13 +67,17 @@ def test_another_gpu_is_named(monkeypatch):
     assert hopper_kernel._unavailable().endswith("found 12.0")
 
 
-def test_auto_takes_it_last_until_it_is_measured(as_if_on_hopper, monkeypatch):
+def test_auto_leaves_it_out_until_it_is_measured(as_if_on_hopper, monkeypatch):
     call = a_call()
-    assert [kernel.name for kernel, _ in candidates(call)[0]] == ["torch", "hopper"]
+    able, reasons = candidates(call)
+    assert [kernel.name for kernel, _ in able] == ["torch"]
+    assert "not been measured" in reasons["hopper"]
+    by_name = candidates(call, "hopper")[0]
+    assert [kernel.name for kernel, _ in by_name] == ["torch", "hopper"]
     monkeypatch.setitem(hopper_kernel.MEASURED_RANK, (64, 128), 20.0)
     assert [kernel.name for kernel, _ in candidates(call)[0]] == ["hopper", "torch"]
     other = a_call(blocks=(64, 64))
-    assert [kernel.name for kernel, _ in candidates(other)[0]] == ["torch", "hopper"]
+    assert [kernel.name for kernel, _ in candidates(other)[0]] == ["torch"]
 
 
 def refused(call, **changes):
