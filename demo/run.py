@@ -62,7 +62,7 @@ def _tiny_workflow(family: Family, base: Path, options: argparse.Namespace) -> W
     weights = f"tiny_{family.key}.safetensors"
     with Step(f"Making tiny {family.title} weights"):
         family.make_checkpoint(base / "models" / "diffusion_models" / weights)
-    shipped = Workflow.load(ROOT / "workflows" / f"{family.workflow}.api.json")
+    shipped = Workflow.load(ROOT / "workflows" / "api" / f"{family.workflow}.json")
     return (
         shipped.with_seeded_conditioning(family.text_tokens, seed=1)
         .saving_latent(f"{family.key}/latent")
@@ -76,7 +76,7 @@ def _real_workflow(family: Family, base: Path, options: argparse.Namespace) -> W
     _link_or_copy(options.unet, models / "diffusion_models" / options.unet.name)
     _link_or_copy(options.clip, models / "text_encoders" / options.clip.name)
     _link_or_copy(options.vae, models / "vae" / options.vae.name)
-    shipped = Workflow.load(ROOT / "workflows" / f"{family.workflow}.api.json")
+    shipped = Workflow.load(ROOT / "workflows" / "api" / f"{family.workflow}.json")
     given = {
         name: getattr(options, name)
         for name in ("width", "height", "length", "steps")

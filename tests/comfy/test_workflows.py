@@ -8,7 +8,7 @@ import pytest
 pytestmark = pytest.mark.comfy
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
-NAMES = sorted(path.name.removesuffix(".api.json") for path in FOLDER.glob("*.api.json"))
+NAMES = sorted(path.stem for path in (FOLDER / "api").glob("*.json"))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_there_is_a_workflow_for_every_promise():
 @pytest.mark.parametrize("name", NAMES)
 def test_both_forms_have_the_same_node_with_allowed_values(pack_nodes, name):
     graph = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    api = json.loads((FOLDER / f"{name}.api.json").read_text(encoding="utf-8"))
+    api = json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
     ours = [node for node in graph["nodes"] if node["type"] in pack_nodes]
     api_ours = [node for node in api.values() if node["class_type"] in pack_nodes]
     assert [node["type"] for node in ours] == [node["class_type"] for node in api_ours]

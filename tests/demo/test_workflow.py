@@ -12,7 +12,7 @@ SHIPPED = ["wan_t2v_radial", "cogvideox_radial"]
 
 @pytest.fixture(params=SHIPPED)
 def shipped(request):
-    return Workflow.load(WORKFLOWS / f"{request.param}.api.json")
+    return Workflow.load(WORKFLOWS / "api" / f"{request.param}.json")
 
 
 def links(workflow):

@@ -74,7 +74,7 @@ def tiny():
     """tiny(stem, model, **widgets): a shipped workflow on tiny weights, a latent at its end."""
 
     def make(stem="wan_t2v_radial", model="wan", **widgets):
-        shipped = Workflow.load(REPOSITORY / "workflows" / f"{stem}.api.json")
+        shipped = Workflow.load(REPOSITORY / "workflows" / "api" / f"{stem}.json")
         tokens = {"wan": 512, "cogvideox": 226}[model]
         size = {"width": 192, "height": 128, "length": 17}
         return (

@@ -197,7 +197,7 @@ class TestInterrupt:
 class TestShippedWorkflows:
     """Both forms of every workflow, against what the server knows about nodes."""
 
-    STEMS = sorted(path.name.removesuffix(".api.json") for path in WORKFLOWS.glob("*.api.json"))
+    STEMS = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
     # In the editor only.
     NOTES = {"MarkdownNote", "Note"}
 
@@ -237,7 +237,7 @@ class TestShippedWorkflows:
     @pytest.mark.parametrize("stem", STEMS)
     def test_editor_and_api_form_are_one_graph(self, stem, object_info):
         document = json.loads((WORKFLOWS / f"{stem}.json").read_text(encoding="utf-8"))
-        api = Workflow.load(WORKFLOWS / f"{stem}.api.json")
+        api = Workflow.load(WORKFLOWS / "api" / f"{stem}.json")
         expected = {
             name: (
                 node["class_type"],
@@ -259,7 +259,7 @@ class TestShippedWorkflows:
 
     @pytest.mark.parametrize("stem", STEMS)
     def test_only_the_weights_are_missing_on_a_fresh_machine(self, stem, server):
-        workflow = Workflow.load(WORKFLOWS / f"{stem}.api.json")
+        workflow = Workflow.load(WORKFLOWS / "api" / f"{stem}.json")
         with pytest.raises(WorkflowRejected) as error:
             server.submit(workflow.nodes, uuid.uuid4().hex)
         text = str(error.value)
