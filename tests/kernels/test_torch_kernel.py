@@ -301,6 +301,20 @@ def test_keys_of_skipped_blocks_are_never_read_into_the_output(attend, choices):
     assert torch.equal(attend(q, k, v, plan), clean)
 
 
+@ALL
+def test_a_block_reaches_only_the_rows_that_keep_it(attend):
+    mask = torch.rand(7, 14, generator=torch.Generator().manual_seed(2)) < 0.5
+    mask[:, 0], mask[0, 0], mask[:, 1] = False, True, True
+    assert mask.sum(dim=1).unique().numel() > 2, "rows of several lengths"
+    plan = BlockPlan.from_mask(mask, block_m=128, block_n=64, q_len=896, k_len=896)
+    q, k, v = random_qkv(1, 2, 896, 64)
+    clean = attend(q, k, v, plan)
+    k[:, :, :64] = v[:, :, :64] = float("nan")
+    poisoned = attend(q, k, v, plan)
+    assert poisoned[:, :, :128].isnan().all()
+    assert torch.equal(poisoned[:, :, 128:], clean[:, :, 128:])
+
+
 @pytest.fixture
 def poisoned_memory():
     """torch.empty returns NaN."""
