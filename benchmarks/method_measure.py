@@ -130,10 +130,8 @@ def _run_dense(baseline: DenseBaseline, clock: StageClock) -> None:
 class ShapeRun:
     """Everything measured on one shape: the inputs, dense attention of them, and the methods."""
 
-    def __init__(
-        self, shape: GridShape, dtype_name: str, device: torch.device, repeats: int
-    ) -> None:
-        self.shape, self.dtype_name, self.device, self.repeats = shape, dtype_name, device, repeats
+    def __init__(self, shape: GridShape, dtype_name: str, device: torch.device) -> None:
+        self.shape, self.dtype_name, self.device = shape, dtype_name, device
         self.inputs = structured_inputs(
             shape.layout, shape.heads, shape.head_dim, dtype=DTYPES[dtype_name], device=device
         )
@@ -164,13 +162,15 @@ class ShapeRun:
         )
         return row, call
 
-    def times(self, calls: dict[str, MethodCall]) -> dict[str, list[Sample]]:
+    def times(
+        self, calls: dict[str, MethodCall], repeats: int, read_clock: Callable[[], float]
+    ) -> dict[str, list[Sample]]:
         """Samples of the dense baselines and of the methods, by name, in the same run."""
         runs: dict[str, Callable[[StageClock], object]] = {
             baseline.name: partial(_run_dense, baseline) for baseline in self.dense
         }
         runs |= {name: call.run for name, call in calls.items()}
-        return sample_calls(runs, self.device, self.repeats)
+        return sample_calls(runs, self.device, repeats, read_clock)
 
     def row(self) -> ShapeRow:
         """The shape's row without its times."""
@@ -208,10 +208,9 @@ def timed_row(row: MethodRow, samples: list[Sample], dense_ms: float) -> MethodR
 
 
 def with_times(
-    run: ShapeRun, shape_row: ShapeRow, rows: list[MethodRow], calls: dict[str, MethodCall]
+    run: ShapeRun, shape_row: ShapeRow, rows: list[MethodRow], samples: dict[str, list[Sample]]
 ) -> tuple[ShapeRow, list[MethodRow]]:
-    """The rows with the times of their calls and of dense attention, taken in one go."""
-    samples = run.times(calls)
+    """The rows with times, given samples of dense attention and of every row's method."""
     medians = {baseline.name: median_sample(samples[baseline.name]) for baseline in run.dense}
     dense_ms, spread, dense = min(
         (sum(sample.values()) * 1e3, spread * 1e3, name)
@@ -222,14 +221,19 @@ def with_times(
 
 
 def measure_shape(
-    shape: GridShape, dtype_name: str, device: torch.device, repeats: int
+    shape: GridShape,
+    dtype_name: str,
+    device: torch.device,
+    repeats: int,
+    read_clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[ShapeRow, list[MethodRow]]:
     """All methods that can act on a shape, and the settings of equal density, one by one.
 
     Args:
         repeats: times each call is timed; 0 for none.
+        read_clock: what times are taken with off the GPU, in seconds.
     """
-    run = ShapeRun(shape, dtype_name, device, repeats)
+    run = ShapeRun(shape, dtype_name, device)
     shape_row = run.row()
     rows, calls = [], {}
     for method in methods(shape.model_family):
@@ -237,7 +241,8 @@ def measure_shape(
             row, calls[method.name] = run.quality(method)
             rows.append(row)
     if repeats:
-        shape_row, rows = with_times(run, shape_row, rows, calls)
+        samples = run.times(calls, repeats, read_clock)
+        shape_row, rows = with_times(run, shape_row, rows, samples)
     calls.clear()
 
     presets = {row.method: row.density for row in rows if row.method.startswith("psa ")}

@@ -65,7 +65,7 @@ def _draw_errors(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def _draw_stages(axes: Any, shape: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def _draw_stages(axes: Any, shape: dict[str, Any], rows: list[dict[str, Any]], clock: str) -> None:
     timed = [row for row in rows if row["stages_ms"] is not None][::-1]
     for position, row in enumerate(timed):
         left = 0.0
@@ -78,7 +78,8 @@ def _draw_stages(axes: Any, shape: dict[str, Any], rows: list[dict[str, Any]]) -
     longest = max([shape["dense_ms"], *(row["call_ms"] for row in timed)])
     axes.set_xlim(0, longest * 1.1)
     axes.set_xlabel(
-        f"ms per call (at the bar: call / kernel; line: dense, {shape['dense']})", fontsize=9
+        f"ms per call, {clock} (at the bar: call / kernel; line: dense, {shape['dense']})",
+        fontsize=9,
     )
     used = {stage for row in timed for stage in row["stages_ms"]}
     for stage, color in STAGE_COLORS.items():
@@ -114,6 +115,6 @@ def draw(result: dict[str, Any], path: Path) -> Path:
         if shape["dense_ms"] is not None:
             stages = figure.add_subplot(len(shapes), columns, columns * line + 2)
             stages.set_title("where the time of a call goes", fontsize=10)
-            _draw_stages(stages, shape, rows)
+            _draw_stages(stages, shape, rows, result["clock"])
     figure.savefig(path, dpi=110)
     return path

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -74,9 +75,12 @@ def run(arguments: argparse.Namespace) -> Path:
     names = arguments.shapes or DEFAULT_GRID_SHAPES[kind]
     shapes = [find_grid_shape(name) for name in names]
     dtype_name = arguments.dtype or DEFAULT_DTYPE[kind]
+    read_clock = time.process_time if arguments.cpu_time else time.perf_counter
     repeats = 0 if arguments.errors_only else arguments.repeats or DEFAULT_REPEATS[kind]
 
     print(f"{device_name(device)}, torch {torch.__version__}")
+    if arguments.cpu_time and kind != "cpu":
+        raise ValueError("--cpu-time is for CPUs; a GPU has its own clock")
     if kind == "cpu" and not arguments.shapes:
         print("reduced shapes: no GPU was found; --shapes runs the models' own")
     shape_rows: list[ShapeRow] = []
@@ -86,7 +90,7 @@ def run(arguments: argparse.Namespace) -> Path:
             f"{shape.name}: {shape.layout} tokens, {shape.heads} x {shape.head_dim}, {dtype_name}",
             flush=True,
         )
-        shape_row, more = measure_shape(shape, dtype_name, device, repeats)
+        shape_row, more = measure_shape(shape, dtype_name, device, repeats, read_clock)
         _print_shape(shape_row, more)
         shape_rows.append(shape_row)
         rows += more
@@ -97,6 +101,7 @@ def run(arguments: argparse.Namespace) -> Path:
         "header": header(device),
         "inputs": " ".join(str(structured.__doc__).split()),
         "repeats": repeats,
+        "clock": "processor time" if arguments.cpu_time else "wall time",
         "shapes": [asdict(row) for row in shape_rows],
         "rows": [asdict(row) for row in rows],
     }
@@ -125,6 +130,12 @@ def parser() -> argparse.ArgumentParser:
         "--errors-only",
         action="store_true",
         help="no times; writes method_errors.json and .png instead",
+    )
+    result.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="on a CPU that other programs use too: count processor time instead of wall time; "
+        "with OMP_NUM_THREADS=1 that is what one free core would take",
     )
     result.add_argument("--device", help="default: the first GPU, or cpu")
     result.add_argument(

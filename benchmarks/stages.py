@@ -56,11 +56,15 @@ OPTIONAL_MODULES = {"kernels.triton_scratch": "triton"}
 class StageClock:
     """Time spent in each stage of one call; time in an inner stage is not the outer one's.
 
-    On CUDA the marks are events on the current stream and nothing waits until `seconds`.
+    On CUDA the marks are events on the current stream and nothing waits until `seconds`. Elsewhere
+    they are readings of a clock, in seconds.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device, read_clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self._on_cuda = device.type == "cuda"
+        self._read_clock = read_clock
         self._active = [OTHER]
         self._marks: list[tuple[str, Any]] = []
 
@@ -71,7 +75,7 @@ class StageClock:
             event.record()
             self._marks.append((stage, event))
         else:
-            self._marks.append((stage, time.perf_counter()))
+            self._marks.append((stage, self._read_clock()))
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -113,16 +117,18 @@ def _timed(function: Callable[..., Any], stage: str, clock: list[StageClock]) ->
 
 
 @contextlib.contextmanager
-def timed_functions(device: torch.device) -> Iterator[Callable[[], StageClock]]:
+def timed_functions(
+    device: torch.device, read_clock: Callable[[], float] = time.perf_counter
+) -> Iterator[Callable[[], StageClock]]:
     """Inside it, TIMED_FUNCTIONS mark their time on the latest clock that the yielded call made.
 
     Raises:
         ModuleNotFoundError, AttributeError: a function of TIMED_FUNCTIONS is not there any more.
     """
-    clocks = [StageClock(device)]
+    clocks = [StageClock(device, read_clock)]
 
     def new_clock() -> StageClock:
-        clocks.append(StageClock(device))
+        clocks.append(StageClock(device, read_clock))
         return clocks[-1]
 
     with contextlib.ExitStack() as undo:
@@ -140,7 +146,10 @@ def timed_functions(device: torch.device) -> Iterator[Callable[[], StageClock]]:
 
 
 def sample_calls(
-    calls: dict[str, Callable[[StageClock], object]], device: torch.device, repeats: int
+    calls: dict[str, Callable[[StageClock], object]],
+    device: torch.device,
+    repeats: int,
+    read_clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[Sample]]:
     """Seconds by stage of `repeats` runs of every call.
 
@@ -148,7 +157,7 @@ def sample_calls(
     Elsewhere the calls take turns, so that other load on the machine meets all of them.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in calls}
-    with timed_functions(device) as new_clock:
+    with timed_functions(device, read_clock) as new_clock:
 
         def run(call: Callable[[StageClock], object]) -> StageClock:
             clock = new_clock()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -11,13 +12,19 @@ from sparse_video_attention.kernels import TokenLayout
 from sparse_video_attention.psa import policy as psa_policy
 from sparse_video_attention.sparge import SpargePolicy
 
-from benchmarks import stages
 from benchmarks.grids import FRAME_GRIDS, GRID_SHAPES, find_grid_shape
 from benchmarks.method_call import MethodCall
 from benchmarks.method_list import DIALS, DialDensity, methods, nearest_setting
 from benchmarks.methods import main
 from benchmarks.shapes import SHAPES
-from benchmarks.stages import OTHER, STAGES, StageClock, median_sample, timed_functions
+from benchmarks.stages import (
+    OTHER,
+    STAGES,
+    StageClock,
+    median_sample,
+    sample_calls,
+    timed_functions,
+)
 from benchmarks.structured import HEAD_KINDS, structured_inputs
 
 CPU = torch.device("cpu")
@@ -158,21 +165,24 @@ def test_times_of_a_method_add_up(run, rows, shape_name, name):
 
 @pytest.mark.parametrize(("shape_name", "name"), CASES, ids=lambda text: text.replace(" ", "-"))
 def test_a_method_has_the_stages_of_its_policy(rows, shape_name, name):
-    expected = {"pooling", "kernel", OTHER}
+    expected = {"kernel", OTHER}
     if "Gilbert" in name or (name.startswith("psa") and "CogVideo_5b" not in name):
         expected |= {"permutation"}
     if not name.startswith("radial"):
         expected |= {"importance", "levels", "lists"}
     if name == "psa Wan2.1_1.3b/psa_balanced":
         expected |= {"similarity cap"}
-    assert set(rows[shape_name, name]["stages_ms"]) == expected
-    assert expected <= set(STAGES)
+    found = set(rows[shape_name, name]["stages_ms"])
+    if name.startswith("psa") or name.endswith("pool"):
+        assert "pooling" in found
+    # A kernel may go through its pooling with nothing to pool.
+    assert found - {"pooling"} == expected
+    assert found <= set(STAGES)
 
 
-def test_inner_time_is_not_counted_twice(monkeypatch):
+def test_inner_time_is_not_counted_twice():
     ticks = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0])
-    monkeypatch.setattr(stages.time, "perf_counter", lambda: next(ticks))
-    clock = StageClock(CPU)
+    clock = StageClock(CPU, lambda: next(ticks))
     with clock.stage(OTHER), clock.stage("levels"), clock.stage("importance"):
         pass
     assert clock.seconds() == {OTHER: 1.0 + 5.0, "levels": 2.0 + 4.0, "importance": 3.0}
@@ -298,6 +308,16 @@ def test_errors_only_takes_no_times(run, tmp_path):
     assert all(row["call_ms"] is None and row["stages_ms"] is None for row in written["rows"])
     timed = {row["method"]: row["rel_l2"] for row in run[0]["rows"] if row["shape"] == WAN}
     assert {row["method"]: row["rel_l2"] for row in written["rows"]} == pytest.approx(timed)
+
+
+def test_processor_time_leaves_waiting_out():
+    def call(clock):
+        with clock.stage("kernel"):
+            time.sleep(0.2)
+
+    for read_clock, seconds in ((time.perf_counter, 0.2), (time.process_time, 0.0)):
+        (sample,) = sample_calls({"call": call}, CPU, 1, read_clock)["call"]
+        assert sample["kernel"] == pytest.approx(seconds, abs=0.1)
 
 
 def test_grids_fit_the_shapes_and_wrong_ones_are_named():
