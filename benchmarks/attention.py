@@ -56,8 +56,11 @@ def run(arguments: argparse.Namespace) -> Path:
     repeats = arguments.repeats or (1 if arguments.quick else 5)
 
     print(f"{device_name(device)}, torch {torch.__version__}")
+    folder = Path(arguments.out) / slug(device_name(device))
+    path = folder / "attention.json"
     rows: list[Row] = []
     skipped: list[Skipped] = []
+    result: dict[str, object] = {}
     for shape in shapes:
         for dtype_name in arguments.dtypes or DEFAULT_DTYPES[kind]:
             print(
@@ -68,19 +71,16 @@ def run(arguments: argparse.Namespace) -> Path:
             more, left_out = measure(shape, dtype_name, densities, wanted, device, repeats)
             _print_rows(more)
             rows += more
-            skipped += left_out
-    skipped = list(dict.fromkeys(skipped))
+            skipped = list(dict.fromkeys([*skipped, *left_out]))
+            result = {
+                "header": header(device),
+                "rows": [asdict(row) for row in rows],
+                "skipped": [asdict(entry) for entry in skipped],
+            }
+            # After every shape: a long run that is cut short leaves what it has.
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     _print_skipped(skipped)
-
-    folder = Path(arguments.out) / slug(device_name(device))
-    folder.mkdir(parents=True, exist_ok=True)
-    result = {
-        "header": header(device),
-        "rows": [asdict(row) for row in rows],
-        "skipped": [asdict(entry) for entry in skipped],
-    }
-    path = folder / "attention.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")
     if rows:
         print(f"wrote {draw(result, folder / 'attention.png')}")
