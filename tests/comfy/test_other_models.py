@@ -1,0 +1,133 @@
+"""SetAttentionBackend on models that are not video models; the sparse nodes refuse them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sparse_video_attention.third_party import DENSE_BACKENDS, Constraints, DenseBackend
+from sparse_video_attention.third_party.backend import Loaded
+
+pytestmark = pytest.mark.comfy
+
+
+def flux(ops):
+    from comfy.ldm.flux.model import Flux
+
+    return Flux(
+        in_channels=16,
+        out_channels=16,
+        patch_size=2,
+        vec_in_dim=32,
+        context_in_dim=48,
+        hidden_size=128,
+        mlp_ratio=2.0,
+        num_heads=2,
+        depth=2,
+        depth_single_blocks=2,
+        axes_dim=[16, 24, 24],
+        theta=10000,
+        qkv_bias=True,
+        guidance_embed=False,
+        txt_ids_dims=[],
+        image_model="flux",
+        dtype=torch.float32,
+        operations=ops,
+    )
+
+
+def run_flux(model, options):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 16, 12, 10, generator=generator)
+    context = torch.randn(2, 7, 48, generator=generator)
+    y = torch.randn(2, 32, generator=generator)
+    return model(x, torch.tensor([0.5, 0.5]), context, y=y, transformer_options=options)
+
+
+def qwen_image(ops):
+    from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
+
+    return QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=64,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=128,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        axes_dims_rope=(16, 56, 56),
+        dtype=torch.float32,
+        operations=ops,
+    )
+
+
+def run_qwen_image(model, options):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 16, 1, 12, 10, generator=generator)
+    context = torch.randn(2, 7, 48, generator=generator)
+    return model(x, torch.tensor([0.5, 0.5]), context, transformer_options=options)
+
+
+MODELS = {"flux": (flux, run_flux, 4), "qwen_image": (qwen_image, run_qwen_image, 2)}
+
+
+@pytest.fixture(scope="module")
+def networks(comfyui):
+    import comfy.ops
+
+    made = {}
+    for name, (make, _, _) in MODELS.items():
+        torch.manual_seed(0)
+        made[name] = make(comfy.ops.manual_cast).eval().requires_grad_(False)
+        for parameter in made[name].parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return made
+
+
+@pytest.fixture
+def patched_options(comfyui, networks):
+    """patched_options(name, **inputs): the transformer_options SetAttentionBackend leaves."""
+    import comfy.model_patcher
+    from sparse_video_attention.nodes.backend import SetAttentionBackend
+
+    def run(name, node=SetAttentionBackend, **inputs):
+        base = torch.nn.Module()
+        base.diffusion_model = networks[name]
+        model = comfy.model_patcher.ModelPatcher(base, torch.device("cpu"), torch.device("cpu"))
+        patched = node.execute(model, **inputs).result[0]
+        return patched.model_options["transformer_options"] | {"wrappers": patched.wrappers}
+
+    return run
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_backend_computes_every_attention_of_the_model(
+    networks, patched_options, monkeypatch, name
+):
+    calls = []
+
+    def attend(q, k, v, *, scale, mask):
+        calls.append(q.shape)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+    backend = DenseBackend(
+        "flash_attn2", Constraints(device_types=None, dtypes=None), lambda: Loaded(attend)
+    )
+    monkeypatch.setitem(DENSE_BACKENDS, "flash_attn2", backend)
+    _, run, blocks = MODELS[name]
+    expected = run(networks[name], {})
+    out = run(networks[name], patched_options(name, self_attn_1_type="flash_attn2"))
+    assert len(calls) == blocks
+    assert {shape[2] for shape in calls} == {30 + 7}
+    assert float((out - expected).norm() / expected.norm()) < 1e-5
+    assert float(expected.std()) > 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_sparse_node_refuses_the_model_by_its_class(networks, patched_options, name):
+    from sparse_video_attention.nodes.psa import PatchPSA
+    from sparse_video_attention.nodes.radial import PatchRadialAttention
+    from sparse_video_attention.nodes.sparge import PatchSpargeAttention
+
+    kind = type(networks[name]).__name__
+    for node in (PatchRadialAttention, PatchPSA, PatchSpargeAttention):
+        with pytest.raises(ValueError, match=f"this model is a {kind}; .*WAN and CogVideoX"):
+            patched_options(name, node=node)
