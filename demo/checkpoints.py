@@ -18,7 +18,9 @@ WAN_HEAD_DIM, WAN_TIME_WIDTH = 128, 256
 COGVIDEOX_HEAD_DIM = 64
 
 # Logit of a token with itself over that with far ones, along each axis.
-NEARNESS = 4.0
+NEARNESS = 6.0
+# How much of it WAN's odd heads have, which see further.
+WIDE_NEARNESS = 3.4
 # What else queries and keys differ by, so that attention is not the same everywhere.
 WAN_CONTENT = 0.5
 # Wavelengths that make it, in tokens. CogVideoX 1.0 stretches the spatial axes by 1.875.
@@ -54,21 +56,21 @@ def _wan_patch_embedding(weights: Weights, halves: Halves, in_channels: int) -> 
 
 
 def _wan_self_attention(weights: Weights, halves: Halves, name: str, dim: int) -> None:
-    """Even heads attend near, odd heads everywhere; an odd head takes away the even one's mean."""
+    """Even heads attend near, odd ones further and take away what surrounds the near."""
     weights.linear(f"{name}.v", dim, dim, gain=1.5, reads=halves.noisy)
     weights.linear(f"{name}.o", dim, dim, gain=2.0, writes=halves.written)
     value, out = weights.tensors[f"{name}.v.weight"], weights.tensors[f"{name}.o.weight"]
     num_heads = dim // WAN_HEAD_DIM
     for head in range(1, num_heads, 2):
-        near = slice((head - 1) * WAN_HEAD_DIM, head * WAN_HEAD_DIM)
-        wide = slice(head * WAN_HEAD_DIM, (head + 1) * WAN_HEAD_DIM)
-        value[wide] = value[near]
-        out[:, wide] = -out[:, near]
+        even = slice((head - 1) * WAN_HEAD_DIM, head * WAN_HEAD_DIM)
+        odd = slice(head * WAN_HEAD_DIM, (head + 1) * WAN_HEAD_DIM)
+        value[odd] = value[even]
+        out[:, odd] = -out[:, even]
 
     spatial = 2 * (WAN_HEAD_DIM // 6)
     axes = (WAN_HEAD_DIM - 2 * spatial, spatial, spatial)
-    bias = near_token_bias(axes, NEARNESS, WAN_WAVELENGTHS)
-    bias = torch.cat([bias * (head % 2 == 0) for head in range(num_heads)])
+    near, wide = (near_token_bias(axes, n, WAN_WAVELENGTHS) for n in (NEARNESS, WIDE_NEARNESS))
+    bias = torch.cat([wide if head % 2 else near for head in range(num_heads)])
     for part in ("q", "k"):
         weights.linear(f"{name}.{part}", dim, dim, gain=WAN_CONTENT)
         weights.tensors[f"{name}.{part}.bias"] = bias.clone()

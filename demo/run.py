@@ -215,7 +215,7 @@ def run_demo(options: argparse.Namespace) -> Path:
         )
         with server:
             with Step(f"Starting ComfyUI at {server.url}") as step:
-                server.start(lambda line: step.show(None, line[-60:]))
+                server.start(lambda line: step.show(None, line.removeprefix("[INFO] ")))
             try:
                 comparisons = [
                     _compare(server, family, workflow, is_real=is_real)

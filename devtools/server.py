@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import time
@@ -20,6 +21,8 @@ HOST = "127.0.0.1"
 START_SECONDS = 300.0
 STOP_SECONDS = 15.0
 LAST_LINES = 12
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class WorkflowRejected(Exception):
@@ -174,8 +177,8 @@ class ComfyServer:
         )
 
     def log_text(self) -> str:
-        """Everything the server printed so far."""
-        return self.log_path.read_text(encoding="utf-8", errors="replace")
+        """Everything the server printed so far, without colours."""
+        return _COLOURS.sub("", self.log_path.read_text(encoding="utf-8", errors="replace"))
 
     def last_lines(self, count: int) -> str:
         return "\n".join(self.log_text().strip().splitlines()[-count:])

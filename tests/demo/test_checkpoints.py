@@ -73,10 +73,10 @@ def test_an_impossible_model_is_refused(make, options, said, tmp_path):
 
 
 def smoothness(latent):
-    """Correlation of a token with the one two tokens to its right, without the mean colour."""
+    """Correlation of a token with the one to its right, without the mean colour."""
     tokens = torch.nn.functional.avg_pool2d(latent[0].transpose(0, 1), 2)  # [T, C, H/2, W/2]
     tokens = tokens - tokens.mean((0, 2, 3), keepdim=True)
-    near, far = tokens[..., :-2].flatten(), tokens[..., 2:].flatten()
+    near, far = tokens[..., :-1].flatten(), tokens[..., 1:].flatten()
     return float(torch.corrcoef(torch.stack([near, far]))[0, 1])
 
 
