@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from . import structured
 from .attention import RESULTS
 from .environment import default_device, device_name, header, slug
 from .grids import DEFAULT_GRID_SHAPES, GRID_SHAPES, find_grid_shape
@@ -23,6 +22,7 @@ from .measure import DTYPES
 from .method_measure import MethodRow, ShapeRow, measure_shape
 from .method_plot import draw
 from .stages import STAGES
+from .structured import description
 
 DEFAULT_DTYPE = {"cuda": "bf16", "cpu": "fp32"}
 DEFAULT_REPEATS = {"cuda": 20, "cpu": 5}
@@ -83,6 +83,8 @@ def run(arguments: argparse.Namespace) -> Path:
         raise ValueError("--cpu-time is for CPUs; a GPU has its own clock")
     if kind == "cpu" and not arguments.shapes:
         print("reduced shapes: no GPU was found; --shapes runs the models' own")
+    folder = Path(arguments.out) / slug(device_name(device))
+    path = folder / ("methods.json" if repeats else "method_errors.json")
     shape_rows: list[ShapeRow] = []
     rows: list[MethodRow] = []
     for shape in shapes:
@@ -94,21 +96,19 @@ def run(arguments: argparse.Namespace) -> Path:
         _print_shape(shape_row, more)
         shape_rows.append(shape_row)
         rows += more
-
-    folder = Path(arguments.out) / slug(device_name(device))
-    folder.mkdir(parents=True, exist_ok=True)
-    result = {
-        "header": header(device),
-        "inputs": " ".join(str(structured.__doc__).split()),
-        "repeats": repeats,
-        "clock": "processor time" if arguments.cpu_time else "wall time",
-        "shapes": [asdict(row) for row in shape_rows],
-        "rows": [asdict(row) for row in rows],
-    }
-    path = folder / ("methods.json" if repeats else "method_errors.json")
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path}")
-    print(f"wrote {draw(result, path.with_suffix('.png'))}")
+        result = {
+            "header": header(device),
+            "inputs": description(),
+            "repeats": repeats,
+            "clock": "processor time" if arguments.cpu_time else "wall time",
+            "shapes": [asdict(row) for row in shape_rows],
+            "rows": [asdict(row) for row in rows],
+        }
+        # After every shape: a long run that is cut short leaves what it has.
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        draw(result, path.with_suffix(".png"))
+    print(f"wrote {path} and {path.with_suffix('.png').name}")
     return path
 
 

@@ -16,7 +16,7 @@ share an offset, as trained ones do. Values are a smooth field with noise. Text 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,9 @@ from torch import Tensor
 
 PLACE_LOGIT = 5.0
 CONTENT_LOGIT = 4.0
+# Standard deviations per channel; q and k have lengths of about 10 by the rest.
 NOISE = 0.35
+VALUE_NOISE = 0.5
 KEY_OFFSET = 1.0
 PROTOTYPES = 24
 # Frames, rows and columns between two points of the lattice.
@@ -47,6 +49,21 @@ HEAD_KINDS = (
     HeadKind("temporal", (1.00, 0.05, 0.05)),
     HeadKind("content", (0.50, 0.50, 0.50), place=0.3),
 )
+
+
+def description() -> dict[str, object]:
+    """What the inputs are, for a result file."""
+    return {
+        "what": " ".join(str(__doc__).split()),
+        "PLACE_LOGIT": PLACE_LOGIT,
+        "CONTENT_LOGIT": CONTENT_LOGIT,
+        "NOISE": NOISE,
+        "VALUE_NOISE": VALUE_NOISE,
+        "KEY_OFFSET": KEY_OFFSET,
+        "PROTOTYPES": PROTOTYPES,
+        "LATTICE": LATTICE,
+        "HEAD_KINDS": [asdict(kind) for kind in HEAD_KINDS],
+    }
 
 
 def heads_first(x: Tensor, heads: int) -> Tensor:
@@ -141,7 +158,7 @@ def structured_inputs(
         for x, smooth, grain, common in (
             (q, signal, NOISE, None),
             (k, signal, NOISE, offset),
-            (v, values, 0.5, None),
+            (v, values, VALUE_NOISE, None),
         ):
             drawn = torch.randn(layout.num_tokens, head_dim, generator=noise, device=device)
             drawn[video] = drawn[video] * grain + smooth

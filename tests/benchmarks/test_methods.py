@@ -291,7 +291,8 @@ def test_inputs_are_repeatable_and_leave_the_global_generator_alone(run):
 def test_header_inputs_and_picture_are_written(run):
     written, folder, _ = run
     assert written["header"]["torch"] == torch.__version__
-    assert "smooth fields" in written["inputs"] and written["repeats"] == 3
+    assert "smooth fields" in written["inputs"]["what"] and written["inputs"]["PLACE_LOGIT"] > 0
+    assert written["repeats"] == 3 and written["clock"] == "wall time"
     assert [shape["shape"] for shape in written["shapes"]] == [WAN, COGVIDEOX]
     for shape in written["shapes"]:
         assert 0.3 < shape["top_tenth_mass"] < 0.999
