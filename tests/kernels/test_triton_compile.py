@@ -1,5 +1,6 @@
 """The Triton kernels compile for every architecture with the settings that calls will use."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 import pytest
 
 triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET is set: Triton does not compile"
+)
 from sparse_video_attention.kernels import (  # noqa: E402
     triton_attention,
     triton_launch,
@@ -89,7 +93,6 @@ def attention_cases():
             yield arch, 128, "fp8", (1,)
     yield 80, 128, "native", PYRAMID
     yield 90, 128, "native", PYRAMID
-    yield 90, 128, "native", (1, 128)
     yield 90, 64, "int8", (1,)
     yield 90, 64, "fp8", (1,)
 
@@ -172,12 +175,11 @@ def test_fp8_products_are_added_up_in_fp32():
     assert set(products) <= set(zeros)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("levels", [(1,), (*PYRAMID, 128)], ids=str)
-def test_the_passes_over_q_k_v_do_not_spill(tmp_path, arch, levels):
+def test_the_passes_over_q_k_v_do_not_spill(tmp_path, levels):
     shape = {"LEVELS": sum(levels), "BLOCK_N": 128, "HEAD_DIM": 128}
-    quantize = {**shape, "NUM_LEVELS": len(levels), "FP8": arch == 90}
-    quantized = {"ScratchK": "*i8", "Fp8V": "*fp8e4nv" if arch == 90 else "*bf16"}
+    quantize = {**shape, "NUM_LEVELS": len(levels), "FP8": True}
+    quantized = {"ScratchK": "*i8", "Fp8V": "*fp8e4nv"}
     kernels = {
         "pool": source(triton_pool.pool_kernel, "bf16", shape),
         "blocks": source(triton_quantize.quantize_blocks_kernel, "bf16", quantize, quantized),
@@ -191,7 +193,7 @@ def test_the_passes_over_q_k_v_do_not_spill(tmp_path, arch, levels):
         )
     for name, kernel in kernels.items():
         warps = 8 if name in ("pool", "blocks") else 4
-        _, stack = resources(compile_for_nvidia(kernel, arch, num_warps=warps), tmp_path)
+        _, stack = resources(compile_for_nvidia(kernel, 90, num_warps=warps), tmp_path)
         assert stack == 0, name
 
 
