@@ -141,7 +141,7 @@ def test_an_order_of_tokens_is_undone_in_the_output(model, install_band, sample)
     """Attention does not care about token order, so a full plan in any order is dense."""
     patched = install_band(model, reach=10**6, reverse=True, dense_layers=())
     out, dense = sample(patched), sample(model)
-    assert float((out - dense).norm() / dense.norm()) < 1e-5
+    assert float((out - dense).norm() / dense.norm()) < 1e-4
     assert run_history(patched).latest.sparse().calls == 3 * 4
     # And a band in reversed order is the band: it is symmetric.
     assert run_history(patched).latest.sparse().density == 1.0
