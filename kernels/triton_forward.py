@@ -62,10 +62,10 @@ def _attend(
         q, q_strides = scratch.q, (0, scratch.q.stride(0), scratch.q.stride(1))
     else:
         q, q_strides = call.q, strides(call.q)
-    bounds = plan.bounds
+    bounds = plan.bounds if plan.bounds.stride(3) == 1 else plan.bounds.contiguous()
     attention_kernel[plan.num_q_blocks, count](
         *(q, k, v, out, scratch.k, scratch.v, scratch.fp8_v),
-        *(scratch.q_scale, scratch.k_scale, scratch.v_scale, plan.indices, bounds),
+        *(scratch.q_scale, scratch.k_scale, scratch.v_scale, plan.indices.contiguous(), bounds),
         *(*q_strides, *strides(k), *strides(v), *strides(out)),
         bounds.stride(0) if bounds.shape[0] > 1 else 0,
         bounds.stride(1) if bounds.shape[1] > 1 else 0,

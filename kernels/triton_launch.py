@@ -124,8 +124,9 @@ def launch_for(arch: int | str, head_dim: int, precision: str, block_m: int) -> 
     launch = (settings_for(arch) or {}).get((head_dim, precision))
     if launch is None or block_m == 128:
         return launch
-    # Half the rows on half the warps: registers per thread stay the same.
-    return replace(launch, num_warps=launch.num_warps // 2)
+    # Four warps are the least that Hopper's and Blackwell's products take; three such programs
+    # share a multiprocessor at 168 registers.
+    return replace(launch, num_warps=4, maxnreg=168 if launch.maxnreg else 0)
 
 
 def options(launch: Launch) -> dict[str, int]:
