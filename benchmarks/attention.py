@@ -58,6 +58,7 @@ def run(arguments: argparse.Namespace) -> Path:
     print(f"{device_name(device)}, torch {torch.__version__}")
     folder = Path(arguments.out) / slug(device_name(device))
     path = folder / "attention.json"
+    head = header(device)  # before the measurements: the commit is that of the code they run
     rows: list[Row] = []
     skipped: list[Skipped] = []
     result: dict[str, object] = {}
@@ -73,7 +74,7 @@ def run(arguments: argparse.Namespace) -> Path:
             rows += more
             skipped = list(dict.fromkeys([*skipped, *left_out]))
             result = {
-                "header": header(device),
+                "header": head,
                 "rows": [asdict(row) for row in rows],
                 "skipped": [asdict(entry) for entry in skipped],
             }

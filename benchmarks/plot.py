@@ -41,10 +41,10 @@ def _draw_panel(axes: Any, rows: list[dict[str, Any]]) -> None:
     sparse = [row for row in rows if row["mask"] != "none"]
     best_dense = rows[0]["best_dense"]
     axes.axhline(1.0, color="0.3", linewidth=1, label=f"{best_dense} (best dense)")
-    densities = sorted({row["density"] for row in sparse} | {1.0})
-    axes.plot(
-        densities, [1 / d for d in densities], color="0.6", linestyle=":", label="1 / density"
-    )
+    least = min((row["density"] for row in sparse), default=1.0)
+    densities = [least + (1.0 - least) * step / 100 for step in range(101)]
+    ideal = [1 / density for density in densities]
+    axes.plot(densities, ideal, color="0.6", linestyle=":", label="1 / density")
     for number, kernel in enumerate(dict.fromkeys(row["kernel"] for row in sparse)):
         points = sorted(
             (row["density"], row["speedup"], row["mask"])
