@@ -287,9 +287,15 @@ def test_a_browser_s_messages_arrive_while_it_samples(server, tiny):
             if isinstance(message, str):
                 event = json.loads(message)
                 data = event["data"]
-                if data.get("prompt_id") == prompt and event["type"] in ("executing", "progress"):
-                    seen.append((event["type"], data.get("node")))
+                if data.get("prompt_id") != prompt:
+                    continue
+                if event["type"] == "executing":
+                    seen.append(("executing", data["node"]))
+                elif event["type"] == "progress" and data["node"] == workflow.sampler:
+                    seen.append(("progress", data["value"], data["max"]))
     finally:
         socket.close()
     assert ("executing", workflow.find(PATCH)) in seen
-    assert seen.count(("progress", workflow.sampler)) == 3
+    # ComfyUI leaves out steps that follow each other within 100 ms, never the first or the last.
+    steps = [entry[1:] for entry in seen if entry[0] == "progress"]
+    assert (steps[0], steps[-1]) == ((1, 3), (3, 3))
