@@ -85,6 +85,7 @@ def run(arguments: argparse.Namespace) -> Path:
         print("reduced shapes: no GPU was found; --shapes runs the models' own")
     folder = Path(arguments.out) / slug(device_name(device))
     path = folder / ("methods.json" if repeats else "method_errors.json")
+    head = header(device)  # before the measurements: the commit is that of the code they run
     shape_rows: list[ShapeRow] = []
     rows: list[MethodRow] = []
     for shape in shapes:
@@ -97,7 +98,7 @@ def run(arguments: argparse.Namespace) -> Path:
         shape_rows.append(shape_row)
         rows += more
         result = {
-            "header": header(device),
+            "header": head,
             "inputs": description(),
             "repeats": repeats,
             "clock": "processor time" if arguments.cpu_time else "wall time",
