@@ -1,64 +1,75 @@
-"""One sparse attention call as patching makes it: order, plan, kernel, order back."""
+"""One sparse attention call through the router, as a patched MODEL makes it."""
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any, cast
+from typing import NoReturn, cast
 
-from sparse_video_attention.kernels import BlockPlan, TokenLayout, block_sparse_attention
-from sparse_video_attention.patching.plans import TokenOrder
-from sparse_video_attention.patching.settings import SparsePolicy, StaticPolicy
+from sparse_video_attention.kernels import BlockPlan, TokenLayout
+from sparse_video_attention.patching.forward import ForwardState
+from sparse_video_attention.patching.layout import ForwardTokens
+from sparse_video_attention.patching.record import CallRecord
+from sparse_video_attention.patching.router import FORWARD_KEY, AttentionRouter
+from sparse_video_attention.patching.schedule import Schedule
+from sparse_video_attention.patching.settings import SparseChoice, SparsePolicy, StaticPolicy
 from torch import Tensor
 
-from .stages import StageClock
 from .structured import AttentionInputs, heads_first
 
 # Some layer: only tuned Sparge checkpoints tell layers apart.
 LAYER = 1
 
 
-class MethodCall:
-    """A policy on fixed inputs. What a run makes once, its static plan and order, is made here."""
+def _no_dense_call(*args: object, **kwargs: object) -> NoReturn:
+    raise RuntimeError("the router made a dense call of it")
 
-    def __init__(self, policy: SparsePolicy, layout: TokenLayout, inputs: AttentionInputs) -> None:
+
+class MethodCall:
+    """A policy on fixed inputs. What a forward makes for all its layers is made here."""
+
+    def __init__(
+        self,
+        policy: SparsePolicy,
+        layout: TokenLayout,
+        inputs: AttentionInputs,
+        precision: str = "auto",
+    ) -> None:
         self.policy, self.layout, self.inputs = policy, layout, inputs
+        choice = SparseChoice(policy, Schedule(dense_timesteps=0), precision=precision)
+        self.router = AttentionRouter(None)
+        self.forward = ForwardState(self.router, choice, counted_layers=0, run=None)
+        self.forward.tokens = ForwardTokens(layout)
         device = inputs.q.device
-        order = policy.order(layout)
-        self.order = None if order is None else TokenOrder(order, device)
-        self.static_plan: BlockPlan | None = None
+        self.forward.order = self.router.plans.order(policy, layout, device)
         if policy.is_static:
-            self.static_plan = cast(StaticPolicy, policy).static_plan(layout, device)
+            plan = self.router.plans.plan(cast(StaticPolicy, policy), layout, device)
+            plan.density()  # waits for the device, once per plan
+            self.forward.plan = plan
 
     def prepared(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v [1, H, N, D] in the policy's order."""
-        q, k, v = (
-            x if self.order is None else x.index_select(1, self.order.forward)
-            for x in self.inputs[:3]
-        )
+        order = self.forward.order
+        q, k, v = (x if order is None else order.reorder(x) for x in self.inputs[:3])
         heads = self.inputs.heads
         return heads_first(q, heads), heads_first(k, heads), heads_first(v, heads)
 
     def plan(self, q: Tensor, k: Tensor) -> BlockPlan:
         """The plan of this call; q and k as prepared."""
-        if self.static_plan is not None:
-            return self.static_plan
+        if self.forward.plan is not None:
+            return self.forward.plan
         scale = q.shape[-1] ** -0.5
         return self.policy.plan(q, k, self.layout, layer=LAYER, scale=scale)
 
-    def run(self, clock: StageClock | None = None) -> Tensor:
-        """The whole call: [1, N, H * D] in the model's order, as hosts take it back."""
+    def run(self) -> Tensor:
+        """The whole call: [1, N, H * D] in the model's order, as hosts take it back.
 
-        def stage(name: str, happens: bool = True) -> contextlib.AbstractContextManager[Any]:
-            return clock.stage(name) if clock is not None and happens else contextlib.nullcontext()
+        Raises:
+            RuntimeError: the router did not run it sparse; its warning has the reason.
+        """
+        self.forward.calls.clear()
+        q, k, v, heads = self.inputs
+        options = {FORWARD_KEY: self.forward, "block_index": LAYER}
+        return self.router(_no_dense_call, q, k, v, heads, transformer_options=options)
 
-        reorders = self.order is not None
-        with stage("permutation", reorders):
-            q, k, v = self.prepared()
-        plan = self.plan(q, k)
-        with stage("kernel"):
-            out = block_sparse_attention(q, k, v, plan)
-        with stage("permutation", reorders):
-            out = out.transpose(1, 2)
-            if self.order is not None:
-                out = out.index_select(1, self.order.backward)
-            return out.flatten(2)
+    def record(self) -> CallRecord:
+        """What the router recorded of the latest run."""
+        return self.forward.calls[-1]

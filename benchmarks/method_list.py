@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from sparse_video_attention.kernels import TokenLayout
 from sparse_video_attention.patching.settings import SparsePolicy
@@ -26,15 +26,26 @@ class Method:
     Attributes:
         name: in tables.
         equal_to: the preset whose density its setting was chosen for; such a method is not timed.
+        precision: as in kernels.block_sparse_attention; part of the name unless it is "auto".
     """
 
     name: str
     policy: SparsePolicy
     equal_to: str | None = None
+    precision: str = "auto"
 
 
-def methods(model_family: str) -> Iterator[Method]:
+def methods(model_family: str, precisions: Iterable[str] = ("auto",)) -> Iterator[Method]:
     """Radial, Sparge and the presets of the sections that begin with model_family."""
+    for precision in precisions:
+        for method in _methods(model_family):
+            if precision == "auto":
+                yield method
+            else:
+                yield replace(method, name=f"{method.name} {precision}", precision=precision)
+
+
+def _methods(model_family: str) -> Iterator[Method]:
     yield Method("radial", RadialPolicy())
     yield Method("radial pool", RadialPolicy(skipped_blocks="pool"))
     for order in ("raster", "Gilbert"):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from sparse_video_attention.kernels.attention import choose
 from sparse_video_attention.kernels.registry import KernelCall
 from sparse_video_attention.radial_attn import RadialPolicy
 from torch import Tensor
@@ -34,6 +33,8 @@ class MethodRow:
 
     Attributes:
         method, parameters: its name in tables, and what the log calls it.
+        precision: asked for.
+        kernel: the one the router chose, with its precision where it is not the dtype's.
         equal_to: the preset whose density its setting was chosen for.
         density_difference: its density minus that preset's.
         rel_l2: error of the output against dense attention of the same run, all tokens.
@@ -51,6 +52,7 @@ class MethodRow:
     shape: str
     method: str
     parameters: str
+    precision: str
     kernel: str
     density: float
     rel_l2: float
@@ -127,8 +129,8 @@ def dense_baselines(call: KernelCall) -> list[DenseBaseline]:
     return found
 
 
-def _run_dense(baseline: DenseBaseline, clock: StageClock) -> None:
-    baseline.run()
+def _run(call: DenseBaseline | MethodCall, clock: StageClock) -> None:
+    call.run()
 
 
 class ShapeRun:
@@ -147,19 +149,19 @@ class ShapeRun:
     def quality(self, method: Method) -> tuple[MethodRow, MethodCall]:
         """A method's row without its times, and its call."""
         start = time.perf_counter()
-        call = MethodCall(method.policy, self.shape.layout, self.inputs)
+        call = MethodCall(method.policy, self.shape.layout, self.inputs, method.precision)
         synchronize(self.device)
         once_ms = (time.perf_counter() - start) * 1e3
         error = (call.run().float() - self.dense_out).norm() / self.dense_out.norm()
-        q, k, v = call.prepared()
-        plan = call.plan(q, k)
-        kernel, _ = choose(KernelCall(q, k, v, plan, q.shape[-1] ** -0.5, "auto"), "auto")
+        record = call.record()
+        assert record.density is not None, "a sparse call has a density"
         row = MethodRow(
             shape=self.shape.name,
             method=method.name,
             parameters=method.policy.describe(),
-            kernel=kernel.name,
-            density=plan.density(),
+            precision=method.precision,
+            kernel=record.ran,
+            density=float(record.density),
             rel_l2=float(error),
             equal_to=method.equal_to,
             once_ms=once_ms if method.equal_to is None else None,
@@ -171,9 +173,9 @@ class ShapeRun:
     ) -> dict[str, list[Sample]]:
         """Samples of the dense baselines and of the methods, by name, in the same run."""
         runs: dict[str, Callable[[StageClock], object]] = {
-            baseline.name: partial(_run_dense, baseline) for baseline in self.dense
+            baseline.name: partial(_run, baseline) for baseline in self.dense
         }
-        runs |= {name: call.run for name, call in calls.items()}
+        runs |= {name: partial(_run, call) for name, call in calls.items()}
         return sample_calls(runs, self.device, repeats, read_clock)
 
     def row(self) -> ShapeRow:
@@ -230,26 +232,43 @@ def measure_shape(
     device: torch.device,
     repeats: int,
     read_clock: Callable[[], float] = time.perf_counter,
+    precisions: Iterable[str] = ("auto",),
+    equal_density: bool = True,
 ) -> tuple[ShapeRow, list[MethodRow]]:
     """All methods that can act on a shape, and the settings of equal density, one by one.
+
+    A method in a precision that no kernel offers here is left out.
 
     Args:
         repeats: times each call is timed; 0 for none.
         read_clock: what times are taken with off the GPU, in seconds.
+        precisions: "auto", and those to measure beside it.
+        equal_density: whether to look for radial and Sparge settings as dense as the presets.
     """
     run = ShapeRun(shape, dtype_name, device)
     shape_row = run.row()
     rows, calls = [], {}
-    for method in methods(shape.model_family):
-        if method.policy.dense_reason(shape.layout) is None:
-            row, calls[method.name] = run.quality(method)
-            rows.append(row)
+    for method in methods(shape.model_family, precisions):
+        if method.policy.dense_reason(shape.layout) is not None:
+            continue
+        row, call = run.quality(method)
+        if method.precision not in ("auto", "native") and not row.kernel.endswith(method.precision):
+            print(f"  {method.name} is left out: no kernel here has this precision")
+            continue
+        calls[method.name] = call
+        rows.append(row)
     if repeats:
         samples = run.times(calls, repeats, read_clock)
         shape_row, rows = with_times(run, shape_row, rows, samples)
     calls.clear()
 
-    presets = {row.method: row.density for row in rows if row.method.startswith("psa ")}
+    if not equal_density:
+        return shape_row, rows
+    presets = {
+        row.method: row.density
+        for row in rows
+        if row.method.startswith("psa ") and row.precision == "auto"
+    }
     for method in of_equal_density(presets, shape.layout, run.inputs):
         row, _ = run.quality(method)
         difference = row.density - presets[str(method.equal_to)]

@@ -1,8 +1,8 @@
 """Measure the sparse methods themselves: the stages of a call, and error over density.
 
-Every method runs as patching runs it, on inputs with the structure of video (see structured.py),
-beside dense attention of the same inputs. Writes methods.json and methods.png to
-benchmarks/results/<device>/. On a CPU the shapes are reduced ones.
+Every method runs through the router, as a patched MODEL runs it, on inputs with the structure of
+video (see structured.py), beside dense attention of the same inputs. Writes methods.json and
+methods.png to benchmarks/results/<device>/. On a CPU the shapes are reduced ones.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from sparse_video_attention.kernels.registry import PRECISIONS
 
 from .attention import RESULTS
 from .environment import default_device, device_name, header, slug
@@ -25,6 +26,7 @@ from .stages import STAGES
 from .structured import description
 
 DEFAULT_DTYPE = {"cuda": "bf16", "cpu": "fp32"}
+DEFAULT_PRECISIONS = {"cuda": ("auto", "int8", "fp8"), "cpu": ("auto",)}
 DEFAULT_REPEATS = {"cuda": 20, "cpu": 5}
 
 
@@ -93,7 +95,15 @@ def run(arguments: argparse.Namespace) -> Path:
             f"{shape.name}: {shape.layout} tokens, {shape.heads} x {shape.head_dim}, {dtype_name}",
             flush=True,
         )
-        shape_row, more = measure_shape(shape, dtype_name, device, repeats, read_clock)
+        shape_row, more = measure_shape(
+            shape,
+            dtype_name,
+            device,
+            repeats,
+            read_clock,
+            precisions=arguments.precisions or DEFAULT_PRECISIONS[kind],
+            equal_density=not arguments.times_only,
+        )
         _print_shape(shape_row, more)
         shape_rows.append(shape_row)
         rows += more
@@ -126,6 +136,17 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 else")
     result.add_argument(
         "--repeats", type=int, help="times each call is timed; default: 20 on a GPU, 5 else"
+    )
+    result.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=PRECISIONS,
+        help="of the products; default: auto, int8 and fp8 on a GPU, auto else",
+    )
+    result.add_argument(
+        "--times-only",
+        action="store_true",
+        help="do not look for radial and Sparge settings of equal density",
     )
     result.add_argument(
         "--errors-only",

@@ -47,6 +47,9 @@ TIMED_FUNCTIONS = (
     ("sparge.policy", "block_map", "levels"),
     ("sparge.dynamic_map", "block_statistics", "importance"),
     ("kernels.plan", "BlockPlan.from_levels", "lists"),
+    ("patching.plans", "TokenOrder.reorder", "permutation"),
+    ("patching.plans", "TokenOrder.restore", "permutation"),
+    ("kernels.fallback", "KernelFallback.run", "kernel"),
     ("kernels.torch_levels", "LevelKeys.of_tokens", "pooling"),
     ("kernels.triton_scratch", "Scratch.fill", "pooling"),
 )

@@ -55,6 +55,14 @@ class TokenOrder:
         self.forward = forward.to(device)
         self.backward = backward.to(device)
 
+    def reorder(self, x: Tensor) -> Tensor:
+        """A copy of [B, N, ...], tokens in attention order."""
+        return x.index_select(1, self.forward)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """A copy of [B, N, ...] in attention order, tokens in the model's order."""
+        return x.index_select(1, self.backward)
+
 
 class PlanCache:
     """Static plans and token orders by policy, layout and device."""

@@ -154,9 +154,7 @@ class AttentionRouter:
         assert choice is not None and forward.tokens is not None
 
         def prepared(x: Tensor) -> Tensor:
-            return call.heads_first(
-                x if order is None else x.index_select(1, order.forward), call.heads
-            )
+            return call.heads_first(x if order is None else order.reorder(x), call.heads)
 
         q, k, v = prepared(call.q), prepared(call.k), prepared(call.v)
         scale = call.scale if call.scale is not None else q.shape[-1] ** -0.5
@@ -181,7 +179,7 @@ class AttentionRouter:
                 forward.run.record.note(note)
         out = ran.out
         if order is not None:
-            out = out.transpose(1, 2).index_select(1, order.backward).transpose(1, 2)
+            out = order.restore(out.transpose(1, 2)).transpose(1, 2)
         name = ran.kernel if ran.precision == "native" else f"{ran.kernel} {ran.precision}"
         return call.as_asked(out), name, density
 
