@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .nodes.host import require_comfyui
+
 if TYPE_CHECKING:
     from comfy_api.latest import ComfyExtension
 
 WEB_DIRECTORY = "./web"
+
+require_comfyui()
 
 
 async def comfy_entrypoint() -> ComfyExtension:

@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from .host import where_known
 from .schedule_inputs import CATEGORY, said
 
 _SITES = {
@@ -53,7 +54,15 @@ class SetAttentionBackend(io.ComfyNode):
                 "Chooses the library that computes attention, for each place of the model. Works "
                 "together with the sparse nodes in either order: it runs what they leave dense."
             ),
-            search_aliases=["sage attention", "flash attention", "xformers", "attention backend"],
+            **where_known(
+                io.Schema,
+                search_aliases=[
+                    "sage attention",
+                    "flash attention",
+                    "xformers",
+                    "attention backend",
+                ],
+            ),
             inputs=[
                 io.Model.Input("model", tooltip="Any diffusion model. It is not changed."),
                 *(

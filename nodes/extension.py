@@ -13,11 +13,9 @@ from .sparge import PatchSpargeAttention
 
 class SparseVideoAttentionExtension(ComfyExtension):
     @override
-    async def on_load(self) -> None:
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
         from ..patching.sparge_choice import register_folder
 
+        # Not in on_load, which older ComfyUIs have and do not call.
         register_folder()
-
-    @override
-    async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [PatchRadialAttention, PatchPSA, PatchSpargeAttention, SetAttentionBackend]

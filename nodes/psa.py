@@ -6,7 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from .host import where_known
 from .schedule_inputs import (
+    ADVANCED,
     CATEGORY,
     advanced_inputs,
     check_layers,
@@ -48,7 +50,15 @@ class PatchPSA(io.ComfyNode):
                 "to important ones at full resolution, to others pooled by 2, 4 or 8, and skips "
                 "the rest. Put it between the model loader (and LoRAs) and the sampler."
             ),
-            search_aliases=["psa", "pyramid sparse attention", "sparse attention", "faster video"],
+            **where_known(
+                io.Schema,
+                search_aliases=[
+                    "psa",
+                    "pyramid sparse attention",
+                    "sparse attention",
+                    "faster video",
+                ],
+            ),
             inputs=[
                 model_input(),
                 io.Combo.Input(
@@ -78,7 +88,7 @@ class PatchPSA(io.ComfyNode):
                     "config_file",
                     default="",
                     optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip=(
                         "A YAML file of your own presets, laid over the bundled ones: a full path, "
                         "or a name in models/psa."

@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from .host import where_known
 from .schedule_inputs import (
     CATEGORY,
     advanced_inputs,
@@ -31,7 +32,15 @@ class PatchRadialAttention(io.ComfyNode):
                 "radial mask, whose window narrows with the distance between frames. Put it "
                 "between the model loader (and LoRAs) and the sampler."
             ),
-            search_aliases=["sparse attention", "radial attention", "faster video", "wan speed"],
+            **where_known(
+                io.Schema,
+                search_aliases=[
+                    "sparse attention",
+                    "radial attention",
+                    "faster video",
+                    "wan speed",
+                ],
+            ),
             inputs=[
                 model_input(),
                 dense_layers_input(),

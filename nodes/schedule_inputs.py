@@ -7,8 +7,11 @@ from collections.abc import Callable
 from comfy_api.latest import io
 
 from ..kernels.registry import PRECISIONS
+from .host import where_known
 
 CATEGORY = "model/patch/attention"
+# Older hosts show advanced inputs like all others.
+ADVANCED = where_known(io.Int.Input, advanced=True)
 
 # Listed by name so that a workflow opens on any machine; what cannot run is said when it is used.
 KERNELS = (
@@ -51,7 +54,7 @@ def dense_layers_input(default: str = "0", *, advanced: bool = False) -> io.Stri
         "dense_layers",
         default=default,
         optional=True,
-        advanced=advanced or None,
+        **(ADVANCED if advanced else {}),
         tooltip=(
             "Transformer layers that keep full attention. Numbers and ranges, counted from 0: "
             '"0", "0-2, 39", "-1" for the last layer; empty for none. The first layer matters most '
@@ -84,7 +87,7 @@ def advanced_inputs() -> list[io.Input]:
             min=0,
             max=100,
             optional=True,
-            advanced=True,
+            **ADVANCED,
             tooltip=(
                 "How many of this sampler's last steps keep full attention. 1 helps LoRAs that "
                 "need only 4 to 8 steps."
@@ -97,7 +100,7 @@ def advanced_inputs() -> list[io.Input]:
             max=1.0,
             step=0.01,
             optional=True,
-            advanced=True,
+            **ADVANCED,
             tooltip=(
                 "Sparse attention acts from this part of the whole noise schedule on (0 is pure "
                 "noise). It means the same however many samplers share the schedule."
@@ -110,7 +113,7 @@ def advanced_inputs() -> list[io.Input]:
             max=1.0,
             step=0.01,
             optional=True,
-            advanced=True,
+            **ADVANCED,
             tooltip=(
                 "Sparse attention acts up to this part of the whole noise schedule (1 is the end)."
             ),
@@ -124,7 +127,7 @@ def skipped_blocks_input() -> io.Combo.Input:
         options=["drop", "pool"],
         default="drop",
         optional=True,
-        advanced=True,
+        **ADVANCED,
         tooltip=(
             "What becomes of blocks that are not attended to: drop ignores them, pool attends to "
             "the mean of each, for about one percent of the work."
@@ -139,7 +142,7 @@ def kernel_inputs() -> list[io.Input]:
             options=list(KERNELS),
             default="auto",
             optional=True,
-            advanced=True,
+            **ADVANCED,
             tooltip="Which kernel computes the sparse attention. auto takes the fastest that fits.",
         ),
         io.Combo.Input(
@@ -147,7 +150,7 @@ def kernel_inputs() -> list[io.Input]:
             options=list(PRECISIONS),
             default="auto",
             optional=True,
-            advanced=True,
+            **ADVANCED,
             tooltip=(
                 "native computes in the model's own precision, int8 and fp8 in 8 bits. auto takes "
                 "8 bits only where that was measured to be faster."
@@ -159,7 +162,7 @@ def kernel_inputs() -> list[io.Input]:
             min=0,
             max=1_000_000,
             optional=True,
-            advanced=True,
+            **ADVANCED,
             tooltip=(
                 "Videos with fewer tokens than this keep full attention, which is faster there. "
                 "832x480 with 81 frames has 32760."

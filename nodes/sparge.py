@@ -6,7 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from .host import where_known
 from .schedule_inputs import (
+    ADVANCED,
     CATEGORY,
     advanced_inputs,
     check_layers,
@@ -34,7 +36,10 @@ class PatchSpargeAttention(io.ComfyNode):
                 "the model makes it closer. Put it between the model loader (and LoRAs) and the "
                 "sampler."
             ),
-            search_aliases=["sparge", "spargeattn", "sparse attention", "faster video"],
+            **where_known(
+                io.Schema,
+                search_aliases=["sparge", "spargeattn", "sparse attention", "faster video"],
+            ),
             inputs=[
                 model_input(),
                 io.Combo.Input(
@@ -78,7 +83,7 @@ class PatchSpargeAttention(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip=(
                         "Instead of a share: keep the highest predicted scores up to this sum. 0 "
                         "keeps by topk."
@@ -88,7 +93,7 @@ class PatchSpargeAttention(io.ComfyNode):
                     "attention_sink",
                     default=False,
                     optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="Always attend to the first key block.",
                 ),
                 io.Combo.Input(
@@ -96,7 +101,7 @@ class PatchSpargeAttention(io.ComfyNode):
                     options=["raster", "Gilbert"],
                     default="raster",
                     optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip=(
                         "raster keeps the model's token order; Gilbert makes blocks compact in "
                         "space and time, for a copy of q, k, v and the result per call."
