@@ -13,6 +13,7 @@ from .schedule_inputs import (
     advanced_inputs,
     check_layers,
     dense_layers_input,
+    dense_vace_blocks_input,
     kernel_inputs,
     model_input,
     said,
@@ -97,6 +98,7 @@ class PatchPSA(io.ComfyNode):
                 dense_layers_input("", advanced=True),
                 *advanced_inputs(),
                 *kernel_inputs(),
+                dense_vace_blocks_input(),
             ],
             outputs=[io.Model.Output(tooltip="The model with pyramid sparse attention.")],
         )

@@ -13,6 +13,7 @@ from .schedule_inputs import (
     check_layers,
     dense_layers_input,
     dense_timesteps_input,
+    dense_vace_blocks_input,
     kernel_inputs,
     model_input,
     said,
@@ -71,6 +72,7 @@ class PatchRadialAttention(io.ComfyNode):
                 *advanced_inputs(),
                 skipped_blocks_input(),
                 *kernel_inputs(),
+                dense_vace_blocks_input(),
             ],
             outputs=[io.Model.Output(tooltip="The model with radial attention.")],
         )

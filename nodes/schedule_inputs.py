@@ -135,6 +135,21 @@ def skipped_blocks_input() -> io.Combo.Input:
     )
 
 
+def dense_vace_blocks_input() -> io.Boolean.Input:
+    """Last of a node's inputs: saved graphs keep widget values by position."""
+    return io.Boolean.Input(
+        "dense_vace_blocks",
+        default=False,
+        optional=True,
+        **ADVANCED,
+        tooltip=(
+            "For VACE models: the extra blocks that read the control video keep full attention, "
+            "and only the main blocks run sparse. Try it if the result follows the control video "
+            "too loosely; it costs part of the speed. Other models have no such blocks."
+        ),
+    )
+
+
 def kernel_inputs() -> list[io.Input]:
     return [
         io.Combo.Input(

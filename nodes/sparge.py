@@ -14,6 +14,7 @@ from .schedule_inputs import (
     check_layers,
     dense_layers_input,
     dense_timesteps_input,
+    dense_vace_blocks_input,
     kernel_inputs,
     model_input,
     said,
@@ -109,6 +110,7 @@ class PatchSpargeAttention(io.ComfyNode):
                 ),
                 skipped_blocks_input(),
                 *kernel_inputs(),
+                dense_vace_blocks_input(),
             ],
             outputs=[io.Model.Output(tooltip="The model with Sparge attention.")],
         )

@@ -21,6 +21,7 @@ def make_choice(
     kernel: str = "auto",
     precision: str = "auto",
     min_tokens: int = 4096,
+    dense_vace_blocks: bool = False,
     fits_warmup: bool = False,
     verbose: bool = False,
 ) -> SparseChoice:
@@ -39,6 +40,7 @@ def make_choice(
             start_percent=start_percent,
             end_percent=end_percent,
             fits_warmup=fits_warmup,
+            dense_vace_blocks=dense_vace_blocks,
         ),
         kernel=kernel,
         precision=precision,

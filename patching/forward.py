@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import BlockPlan, TokenLayout
-from .layout import COUNTED_LAYERS, ForwardTokens, model_family, read_tokens
+from .layout import ForwardTokens, countable_layers, read_tokens
 from .log import log, one_line
 from .plans import TokenOrder
 from .record import CallRecord
 from .router import FORWARD_KEY, OVERRIDE_KEY, AttentionRouter, find_router
 from .run import RUN_KEY, RunState
 from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice, StaticPolicy
+from .vace import VaceBlocks, has_vace_blocks
 
 
 @dataclass
@@ -30,15 +31,17 @@ class ForwardState:
         dense_reason: why every call of this forward is dense, None if the layers decide.
         plan: of a static policy.
         order: the policy's token order, None if it keeps the tokens in place.
-        counted_layers: layers of a model that does not announce them, so calls are counted; 0
-            for one that does.
+        counted_layers: layers of a model whose calls can be counted where the host does not say
+            which layer it is at, 0 for others.
         run: None outside a sampling run.
+        vace: where VACE's own blocks have to stay dense, None otherwise.
     """
 
     router: AttentionRouter
     choice: SparseChoice | None
     counted_layers: int
     run: RunState | None
+    vace: VaceBlocks | None = None
     tokens: ForwardTokens | None = None
     dense_reason: str | None = None
     step: int | None = None
@@ -49,12 +52,18 @@ class ForwardState:
 
     def next_layer(self, options: dict[str, Any]) -> int | None:
         """The layer of this self-attention call, None if the host does not say."""
+        layer = options.get("block_index")
+        if layer is not None:
+            return int(layer)
         if not self.counted_layers:
-            layer = options.get("block_index")
-            return None if layer is None else int(layer)
+            return None
         self.calls_counted += 1
         # A wrapper of another pack may run the model more than once inside one forward.
         return (self.calls_counted - 1) % self.counted_layers
+
+    def from_vace_block(self, layer: int | None) -> bool:
+        """Whether a VACE block that has to stay dense makes this call; ask once per call."""
+        return self.vace is not None and self.vace.made(layer)
 
     def warn_once(self, warning: str) -> None:
         """Log a warning, once per run."""
@@ -147,21 +156,28 @@ def begin_forward(
     if options is None or router is None:
         return None
     settings: AttentionSettings = options[SETTINGS_KEY]
-    counted = len(model.blocks) if model_family(model) in COUNTED_LAYERS else 0  # type: ignore[arg-type]
-    state = ForwardState(router, settings.sparse, counted, options.get(RUN_KEY))
+    state = ForwardState(router, settings.sparse, countable_layers(model), options.get(RUN_KEY))
     try:
         _decide(state, model, options, args, kwargs)
     except Exception as error:  # a sampling run must not end for this
         state.dense_reason = one_line(error)
         state.warn_once(f"a forward fell back to dense attention: {state.dense_reason}")
     options[FORWARD_KEY] = state
+    choice = state.choice
+    if choice is not None and choice.schedule.dense_vace_blocks and has_vace_blocks(model):
+        state.vace = VaceBlocks()
+        state.vace.listen(options)
     return options
 
 
 @torch.compiler.disable
 def end_forward(options: dict[str, Any] | None) -> None:
     """Take the forward's state out of transformer_options and keep its record."""
-    state: ForwardState | None = None if options is None else options.pop(FORWARD_KEY, None)
+    if options is None:
+        return
+    state: ForwardState | None = options.pop(FORWARD_KEY, None)
+    if state is not None and state.vace is not None:
+        state.vace.stop(options)
     if state is not None and state.run is not None:
         if state.counted_layers and state.calls_counted % state.counted_layers:
             state.run.record.note(

@@ -74,16 +74,16 @@ def install(model: Any, settings: AttentionSettings) -> Any:
     router = AttentionRouter(previous)
     options[OVERRIDE_KEY] = router
 
-    history = RunHistory()
+    history, reassert = RunHistory(), _ReassertOverride(router)
     patched.set_attachments(KEY, history)
     for kind, wrapper in (
         (WrappersMP.DIFFUSION_MODEL, diffusion_model_wrapper),
-        (WrappersMP.OUTER_SAMPLE, OuterSampleWrapper(history)),
+        (WrappersMP.OUTER_SAMPLE, OuterSampleWrapper(history, reassert.put_on_top)),
     ):
         patched.remove_wrappers_with_key(kind, KEY)
         patched.add_wrapper_with_key(kind, KEY, wrapper)
     patched.remove_callbacks_with_key(CallbacksMP.ON_PREPARE_STATE, KEY)
-    patched.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, KEY, _ReassertOverride(router))
+    patched.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, KEY, reassert)
     return patched
 
 
@@ -109,13 +109,23 @@ def _say_what_changes(
 
 
 class _ReassertOverride:
-    """ON_PREPARE_STATE: a node that took the one override slot after us is put beneath us, once."""
+    """A node that took the one override slot after us is put beneath us, once per run.
+
+    At the start of a run, and as ON_PREPARE_STATE for those that come in only then.
+    """
 
     def __init__(self, router: AttentionRouter) -> None:
         self._router = router
 
-    def __call__(self, patcher: Any, timestep: Any, model_options: dict[str, Any]) -> None:
-        options = model_options.get("transformer_options", {})
+    def __call__(
+        self, patcher: Any, timestep: Any, model_options: dict[str, Any] | None = None
+    ) -> None:
+        # Older hosts do not say which options are the run's.
+        if model_options is not None:
+            self.put_on_top(model_options.get("transformer_options", {}))
+
+    def put_on_top(self, options: dict[str, Any]) -> None:
+        """Act on a run's own transformer_options."""
         run: RunState | None = options.get(RUN_KEY)
         current = options.get(OVERRIDE_KEY)
         if run is None or run.reasserted or find_router(current) is self._router:

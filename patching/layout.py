@@ -19,8 +19,11 @@ from ..kernels import TokenLayout
 WAN, COGVIDEOX = "WAN", "CogVideoX"
 _FAMILY_BY_CLASS = {"WanModel": WAN, "CogVideoXTransformer3DModel": COGVIDEOX}
 
-# The attention layer index: WAN announces it, CogVideoX has to be counted.
-COUNTED_LAYERS = frozenset({COGVIDEOX})
+# Where every layer makes one self-attention call, layers can be counted if the host does not say
+# which it is at: CogVideoX everywhere, WAN in older ComfyUIs.
+_ONE_CALL_PER_LAYER = frozenset(
+    {"WanModel", "CameraWanModel", "AnimateWanModel", "CogVideoXTransformer3DModel"}
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,12 @@ def model_family(diffusion_model: nn.Module) -> str | None:
         if cls.__name__ in _FAMILY_BY_CLASS:
             return _FAMILY_BY_CLASS[cls.__name__]
     return None
+
+
+def countable_layers(diffusion_model: Any) -> int:
+    """Layers of a model whose self-attention calls tell the layer by their order, 0 for others."""
+    counts = type(diffusion_model).__name__ in _ONE_CALL_PER_LAYER
+    return len(diffusion_model.blocks) if counts else 0
 
 
 def supported_families() -> str:

@@ -84,7 +84,7 @@ class AttentionRouter:
             return self._run_dense(func, args, kwargs, call, site)[0]
 
         layer = forward.next_layer(call.transformer_options)
-        reason = _dense_reason(call, forward, layer)
+        reason = _dense_reason(call, forward, layer, forward.from_vace_block(layer))
         watch = Stopwatch(call.q.device)
         if reason is None:
             assert layer is not None
@@ -184,7 +184,9 @@ class AttentionRouter:
         return call.as_asked(out), name, density
 
 
-def _dense_reason(call: AttentionCall, forward: ForwardState, layer: int | None) -> str | None:
+def _dense_reason(
+    call: AttentionCall, forward: ForwardState, layer: int | None, vace: bool
+) -> str | None:
     """Why a self-attention call is dense, or None."""
     choice, tokens = forward.choice, forward.tokens
     if forward.dense_reason is not None or choice is None or tokens is None:
@@ -193,6 +195,8 @@ def _dense_reason(call: AttentionCall, forward: ForwardState, layer: int | None)
         return "ComfyUI does not say which layer a call belongs to"
     if layer in choice.schedule.dense_layers:
         return f"layer {layer} is in dense_layers"
+    if vace:
+        return "a VACE block, and dense_vace_blocks is on"
     if call.mask is not None:
         return "the call has an attention mask"
     if call.skip_reshape or not call.q.shape == call.k.shape == call.v.shape:

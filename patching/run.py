@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -92,8 +93,15 @@ def _say(record: RunRecord, choice: SparseChoice | None) -> None:
 class OuterSampleWrapper:
     """OUTER_SAMPLE wrapper: opens a record for the run and closes it, whatever happens inside."""
 
-    def __init__(self, history: RunHistory) -> None:
+    def __init__(
+        self, history: RunHistory, at_start: Callable[[dict[str, Any]], None] = lambda options: None
+    ) -> None:
+        """
+        Args:
+            at_start: called with the run's own transformer_options.
+        """
         self._history = history
+        self._at_start = at_start
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         guider = executor.class_obj
@@ -108,6 +116,7 @@ class OuterSampleWrapper:
         if choice is not None:
             bounds = noise_bounds(choice.schedule, guider.model_patcher)
         options[RUN_KEY] = RunState(record, bounds)
+        self._at_start(options)
         try:
             out = executor(*args, **kwargs)
         except BaseException:

@@ -88,6 +88,7 @@ class Schedule:
             the schedule over samplers.
         fits_warmup: dense_timesteps is a published value made for long schedules; where it would
             take the whole run, a quarter of the steps is used instead.
+        dense_vace_blocks: VACE's own blocks always stay dense; other models have none.
     """
 
     dense_layers: frozenset[int] = frozenset()
@@ -96,6 +97,7 @@ class Schedule:
     start_percent: float = 0.0
     end_percent: float = 1.0
     fits_warmup: bool = False
+    dense_vace_blocks: bool = False
 
     def __post_init__(self) -> None:
         for name, value, lowest in (
@@ -106,6 +108,10 @@ class Schedule:
                 raise ValueError(
                     f"{name} {value!r}: allowed are whole numbers from {lowest} to {MAX_TIMESTEPS}"
                 )
+        if type(self.dense_vace_blocks) is not bool:
+            raise ValueError(
+                f"dense_vace_blocks {self.dense_vace_blocks!r}: allowed are true and false"
+            )
         for name, percent in (
             ("start_percent", self.start_percent),
             ("end_percent", self.end_percent),

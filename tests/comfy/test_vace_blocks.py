@@ -1,0 +1,294 @@
+"""dense_vace_blocks: VACE's own blocks stay dense, whatever else touches the blocks.
+
+What a VACE block is, is told here by hooks on the modules; the pack may not look at those.
+"""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sparse_video_attention.patching import run_history
+from sparse_video_attention.patching.router import OVERRIDE_KEY
+
+pytestmark = pytest.mark.comfy
+
+SHAPE = (1, 16, 3, 16, 20)
+TOKENS = 3 * 8 * 10
+VACE = "a VACE block, and dense_vace_blocks is on"
+SPARSE = None
+# Four main blocks; the two of VACE hang on 0 and 2.
+MAIN, VACE_LAYERS = (0, 1, 2, 3), (0, 2)
+
+
+@pytest.fixture(scope="module")
+def vace_path(checkpoints, tmp_path_factory):
+    """A tiny VACE checkpoint: the tiny WAN with two of its blocks once more, for the control."""
+    weights = load_file(checkpoints["wan"])
+    generator = torch.Generator().manual_seed(5)
+    dim = weights["blocks.0.self_attn.q.weight"].shape[0]
+    for i, layer in enumerate(VACE_LAYERS):
+        for name, value in list(weights.items()):
+            if name.startswith(f"blocks.{layer}."):
+                weights[f"vace_blocks.{i}.{name.removeprefix(f'blocks.{layer}.')}"] = value.clone()
+        for projection in ("before_proj", "after_proj") if i == 0 else ("after_proj",):
+            weight = torch.randn(dim, dim, generator=generator) * dim**-0.5
+            weights[f"vace_blocks.{i}.{projection}.weight"] = weight.bfloat16()
+            weights[f"vace_blocks.{i}.{projection}.bias"] = torch.zeros(dim).bfloat16()
+    control = torch.randn(dim, 96, 1, 2, 2, generator=generator) * 384**-0.5
+    weights["vace_patch_embedding.weight"] = control.bfloat16()
+    weights["vace_patch_embedding.bias"] = torch.zeros(dim).bfloat16()
+    path = tmp_path_factory.mktemp("vace") / "vace.safetensors"
+    save_file(weights, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model(comfyui, vace_path):
+    model = comfyui.sd.load_diffusion_model(vace_path)
+    net = model.model.diffusion_model
+    assert type(net).__name__ == "VaceWanModel"
+    assert sorted(net.vace_layers_mapping) == list(VACE_LAYERS)
+    return model
+
+
+@pytest.fixture
+def run(sample):
+    return lambda model, **how: sample(model, **({"shape": SHAPE, "steps": 2, "cfg": 1.0} | how))
+
+
+@pytest.fixture
+def patch(install_band):
+    """patch(model): band attention in every main block, none in VACE's."""
+
+    def install(model, **how):
+        settings = {"dense_layers": (), "dense_timesteps": 0, "dense_vace_blocks": True}
+        return install_band(model, **(settings | how))
+
+    return install
+
+
+class BandInMainBlocks:
+    """The judge: dense attention under a band mask in main blocks, as it is in VACE blocks."""
+
+    def __init__(self):
+        self.in_vace = False
+
+    def watch(self, net):
+        for block in net.vace_blocks:
+            yield block.register_forward_pre_hook(lambda *_: self.__setattr__("in_vace", True))
+            yield block.register_forward_hook(lambda *_: self.__setattr__("in_vace", False))
+
+    def __call__(self, func, q, k, v, heads, mask=None, *args, **kwargs):
+        if self.in_vace or not q.shape[1] == k.shape[1] == TOKENS:
+            return func(q, k, v, heads, mask, *args, **kwargs)
+        block = torch.arange(TOKENS) // 64
+        band = (block[:, None] - block).abs() <= 1
+        q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=band)
+        return out.transpose(1, 2).flatten(2)
+
+
+@pytest.fixture
+def expected(run):
+    """expected(model): what a run gives with the band in main blocks only."""
+
+    def judge(model, **how):
+        override = BandInMainBlocks()
+        clone = model.clone()
+        clone.model_options["transformer_options"][OVERRIDE_KEY] = override
+        hooks = list(override.watch(clone.model.diffusion_model))
+        try:
+            return run(clone, **how)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    return judge
+
+
+def decisions(model):
+    return [(call.layer, call.reason) for call in run_history(model).latest.calls]
+
+
+def forward(main=MAIN, controls=1):
+    """The decisions of one forward, in order."""
+    calls = []
+    for layer in MAIN:
+        calls += [(layer, SPARSE)] if layer in main else []
+        calls += [(layer, VACE)] * controls if layer in VACE_LAYERS else []
+    return calls
+
+
+def relative_error(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def test_only_main_blocks_run_sparse(model, patch, run, expected):
+    patched = patch(model)
+    out = run(patched)
+    assert decisions(patched) == forward() * 2
+    assert relative_error(out, expected(model)) < 1e-5
+    # VACE blocks matter: with them sparse too the result is another.
+    everywhere = patch(model, dense_vace_blocks=False)
+    assert relative_error(run(everywhere), out) > 1e-4
+    assert {reason for _, reason in decisions(everywhere)} == {SPARSE}
+
+
+def test_with_all_main_layers_dense_the_result_is_the_unpatched_one(model, patch, run):
+    patched = patch(model, dense_layers=MAIN)
+    assert torch.equal(run(patched), run(model))
+    # And with everything kept.
+    kept = patch(model, reach=10**6)
+    assert relative_error(run(kept), run(model)) < 1e-5
+    assert decisions(kept) == forward() * 2
+
+
+def test_a_dense_layer_is_named_first(model, patch, run):
+    patched = patch(model, dense_layers=(0,))
+    run(patched)
+    dense = [(0, "layer 0 is in dense_layers")] * 2
+    assert decisions(patched) == (dense + forward()[2:]) * 2
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one-batch", "two-forwards"])
+def test_cond_and_uncond_in_one_forward_or_two(model, patch, run, expected, together):
+    patched = patch(model)
+    if not together:
+        # Conditionings of unlike length cannot share a batch; this wrapper halves the batch.
+        def split(apply_model, arguments):
+            parts = [
+                {k: v.chunk(2)[i] if torch.is_tensor(v) else v for k, v in arguments["c"].items()}
+                for i in range(2)
+            ]
+            inputs, times = arguments["input"].chunk(2), arguments["timestep"].chunk(2)
+            return torch.cat([apply_model(inputs[i], times[i], **parts[i]) for i in range(2)])
+
+        patched.set_model_unet_function_wrapper(split)
+    out = run(patched, cfg=3.0)
+    assert decisions(patched) == forward() * (2 if together else 4)
+    assert relative_error(out, expected(model, cfg=3.0)) < 1e-4
+
+
+def test_two_controls(model, patch, run, monkeypatch):
+    from comfy.model_base import WAN21_Vace
+
+    extra_conds = WAN21_Vace.extra_conds
+
+    def with_two(self, **inputs):
+        size = (1, 32, *SHAPE[2:])
+        return extra_conds(self, **inputs, vace_frames=[torch.zeros(size), torch.ones(size)])
+
+    monkeypatch.setattr(WAN21_Vace, "extra_conds", with_two)
+    patched = patch(model)
+    run(patched)
+    assert decisions(patched) == forward(controls=2) * 2
+
+
+def test_main_blocks_that_slg_skips_leave_the_vace_blocks_dense(model, patch, run, expected):
+    from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+
+    def guided(model):
+        settings = {"start_percent": 0.0, "end_percent": 1.0, "double_layers": "0, 2, 3"}
+        return SkipLayerGuidanceDiT.execute(model, scale=2.0, **settings).result[0]
+
+    patched = patch(guided(model))
+    out = run(patched)
+    assert decisions(patched) == (forward() + forward(main=(1,))) * 2
+    assert relative_error(out, expected(guided(model))) < 1e-4
+
+
+def test_a_block_that_another_pack_runs_twice_is_a_main_block_twice(model, patch, run):
+    def twice(args, extra):
+        extra["original_block"](args)
+        return extra["original_block"](args)
+
+    patched = patch(model)
+    patched.set_model_patch_replace(twice, "dit", "double_block", 2)
+    run(patched)
+    once = forward()
+    assert decisions(patched) == (once[:3] + [(2, SPARSE)] + once[3:]) * 2
+
+
+def test_a_wrapper_that_runs_the_model_twice(model, patch, run):
+    def twice(executor, *args, **kwargs):
+        executor(*args, **kwargs)
+        return executor(*args, **kwargs)
+
+    patched = patch(model)
+    patched.add_wrapper_with_key("diffusion_model", "zz_twice", twice)
+    run(patched)
+    assert decisions(patched) == forward() * 4
+
+
+def test_a_host_that_calls_no_patches_after_blocks(model, patch, run, expected):
+    """ComfyUI 0.9.2 and older: VaceWanModel does not know "double_block" patches."""
+
+    def as_older(executor, *args, **kwargs):
+        args[5]["patches"] = {}
+        return executor(*args, **kwargs)
+
+    patched = patch(model)
+    patched.add_wrapper_with_key("diffusion_model", "zz_older", as_older)
+    out = run(patched)
+    assert decisions(patched) == forward() * 2
+    assert relative_error(out, expected(model)) < 1e-5
+
+
+def test_a_compiled_model_tells_them_apart(model, patch, run):
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+
+    torch._dynamo.reset()
+    patched = patch(model)
+    # eager runs what Dynamo traces as it is: tracing and guards are what is tested here.
+    options = {"guard_filter_fn": skip_torch_compile_dict}
+    set_torch_compile_wrapper(model=patched, backend="eager", options=options)
+    out = run(patched)
+    assert decisions(patched) == forward() * 2
+    assert relative_error(out, run(patch(model))) < 1e-4
+
+
+def test_other_patches_after_blocks_are_still_called_and_nothing_is_left(model, patch, run):
+    seen = []
+
+    def theirs(args):
+        seen.append(args["block_index"])
+        return args
+
+    first = model.clone()
+    first.set_model_double_block_patch(theirs)
+    patched = patch(first)
+    out = run(patched)
+    assert seen == [*MAIN] * 2
+    assert decisions(patched) == forward() * 2
+    patches = patched.model_options["transformer_options"]["patches"]
+    assert patches == {"double_block": [theirs]}
+    assert torch.equal(out, run(patch(model)))
+
+
+def test_other_models_have_no_vace_blocks(load_model, patch, run):
+    for name in ("wan", "cogvideox"):
+        model = load_model(name)
+        patched = patch(model)
+        assert torch.equal(run(patched), run(patch(model, dense_vace_blocks=False)))
+        assert {reason for _, reason in decisions(patched)} == {SPARSE}
+        assert "patches" not in patched.model_options["transformer_options"]
+
+
+@pytest.mark.parametrize("node", ["radial", "psa", "sparge"])
+def test_every_sparse_node_has_the_input(model, run, node):
+    from sparse_video_attention.nodes import psa, radial, sparge
+
+    nodes = {
+        "radial": radial.PatchRadialAttention,
+        "psa": psa.PatchPSA,
+        "sparge": sparge.PatchSpargeAttention,
+    }
+    steps = "warmup_steps" if node == "psa" else "dense_timesteps"
+    inputs = {steps: 0, "min_tokens": 0, "dense_layers": "1"}
+    inputs |= {"block_size": 64} if node == "radial" else {}
+    patched = nodes[node].execute(model, dense_vace_blocks=True, **inputs).result[0]
+    run(patched)
+    by_layer = (1, "layer 1 is in dense_layers")
+    assert decisions(patched) == [by_layer if call[0] == 1 else call for call in forward()] * 2
+    with pytest.raises(ValueError, match="dense_vace_blocks 'yes': allowed are true and false"):
+        nodes[node].execute(model, dense_vace_blocks="yes", **inputs)
