@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from .constraints import Constraints
@@ -110,7 +111,9 @@ class DenseBackend:
         q = q.clone() if "q" in overwritten else q
         k = k.clone() if "k" in overwritten else k
         v = v.clone() if "v" in overwritten else v
-        return loaded.attend(q, k, v, scale=scale, mask=mask)
+        # Triton and the Python DSLs launch on the current device, wherever the tensors are.
+        with torch.cuda.device_of(q):
+            return loaded.attend(q, k, v, scale=scale, mask=mask)
 
 
 def dense_rows(x: Tensor) -> Tensor:

@@ -18,7 +18,9 @@ def load() -> Loaded:
     import comfy_kitchen
 
     if not hasattr(comfy_kitchen, "int8_attention"):
-        raise LibraryUnusable("this comfy_kitchen has no int8_attention yet; 0.2.40 has it")
+        raise LibraryUnusable(
+            "this comfy_kitchen has no int8_attention yet; 0.2.30 and newer have it"
+        )
     runs_here = getattr(comfy_kitchen, "int8_attention_is_available", None)
     if torch.cuda.is_available() and runs_here is not None and not runs_here():
         raise LibraryUnusable("the kernels of comfy_kitchen do not run on this GPU")

@@ -6,11 +6,16 @@ from torch import Tensor
 
 from .backend import DenseBackend, Loaded, first_output, token_major
 from .constraints import Constraints
-from .library import Library
+from .library import Library, LibraryUnusable
 
 
 def load() -> Loaded:
-    from flash_attn import flash_attn_func
+    import flash_attn
+
+    if not hasattr(flash_attn, "flash_attn_func"):
+        # FlashAttention 4 lives in the same namespace and needs nothing of FlashAttention 2.
+        raise LibraryUnusable("flash_attn is there for FlashAttention 4 only")
+    flash_attn_func = flash_attn.flash_attn_func
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, mask: Tensor | None

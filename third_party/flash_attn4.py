@@ -14,8 +14,12 @@ from .library import Library
 
 LIBRARY = Library(
     package="flash_attn.cute",
-    linux='pip install flash-attn-4 ("flash-attn-4[cu13]" where torch is built for CUDA 13)',
-    windows="use WSL2: it is not offered for Windows",
+    # With no version named, pip finds only the one release that was withdrawn.
+    linux=(
+        'pip install "flash-attn-4>=4.0.0b1" ("flash-attn-4[cu13]>=4.0.0b1" where torch is built '
+        "for CUDA 13)"
+    ),
+    windows="use WSL2: it needs file locks (fcntl) that Windows does not have",
 )
 
 

@@ -7,8 +7,10 @@ variable.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 from .backend import DenseBackend
@@ -80,7 +82,7 @@ def attention_forward(
         implementation: a name from IMPLEMENTATIONS or of a dense backend; by default what the
             environment variable DIFFSYNTH_ATTENTION_IMPLEMENTATION names, else the first one
             that is available and takes the call. A call that the named one does not take (a
-            mask, a head dim) goes to torch.
+            mask, a head dim) goes to torch, and so, with a RuntimeWarning, does one it fails on.
 
     Returns:
         The output in the layout of out_pattern, in q's dtype.
@@ -92,25 +94,39 @@ def attention_forward(
     k = _to_heads_first(k, k_pattern, dims, "k")
     v = _to_heads_first(v, v_pattern, dims, "v")
     named = backend_from_environment() if implementation is None else find_backend(implementation)
-    backend = _taking(named, q, k, v, attn_mask, scale)
-    out = backend.run(q, k, v, scale=scale, mask=attn_mask)
+    order = [DENSE_BACKENDS[name] for name in IMPLEMENTATIONS.values()]
+    out = _attend(order if named is None else [named], q, k, v, attn_mask, scale)
     return _rearrange(out, _AXES, out_pattern, dims, "out")
 
 
-def _taking(
-    named: DenseBackend | None,
+def _attend(
+    backends: Iterable[DenseBackend],
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
     scale: float | None,
-) -> DenseBackend:
-    """The named backend, or the first available one, that takes the call; torch takes all."""
-    order = [DENSE_BACKENDS[name] for name in IMPLEMENTATIONS.values()]
-    for backend in order if named is None else [named]:
-        if backend.unavailable() is None and backend.refuses(q, k, v, mask, scale) is None:
-            return backend
-    return DENSE_BACKENDS["torch_sdpa"]
+) -> Tensor:
+    """The output of the first backend that is available and serves the call; torch serves all."""
+    torch_sdpa = DENSE_BACKENDS["torch_sdpa"]
+    for backend in backends:
+        if backend.unavailable() is not None or backend is torch_sdpa:
+            continue
+        if backend.refuses(q, k, v, mask, scale) is not None:
+            continue
+        try:
+            return backend.run(q, k, v, scale=scale, mask=mask)
+        except torch.OutOfMemoryError:
+            raise  # the next one would need as much
+        except Exception as error:  # a build without a kernel for this GPU or dtype, for example
+            cause = " ".join(str(error).split())[:300]
+            warnings.warn(
+                f"attention_forward passes over {backend.name}, which failed: "
+                f"{type(error).__name__}: {cause}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+    return torch_sdpa.run(q, k, v, scale=scale, mask=mask)
 
 
 def _to_heads_first(x: Tensor, pattern: str, dims: Mapping[str, int] | None, name: str) -> Tensor:

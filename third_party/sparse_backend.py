@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from ..kernels.registry import Kernel, KernelCall
@@ -66,7 +67,8 @@ class SparseBackend:
         attend, broken = self._probed
         if attend is None:
             raise ValueError(f"{self.name} cannot run: {broken}")
-        return attend(call).transpose(1, 2).contiguous().transpose(1, 2)
+        with torch.cuda.device_of(call.q):
+            return attend(call).transpose(1, 2).contiguous().transpose(1, 2)
 
     def kernel(self) -> Kernel:
         """Its record for the registry."""

@@ -1,7 +1,9 @@
 """Every dense adapter: the exact call, no copies, inputs left alone, every version's return."""
 
+import contextlib
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,7 +195,7 @@ def test_comfy_kitchen_takes_masks(stand_in, qkv, calls):
 def test_comfy_kitchen_without_the_call_says_what_to_do(stand_in):
     stand_in("comfy_kitchen")
     reason = replace(DENSE_BACKENDS["comfy_kitchen_int8"]).unavailable()
-    assert "no int8_attention yet; 0.2.40 has it" in reason
+    assert "no int8_attention yet; 0.2.30 and newer have it" in reason
     assert "pip install -U comfy-kitchen" in reason
 
 
@@ -253,6 +255,33 @@ def test_a_missing_library_is_a_reason_with_an_instruction(name, system, monkeyp
     reason = backend.unavailable()
     hint = backend.library.linux if system == "Linux" else backend.library.windows
     assert "is not installed; to install it, " in reason and hint in reason
+
+
+def test_flash_attention_2_is_not_there_where_only_version_4_is(broken_wheel):
+    """Both live in the folder flash_attn, which version 4 alone leaves without an __init__."""
+    broken_wheel("flash_attn.cute", "def flash_attn_func(*args, **options): ...")
+    folder = next(Path(path) for path in sys.path if (Path(path) / "flash_attn").is_dir())
+    (folder / "flash_attn" / "__init__.py").unlink()
+    reason = replace(DENSE_BACKENDS["flash_attn2"]).unavailable()
+    assert "flash_attn is there for FlashAttention 4 only; to install it, " in reason
+    no_gpu_here = replace(DENSE_BACKENDS["flash_attn4"]).unavailable() or ""
+    assert "install" not in no_gpu_here
+
+
+def test_a_library_is_called_with_the_tensors_device_current(backend, qkv, calls, monkeypatch):
+    """Triton and the Python DSLs launch on the current device: the first, in a multi-GPU run."""
+    current = []
+
+    @contextlib.contextmanager
+    def device_of(x):
+        current.append(x)
+        yield
+        current.append(len(calls.tensors))
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    q, k, v = qkv()
+    backend.run(q, k, v)
+    assert current == [q, 1]
 
 
 def test_every_backend_is_listed_and_importing_the_pack_imports_none():

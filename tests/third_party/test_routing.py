@@ -156,6 +156,30 @@ def test_a_call_the_first_does_not_take_goes_to_the_next_that_does(machine):
     assert who_ran(attn_mask=torch.ones(256, 256)) == "torch_sdpa"
 
 
+@pytest.mark.parametrize("name", [None, "xformers"], ids=["automatic", "named"])
+def test_a_library_that_fails_on_a_call_is_passed_over_with_a_warning(name, machine, monkeypatch):
+    def no_kernel(q, k, v, *, scale, mask):
+        raise NotImplementedError("No operator found for\n this dtype")
+
+    machine("xformers")
+    broken = replace(DENSE_BACKENDS["xformers"], load=lambda: Loaded(no_kernel))
+    monkeypatch.setitem(DENSE_BACKENDS, "xformers", broken)
+    said = "passes over xformers, which failed: NotImplementedError: No operator found for this"
+    with pytest.warns(RuntimeWarning, match=said):
+        assert who_ran(implementation=name) == "torch_sdpa"
+
+
+def test_a_library_that_runs_out_of_memory_is_not_passed_over(machine, monkeypatch):
+    def full(q, k, v, *, scale, mask):
+        raise torch.OutOfMemoryError("full")
+
+    machine("xformers")
+    broken = replace(DENSE_BACKENDS["xformers"], load=lambda: Loaded(full))
+    monkeypatch.setitem(DENSE_BACKENDS, "xformers", broken)
+    with pytest.raises(torch.OutOfMemoryError):
+        who_ran()
+
+
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_a_named_implementation_runs_and_torch_takes_what_it_does_not(name, machine):
     machine(*DENSE_BACKENDS)
