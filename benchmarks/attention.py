@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .environment import default_device, device_name, header, slug
+from .environment import command_line, default_device, device_name, header, slug
 from .masks import RADIAL, parse_density
 from .measure import DTYPES, Row, Skipped, measure
 from .plot import draw
@@ -75,6 +75,7 @@ def run(arguments: argparse.Namespace) -> Path:
             skipped = list(dict.fromkeys([*skipped, *left_out]))
             result = {
                 "header": head,
+                "command": command_line("attention", arguments.given),
                 "rows": [asdict(row) for row in rows],
                 "skipped": [asdict(entry) for entry in skipped],
             }
@@ -128,6 +129,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
+    arguments.given = argv
     try:
         run(arguments)
     except ValueError as error:

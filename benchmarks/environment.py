@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import re
+import shlex
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -63,6 +67,21 @@ def _version(package: str) -> str | None:
         return None
 
 
+def command_line(module: str, arguments: Sequence[str] | None) -> str:
+    """The command of a result, without folders of this machine.
+
+    Args:
+        module: under benchmarks.
+        arguments: as main got them; None for those of this process.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    for option in ("--out", "--comfyui"):
+        while option in given:
+            place = given.index(option)
+            del given[place : place + 2]
+    return shlex.join(["python", "-m", f"benchmarks.{module}", *given])
+
+
 def header(device: torch.device) -> dict[str, object]:
     """The header of a result file."""
     driver = None
@@ -75,6 +94,7 @@ def header(device: torch.device) -> dict[str, object]:
         "driver": driver,
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "commit": _output_of("git", "rev-parse", "HEAD"),
+        # A copy without its history is told which commit it is.
+        "commit": _output_of("git", "rev-parse", "HEAD") or os.environ.get("BENCHMARKED_COMMIT"),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }

@@ -17,7 +17,7 @@ import torch
 from sparse_video_attention.kernels.registry import PRECISIONS
 
 from .attention import RESULTS
-from .environment import default_device, device_name, header, slug
+from .environment import command_line, default_device, device_name, header, slug
 from .grids import DEFAULT_GRID_SHAPES, GRID_SHAPES, find_grid_shape
 from .measure import DTYPES
 from .method_measure import MethodRow, ShapeRow, measure_shape
@@ -109,6 +109,7 @@ def run(arguments: argparse.Namespace) -> Path:
         rows += more
         result = {
             "header": head,
+            "command": command_line("methods", arguments.given),
             "inputs": description(),
             "repeats": repeats,
             "clock": "processor time" if arguments.cpu_time else "wall time",
@@ -168,6 +169,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
+    arguments.given = argv
     try:
         run(arguments)
     except ValueError as error:
