@@ -1,0 +1,331 @@
+"""Seconds per denoising step of a WAN model in ComfyUI, dense and with each sparse node.
+
+The model has the true architecture and random weights (see wan_model.py); it is sampled in this
+process, without guidance: one forward a step. All steps of a measured run are sparse but for the
+layers that the node keeps dense; a full schedule is extrapolated from dense and sparse steps.
+Writes end_to_end.json to benchmarks/results/<device>/. On a CPU the model is a tiny one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from sparse_video_attention.patching import (
+    AttentionSettings,
+    SparseChoice,
+    install,
+    make_choice,
+    run_history,
+)
+from sparse_video_attention.patching.psa_choice import psa_choice
+from sparse_video_attention.patching.record import RunRecord
+from sparse_video_attention.patching.sparge_choice import sparge_choice
+from sparse_video_attention.radial_attn import RadialPolicy
+
+from .attention import RESULTS
+from .environment import command_line, default_device, device_name, header, slug
+from .measure import DTYPES
+from .wan_model import INPUTS, SIZES, Sampled, Video, build, layers_that_fit, sample, start_comfyui
+
+DEFAULT_MODEL = {"cuda": "wan14b", "cpu": "tiny"}
+DEFAULT_VIDEOS = {"cuda": ("832x480x81", "1280x720x81"), "cpu": ("256x272x65",)}
+DEFAULT_DTYPE = {"cuda": "bf16", "cpu": "fp32"}
+# What WAN 2.1 was published with.
+SCHEDULE_STEPS = 50
+DENSE = "dense"
+NODES = ("radial", "psa", "sparge")
+
+
+@dataclass(frozen=True)
+class EndToEndRow:
+    """One node, or dense attention, on one video.
+
+    Attributes:
+        layers, model_layers: those measured, and those the published model has.
+        parameters: the method and its settings, as the log says them; ComfyUI's own for dense.
+        kernel, density: of the sparse calls.
+        precision: asked for.
+        step_seconds: of every timed step; step_s is their median.
+        attention_s: self-attention inside a step, dense layers included; None where not known.
+        speedup: of a sparse step over a dense one.
+        schedule_steps, dense_steps: of a full run with the node's defaults.
+        schedule_s: that run, extrapolated; schedule_speedup: the dense one over it.
+        latent_rel_l2: difference of the latent to the dense run's. Weights are random: it says
+            that the run is sound, not how a video would look.
+        notes: what the pack had to say about the run.
+    """
+
+    model: str
+    video: str
+    layout: str
+    tokens: int
+    layers: int
+    model_layers: int
+    dtype: str
+    method: str
+    parameters: str
+    precision: str
+    kernel: str
+    density: float
+    step_seconds: list[float]
+    step_s: float
+    attention_s: float | None
+    speedup: float
+    schedule_steps: int
+    dense_steps: int
+    schedule_s: float
+    schedule_speedup: float
+    latent_rel_l2: float
+    notes: list[str]
+
+
+def default_choice(model: Any, method: str) -> SparseChoice:
+    """What a node chooses for a MODEL with its defaults.
+
+    Raises:
+        ValueError: it is none of NODES.
+    """
+    if method == "radial":
+        return make_choice(model, RadialPolicy(), dense_layers="0")
+    if method == "psa":
+        return psa_choice(model, preset="auto", warmup_steps=-1, config_file="")
+    if method == "sparge":
+        return sparge_choice(
+            model,
+            sparge_ckpt="none",
+            topk=0.5,
+            simthreshd1=-0.1,
+            cdfthreshd=0.0,
+            attention_sink=False,
+            block_order="raster",
+            skipped_blocks="drop",
+            dense_layers="0",
+        )
+    raise ValueError(f"a method is one of {', '.join(NODES)}; got {method!r}")
+
+
+def always_sparse(choice: SparseChoice) -> SparseChoice:
+    """The choice with no dense steps; its dense layers stay."""
+    schedule = replace(choice.schedule, dense_timesteps=0, fits_warmup=False)
+    return replace(choice, schedule=schedule)
+
+
+def _attention_seconds(record: RunRecord) -> float:
+    """Self-attention per step, the first left out."""
+    steps = {call.step for call in record.calls} - {0}
+    return sum(call.seconds for call in record.calls if call.step in steps) / max(1, len(steps))
+
+
+def _sparse_row(
+    dense: EndToEndRow,
+    dense_latent: torch.Tensor,
+    method: str,
+    choice: SparseChoice,
+    record: RunRecord,
+    sampled: Sampled,
+) -> EndToEndRow:
+    sparse = record.sparse()
+    if not sparse.calls or not torch.isfinite(sampled.latent).all():
+        raise RuntimeError(f"{method}: the run was not sound: {record.summary()}")
+    step_s = statistics.median(sampled.step_seconds)
+    total = dense.schedule_steps
+    first = choice.schedule.first_dense_steps(total) + choice.schedule.last_dense_timesteps
+    schedule_s = first * dense.step_s + (total - first) * step_s
+    error = (sampled.latent - dense_latent).norm() / dense_latent.norm()
+    return replace(
+        dense,
+        method=method,
+        layout=record.layouts[0],
+        parameters=choice.policy.describe(),
+        precision=choice.precision,
+        kernel=" + ".join(sparse.kernels),
+        density=sparse.density,
+        step_seconds=sampled.step_seconds,
+        step_s=step_s,
+        attention_s=_attention_seconds(record),
+        speedup=dense.step_s / step_s,
+        dense_steps=first,
+        schedule_s=schedule_s,
+        schedule_speedup=dense.schedule_s / schedule_s,
+        latent_rel_l2=float(error),
+        notes=record.notes,
+    )
+
+
+def _print_row(row: EndToEndRow) -> None:
+    attention = "" if row.attention_s is None else f", self-attention {row.attention_s:.2f} s"
+    print(
+        f"  {row.method:14} {row.step_s:8.3f} s a step{attention}, {row.speedup:.2f}x; "
+        f"{row.schedule_steps} steps with {row.dense_steps} dense: {row.schedule_s:.0f} s "
+        f"(extrapolated), {row.schedule_speedup:.2f}x; density {row.density:.3f}, {row.kernel}",
+        flush=True,
+    )
+    for note in row.notes:
+        print(f"    {note}")
+
+
+class EndToEnd:
+    """A model and its runs."""
+
+    def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
+        kind = "cuda" if device.type == "cuda" else "cpu"
+        self.steps: int = arguments.steps
+        self.schedule_steps: int = arguments.schedule_steps
+        self.min_tokens: int | None = arguments.min_tokens
+        self.dtype_name: str = arguments.dtype or DEFAULT_DTYPE[kind]
+        self.size = SIZES[arguments.model or DEFAULT_MODEL[kind]]
+        self.comfy = start_comfyui(arguments.comfyui, device)
+        dtype = DTYPES[self.dtype_name]
+        self.layers: int = arguments.layers or layers_that_fit(self.size, dtype, device)
+        self.model = build(self.comfy, self.size, self.layers, dtype, device)
+
+    def dense(self, video: Video) -> tuple[EndToEndRow, torch.Tensor]:
+        """The row of dense attention, as ComfyUI chooses it, and its latent."""
+        sampled = sample(self.comfy, self.model, video, self.steps + 1)
+        step_s = statistics.median(sampled.step_seconds)
+        frames, height, width = video.latent
+        row = EndToEndRow(
+            model=self.size.name,
+            video=video.name,
+            layout=f"{frames}x{height // 2}x{width // 2}",
+            tokens=frames * (height // 2) * (width // 2),
+            layers=self.layers,
+            model_layers=self.size.layers,
+            dtype=self.dtype_name,
+            method=DENSE,
+            parameters="ComfyUI's own attention",
+            precision="native",
+            kernel=DENSE,
+            density=1.0,
+            step_seconds=sampled.step_seconds,
+            step_s=step_s,
+            attention_s=None,
+            speedup=1.0,
+            schedule_steps=self.schedule_steps,
+            dense_steps=self.schedule_steps,
+            schedule_s=self.schedule_steps * step_s,
+            schedule_speedup=1.0,
+            latent_rel_l2=0.0,
+            notes=[],
+        )
+        return row, sampled.latent
+
+    def sparse(
+        self, dense: EndToEndRow, latent: torch.Tensor, video: Video, method: str, precision: str
+    ) -> EndToEndRow:
+        """The row of a node with its defaults, in a precision."""
+        choice = replace(default_choice(self.model, method), precision=precision)
+        if self.min_tokens is not None:
+            choice = replace(choice, min_tokens=self.min_tokens)
+        patched = install(self.model, AttentionSettings(sparse=always_sparse(choice)))
+        sampled = sample(self.comfy, patched, video, self.steps + 1)
+        history = run_history(patched)
+        assert history is not None and history.latest is not None, "the pack records every run"
+        name = method if precision == "auto" else f"{method} {precision}"
+        return _sparse_row(dense, latent, name, choice, history.latest, sampled)
+
+
+def run(arguments: argparse.Namespace) -> Path:
+    """Measure what was asked for; returns the JSON file."""
+    device = torch.device(arguments.device) if arguments.device else default_device()
+    videos = [
+        Video.parse(text)
+        for text in arguments.videos or DEFAULT_VIDEOS["cuda" if device.type == "cuda" else "cpu"]
+    ]
+    folder = Path(arguments.out) / slug(device_name(device))
+    path = folder / "end_to_end.json"
+    head = header(device)  # before the measurements: the commit is that of the code they run
+    print(f"{device_name(device)}, torch {torch.__version__}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    rows: list[EndToEndRow] = []
+
+    def keep(row: EndToEndRow) -> None:
+        _print_row(row)
+        rows.append(row)
+        result = {
+            "header": head,
+            "command": command_line("end_to_end", arguments.given),
+            "inputs": INPUTS,
+            "rows": [asdict(kept) for kept in rows],
+        }
+        # After every run: a long measurement that is cut short leaves what it has.
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    with torch.inference_mode():
+        bench = EndToEnd(arguments, device)
+        for video in videos:
+            print(
+                f"{bench.size.name}, {bench.layers} of {bench.size.layers} layers, "
+                f"{bench.dtype_name}, {video.name}",
+                flush=True,
+            )
+            dense, latent = bench.dense(video)
+            keep(dense)
+            for precision in arguments.precisions:
+                for method in arguments.methods:
+                    keep(bench.sparse(dense, latent, video, method, precision))
+    print(f"wrote {path}")
+    return path
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end", description=__doc__)
+    result.add_argument("--model", choices=SIZES, help="default: wan14b on a GPU, tiny else")
+    result.add_argument("--layers", type=int, help="default: as many as fit into the GPU")
+    result.add_argument(
+        "--videos",
+        nargs="+",
+        metavar="WIDTHxHEIGHTxFRAMES",
+        help="default: 832x480x81 and 1280x720x81 on a GPU",
+    )
+    result.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 else")
+    result.add_argument("--methods", nargs="+", choices=NODES, default=NODES)
+    result.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=("auto", "native", "int8", "fp8"),
+        default=("auto",),
+        help="of the sparse products; default: auto",
+    )
+    result.add_argument(
+        "--steps", type=int, default=2, help="timed steps, after one that warms up; default: 2"
+    )
+    result.add_argument(
+        "--schedule-steps",
+        type=int,
+        default=SCHEDULE_STEPS,
+        help=f"of the run that is extrapolated; default: {SCHEDULE_STEPS}",
+    )
+    result.add_argument(
+        "--min-tokens", type=int, help="where sparse attention begins; default: the nodes' own"
+    )
+    result.add_argument("--comfyui", help="folder with ComfyUI's main.py; default: COMFYUI_PATH")
+    result.add_argument("--device", help="default: the first GPU, or cpu")
+    result.add_argument(
+        "--out", default=RESULTS, help="folder for the results; default: benchmarks/results"
+    )
+    return result
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parser().parse_args(argv)
+    arguments.given = argv
+    logging.getLogger("sparse_video_attention").setLevel(logging.WARNING)
+    try:
+        run(arguments)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
