@@ -77,7 +77,10 @@ def _load(model: Any, name: str) -> SpargeCheckpoint | None:
     family, layers = describe_model(model)
     net = model.model.diffusion_model
     heads = net.num_heads if family == WAN else net.num_attention_heads
-    return load_checkpoint(path, num_layers=layers, num_heads=heads, family=family)
+    checkpoint = load_checkpoint(path, num_layers=layers, num_heads=heads, family=family)
+    # Here and not at the first call, which hosts may be capturing in a graph.
+    checkpoint.on_device(model.load_device)
+    return checkpoint
 
 
 def sparge_choice(

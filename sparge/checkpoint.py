@@ -7,9 +7,10 @@ at all.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,14 @@ class LayerThresholds:
     def num_heads(self) -> int:
         return len(self.is_sparse)
 
+    def reachable_simthreshd1(self) -> tuple[float, ...]:
+        """simthreshd1, infinite for heads that must run dense.
+
+        A dense head stores 1, which rounding lets the similarity of equal tokens exceed.
+        """
+        pairs = zip(self.simthreshd1, self.is_sparse, strict=True)
+        return tuple(value if sparse else math.inf for value, sparse in pairs)
+
 
 @dataclass(frozen=True)
 class SpargeCheckpoint:
@@ -65,10 +74,28 @@ class SpargeCheckpoint:
     name: str
     family: str
     layers: tuple[LayerThresholds, ...]
+    _copies: dict[torch.device, Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def num_heads(self) -> int:
         return self.layers[0].num_heads
+
+    def on_device(self, device: torch.device) -> Tensor:
+        """The thresholds of block maps: copied once per device, and kept with the checkpoint.
+
+        Returns:
+            fp32 [layers, 2, H]: simthreshd1, out of reach of any similarity for dense heads, and
+            cdfthreshd.
+        """
+        found = self._copies.get(device)
+        if found is None:
+            rows = [(layer.reachable_simthreshd1(), layer.cdfthreshd) for layer in self.layers]
+            copy = torch.tensor(rows, dtype=torch.float32, device=device)
+            # Of two threads that come here at once, one keeps its copy, and both use that.
+            found = self._copies.setdefault(device, copy)
+        return found
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -82,6 +109,10 @@ class SpargeCheckpoint:
     def __hash__(self) -> int:
         # Thousands of numbers otherwise, every time a cache is asked for a policy.
         return hash((self.name, self.family, len(self.layers)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process has its own devices."""
+        return SpargeCheckpoint, (self.name, self.family, self.layers)
 
 
 def load_checkpoint(

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..kernels import BlockPlan, TokenLayout
 from ..kernels.orders import video_order
 from ..kernels.plan import BLOCK_SIZES
-from .checkpoint import LayerThresholds, SpargeCheckpoint
+from .checkpoint import SpargeCheckpoint
 from .dynamic_map import block_map
 
 SKIPPED_BLOCKS = ("drop", "pool")
@@ -111,15 +108,18 @@ class SpargePolicy:
         Raises:
             ValueError: the checkpoint has no such layer, or another number of heads.
         """
-        tuned = None if self.checkpoint is None else self._tuned(self.checkpoint, layer, q.shape[1])
+        simthreshd1: float | Tensor = self.simthreshd1
+        cdfthreshd: float | Tensor | None = self.cdfthreshd
+        if self.checkpoint is not None:
+            simthreshd1, cdfthreshd = self._tuned(self.checkpoint, layer, q).unbind()
         kept = block_map(
             q,
             k,
             block_q=self.block_m,
             block_k=self.block_n,
-            simthreshd1=self.simthreshd1 if tuned is None else tuned.simthreshd1,
-            cdfthreshd=self.cdfthreshd if tuned is None else tuned.cdfthreshd,
-            topk=self.topk if tuned is None and self.cdfthreshd is None else None,
+            simthreshd1=simthreshd1,
+            cdfthreshd=cdfthreshd,
+            topk=self.topk if cdfthreshd is None else None,
             attention_sink=self.attention_sink,
             scale=scale,
             subtract_key_mean=True,
@@ -142,27 +142,12 @@ class SpargePolicy:
             packed=False,
         )
 
-    def _tuned(self, checkpoint: SpargeCheckpoint, layer: int, heads: int) -> _TunedThresholds:
+    def _tuned(self, checkpoint: SpargeCheckpoint, layer: int, q: Tensor) -> Tensor:
+        """fp32 [2, H] on q's device: simthreshd1 and cdfthreshd of a layer."""
+        heads = q.shape[1]
         if layer >= len(checkpoint) or heads != checkpoint.num_heads:
             raise ValueError(
                 f"{checkpoint.name} is tuned for {len(checkpoint)} layers with "
                 f"{checkpoint.num_heads} heads; this is layer {layer} with {heads} heads"
             )
-        return _tuned_thresholds(checkpoint[layer])
-
-
-@dataclass(frozen=True, eq=False)
-class _TunedThresholds:
-    simthreshd1: Tensor
-    cdfthreshd: Tensor
-
-
-# On the CPU: memory of the accelerator must not outlive the call that asked for it.
-@functools.lru_cache(maxsize=256)
-def _tuned_thresholds(layer: LayerThresholds) -> _TunedThresholds:
-    """A layer's thresholds as tensors, with dense heads out of reach of any similarity."""
-    pairs = zip(layer.simthreshd1, layer.is_sparse, strict=True)
-    return _TunedThresholds(
-        torch.tensor([value if sparse else math.inf for value, sparse in pairs]),
-        torch.tensor(layer.cdfthreshd),
-    )
+        return checkpoint.on_device(q.device)[layer]

@@ -1,6 +1,11 @@
 """SpargePolicy: its plan against the block map, dense attention and a tuned checkpoint."""
 
+import gc
 import math
+import pickle
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +18,7 @@ from sparse_video_attention.sparge import (
     block_map,
     load_checkpoint,
 )
+from sparse_video_attention.sparge import policy as policy_module
 from sparse_video_attention.sparge.statistics import block_statistics
 
 PUBLISHED = Path(__file__).parents[1] / "golden" / "sparge_cogvideox_2b.pt"
@@ -86,6 +92,47 @@ def test_dense_heads_of_a_checkpoint_keep_everything_and_the_rest_their_threshol
         )
         assert torch.equal(levels[:, sparse_head], expected[:, 0].to(levels.dtype))
         assert expected.float().mean() < 1
+
+
+def test_thresholds_are_copied_to_a_device_once_and_go_with_the_checkpoint(monkeypatch):
+    """Not per call, and nothing on the device outlives the MODEL that asked for it."""
+    given = []
+
+    def watched(*args, **options):
+        given.append((options["simthreshd1"].data_ptr(), options["cdfthreshd"].data_ptr()))
+        return block_map(*args, **options)
+
+    monkeypatch.setattr(policy_module, "block_map", watched)
+    layout = TokenLayout(3, 16, 16)
+    layers = tuple(LayerThresholds((True,) * 2, (0.5,) * 2, (x,) * 2, (50.0,) * 2) for x in (0, 1))
+    checkpoint = SpargeCheckpoint("tuned.pt", "WAN", layers)
+    policy = SpargePolicy(checkpoint=checkpoint)
+    copy = checkpoint.on_device(torch.device("cpu"))
+    for layer in (0, 1, 0, 1):
+        kept(policy, layout, layer=layer)
+    row = 2 * copy.element_size()
+    addresses = [tuple(copy[layer, i].data_ptr() for i in range(2)) for layer in (0, 1)]
+    assert given == addresses * 2 and addresses[1][0] - addresses[0][0] == 2 * row
+    assert pickle.loads(pickle.dumps(checkpoint)) == checkpoint
+    assert checkpoint == SpargeCheckpoint("tuned.pt", "WAN", layers)
+
+    alive = weakref.ref(copy)
+    del copy, checkpoint, policy
+    gc.collect()
+    assert alive() is None
+
+
+def test_threads_share_one_copy_of_the_thresholds():
+    checkpoint = load_checkpoint(PUBLISHED)
+    start = threading.Barrier(4)
+
+    def ask():
+        start.wait()
+        return checkpoint.on_device(torch.device("cpu"))
+
+    with ThreadPoolExecutor(4) as threads:
+        found = [thread.result() for thread in [threads.submit(ask) for _ in range(4)]]
+    assert len({id(copy) for copy in found}) == 1
 
 
 @pytest.mark.parametrize("stored", [1.0, -0.5], ids=lambda value: f"simthreshd1={value}")
