@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .sampling import SAMPLE_OFFSET, SAMPLE_STRIDE, sample_tokens, tokens_per_block
-from .twins import run_twin
+from .twins import Twins
 
 # Scores held at once, in elements of 4 bytes; there are two such buffers.
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
@@ -61,6 +61,7 @@ def block_importance(
     tokens_per_q_block: int,
     tokens_per_k_block: int,
     scale: float | None = None,
+    twins: Twins | None = None,
 ) -> Tensor:
     """Share of each key block in what a query block's sampled rows attend to at their best.
 
@@ -72,6 +73,7 @@ def block_importance(
         q: [B, H, M * tokens_per_q_block, D], sampled; k: [B, H, N * tokens_per_k_block, D];
             any float dtype and strides.
         scale: of the logits; 1 / sqrt(D) by default.
+        twins: what a caller keeps of failures over its calls, on CUDA.
 
     Returns:
         fp32 [B, H, M, N]. Products and scores are fp32, whatever the inputs: ties in a narrower
@@ -86,7 +88,7 @@ def block_importance(
     batch, heads, q_tokens, head_dim = q.shape
     if scale is None:
         scale = head_dim**-0.5
-    found = run_twin(
+    found = (twins or Twins()).run(
         "triton_importance",
         q,
         lambda twin: twin.refuses(q, k, tokens_per_q_block, scale),
@@ -126,12 +128,21 @@ def block_importance(
     return out
 
 
-def token_importance(q: Tensor, k: Tensor, *, block_m: int, block_n: int, scale: float) -> Tensor:
+def token_importance(
+    q: Tensor,
+    k: Tensor,
+    *,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    twins: Twins | None = None,
+) -> Tensor:
     """block_importance of the sampled tokens of whole q and k.
 
     Args:
         q, k: [B, H, N, D], any lengths and strides.
         block_m, block_n: tokens per query block and key block, multiples of 4.
+        twins: as in block_importance.
 
     Returns:
         fp32 [B, H, ceil(q tokens / block_m), ceil(k tokens / block_n)].
@@ -141,7 +152,7 @@ def token_importance(q: Tensor, k: Tensor, *, block_m: int, block_n: int, scale:
         "tokens_per_k_block": tokens_per_block(block_n),
     }
     # The twin reads the sample where it is.
-    found = run_twin(
+    found = (twins or Twins()).run(
         "triton_importance",
         q,
         lambda twin: twin.refuses(q, k, tokens["tokens_per_q_block"], scale),
@@ -152,5 +163,5 @@ def token_importance(q: Tensor, k: Tensor, *, block_m: int, block_n: int, scale:
     if found is not None:
         return found
     return block_importance(
-        sample_tokens(q, block_m), sample_tokens(k, block_n), **tokens, scale=scale
+        sample_tokens(q, block_m), sample_tokens(k, block_n), **tokens, scale=scale, twins=twins
     )

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .twins import run_twin
+from .twins import Twins
 
 # The order in which levels take blocks: every preset is expanded to all of them.
 LEVEL_ORDER = (1, 2, 4, 8, 0)
@@ -143,6 +143,7 @@ def assign_levels(
     mask_mode: str,
     block_n: int,
     tile_n: int = 32,
+    twins: Twins | None = None,
 ) -> Tensor:
     """Levels of key blocks from their importance.
 
@@ -154,6 +155,7 @@ def assign_levels(
             "thresholdbound": bounds are shares of the row's importance.
         block_n, tile_n: keys per block and per tile; the number of blocks at level h is a
             multiple of ceil(h / (block_n / tile_n)).
+        twins: what a caller keeps of failures over its calls, on CUDA.
 
     Returns:
         int8 [..., N] of 0 (skipped), 1, 2, 4 and 8. A row may come out empty where the bounds
@@ -166,7 +168,7 @@ def assign_levels(
     """
     check_level_request(mask_ratios, mask_mode, block_n, tile_n)
     num_k_blocks = importance.shape[-1]
-    found = run_twin(
+    found = (twins or Twins()).run(
         "triton_levels",
         importance,
         lambda twin: twin.refuses(num_k_blocks),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from .importance import token_importance
 from .levels import assign_levels, topk_segments
 from .preset import PsaPreset, SimThresholds
 from .similarity import similarity_cap
+from .twins import Twins
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class PsaPolicy:
         mask_ratios: ((level, (lower, upper)), ...) of a PsaPreset.
         sim_thresholds: None without the similarity cap.
         rearrange_method: "Gilbert", "STA" or None for the model's own token order.
+        twins: what failed on which device, for as long as this policy lives.
 
     The other attributes are a preset's. Hashable: equal policies make equal plans.
     """
@@ -39,6 +41,7 @@ class PsaPolicy:
     rearrange_method: str | None = None
     tile_size: tuple[int, int, int] = (2, 8, 8)
     label: str = "custom"
+    twins: Twins = field(default_factory=Twins, repr=False, compare=False)
 
     name: ClassVar[str] = "psa"
     is_static: ClassVar[bool] = False
@@ -117,18 +120,23 @@ class PsaPolicy:
                 f"the layout {layout} has {layout.num_tokens} tokens; got {q.shape[2]} queries "
                 f"and {k.shape[2]} keys"
             )
-        importance = token_importance(q, k, block_m=self.block_m, block_n=self.block_n, scale=scale)
+        importance = token_importance(
+            q, k, block_m=self.block_m, block_n=self.block_n, scale=scale, twins=self.twins
+        )
         levels = assign_levels(
             importance,
             dict(self.mask_ratios),
             mask_mode=self.mask_mode,
             block_n=self.block_n,
             tile_n=self.tile_n,
+            twins=self.twins,
         )
         if self._may_empty_rows(levels.shape[-1]):
             keep_best_block(levels, importance)
         if self.sim_thresholds is not None:
-            cap = similarity_cap(k, block_n=self.block_n, **self.sim_thresholds._asdict())
+            cap = similarity_cap(
+                k, block_n=self.block_n, **self.sim_thresholds._asdict(), twins=self.twins
+            )
             torch.minimum(levels, cap.unsqueeze(2), out=levels)
         keep_text(levels, layout, block_m=self.block_m, block_n=self.block_n)
         return BlockPlan.from_levels(

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .twins import run_twin
+from .twins import Twins
 
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
 
@@ -32,7 +32,9 @@ def _mean_cosine(x: Tensor, norms: Tensor, group: int, num_blocks: int, block_n:
     return cosine
 
 
-def similarity_cap(k: Tensor, *, block_n: int, x2: float, x4: float, x8: float) -> Tensor:
+def similarity_cap(
+    k: Tensor, *, block_n: int, x2: float, x4: float, x8: float, twins: Twins | None = None
+) -> Tensor:
     """The coarsest level each key block may have.
 
     c_h is the mean cosine of the first and last token of the block's groups of h tokens; the cap
@@ -41,6 +43,7 @@ def similarity_cap(k: Tensor, *, block_n: int, x2: float, x4: float, x8: float) 
     Args:
         k: [B, H, N, D], any strides; the last block may be ragged.
         x2, x4, x8: thresholds.
+        twins: what a caller keeps of failures over its calls, on CUDA.
 
     Returns:
         int8 [B, H, ceil(N / block_n)], computed in fp32.
@@ -55,7 +58,7 @@ def similarity_cap(k: Tensor, *, block_n: int, x2: float, x4: float, x8: float) 
             "k is [batch, heads, tokens, head_dim] and block_n a multiple of 8; got shape "
             f"{list(k.shape)} and block_n={block_n}"
         )
-    found = run_twin(
+    found = (twins or Twins()).run(
         "triton_similarity",
         k,
         lambda twin: twin.refuses(k, block_n),

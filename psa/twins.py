@@ -18,35 +18,53 @@ LOGGER = logging.getLogger("sparse_video_attention")
 # Tensor cores that take bf16.
 MIN_CAPABILITY = (8, 0)
 
-_set_aside: dict[str, str] = {}
 
+class Twins:
+    """Runs twins, and remembers which failed on which device.
 
-def run_twin(
-    module: str, x: Tensor, refuses: Callable[[Any], str | None], run: Callable[[Any], Tensor]
-) -> Tensor | None:
-    """run(module) on x's device, or None where the torch function has to serve the call.
-
-    Args:
-        module: of this folder; imported here, since it imports Triton.
-        refuses: (module) -> None, or why it cannot serve this call.
+    A policy keeps one, so that a failure is paid for once and forgotten with the MODEL. Safe to
+    share between threads.
     """
-    if not x.is_cuda or module in _set_aside:
-        return None
-    try:
-        if torch.cuda.get_device_capability(x.device) < MIN_CAPABILITY:
+
+    def __init__(self) -> None:
+        self._failed: dict[tuple[str, torch.device], str] = {}
+
+    def failures(self) -> dict[tuple[str, torch.device], str]:
+        """Why a twin is not used any more, by (name, device)."""
+        return dict(self._failed)
+
+    def run(
+        self,
+        module: str,
+        x: Tensor,
+        refuses: Callable[[Any], str | None],
+        run: Callable[[Any], Tensor],
+    ) -> Tensor | None:
+        """run(module) on x's device, or None where the torch function has to serve the call.
+
+        Args:
+            module: of this folder; imported here, since it imports Triton.
+            refuses: (module) -> None, or why it cannot serve this call.
+        """
+        if not x.is_cuda or (module, x.device) in self._failed:
             return None
-        twin = importlib.import_module(f".{module}", __package__)
-        if refuses(twin) is not None:
+        try:
+            if torch.cuda.get_device_capability(x.device) < MIN_CAPABILITY:
+                return None
+            twin = importlib.import_module(f".{module}", __package__)
+            if refuses(twin) is not None:
+                return None
+            with torch.cuda.device(x.device):
+                return run(twin)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler can raise anything; the torch function needs none
+            reason = f"{type(error).__name__}: {error}"
+            if self._failed.setdefault((module, x.device), reason) is reason:
+                LOGGER.warning(
+                    "[sparse_video_attention] psa plans without %s on %s from here on: %s",
+                    module,
+                    x.device,
+                    reason,
+                )
             return None
-        with torch.cuda.device(x.device):
-            return run(twin)
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except Exception as error:  # a compiler can raise anything; the torch function needs none
-        _set_aside[module] = f"{type(error).__name__}: {error}"
-        LOGGER.warning(
-            "[sparse_video_attention] psa plans without %s from here on: %s",
-            module,
-            _set_aside[module],
-        )
-        return None

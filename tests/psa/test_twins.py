@@ -10,7 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sparse_video_attention.psa import twins
+from sparse_video_attention.kernels import TokenLayout
+from sparse_video_attention.psa import PsaPolicy
+from sparse_video_attention.psa.preset import SimThresholds
+from sparse_video_attention.psa.twins import Twins
 
 # The interpreter multiplies bf16 as if it were whole numbers, so these are fp16.
 IN_THE_INTERPRETER = """
@@ -189,41 +192,70 @@ def test_similarity_compiles_without_spills(capability, block_n, tmp_path):
 @pytest.fixture
 def pretend_cuda(monkeypatch):
     """A stand-in for a CUDA tensor, on a machine that looks as if it had one."""
-    monkeypatch.setattr(twins, "_set_aside", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    return SimpleNamespace(is_cuda=True, device="cuda:0")
+    return SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
 
 
 def test_cpu_tensors_do_not_import_triton():
-    assert twins.run_twin("no_such_module", torch.zeros(1), None, None) is None
+    assert Twins().run("no_such_module", torch.zeros(1), None, None) is None
 
 
 def test_twin_serves_what_it_does_not_refuse(pretend_cuda):
     result = torch.ones(1)
     run = lambda twin: result  # noqa: E731
-    assert twins.run_twin("sampling", pretend_cuda, lambda twin: None, run) is result
-    assert twins.run_twin("sampling", pretend_cuda, lambda twin: "too long", run) is None
+    assert Twins().run("sampling", pretend_cuda, lambda twin: None, run) is result
+    assert Twins().run("sampling", pretend_cuda, lambda twin: "too long", run) is None
 
 
-def test_failing_twin_is_set_aside_and_named_once(pretend_cuda, caplog):
+def test_failing_twin_is_set_aside_on_its_device_and_named_once(pretend_cuda, caplog):
     calls = []
 
     def fail(twin):
         calls.append(twin)
         raise RuntimeError("no C compiler")
 
+    twins, other_gpu = Twins(), SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
     for _ in range(3):
-        assert twins.run_twin("sampling", pretend_cuda, lambda twin: None, fail) is None
+        assert twins.run("sampling", pretend_cuda, lambda twin: None, fail) is None
     assert len(calls) == 1
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "without sampling from here on: RuntimeError: no C compiler" in caplog.text
+    assert "without sampling on cuda:0 from here on: RuntimeError: no C compiler" in caplog.text
+    assert twins.run("sampling", other_gpu, lambda twin: None, lambda twin: "served") == "served"
+    assert twins.run("levels", pretend_cuda, lambda twin: None, lambda twin: "served") == "served"
+
+
+def test_a_failure_is_forgotten_with_the_policy(pretend_cuda):
+    """One MODEL's bad luck is not the next one's; equal policies stay equal."""
+    unlucky, fresh = PsaPolicy(((1, (0.0, 0.5)),)), PsaPolicy(((1, (0.0, 0.5)),))
+    unlucky.twins.run("sampling", pretend_cuda, lambda twin: None, lambda twin: 1 / 0)
+    assert list(unlucky.twins.failures()) == [("sampling", pretend_cuda.device)]
+    assert fresh.twins.failures() == {}
+    assert unlucky == fresh and hash(unlucky) == hash(fresh)
+
+
+def test_a_policys_calls_share_what_failed():
+    """Every stage asks the policy's own record, and asks it every time."""
+    asked = []
+
+    class Watched(Twins):
+        def run(self, module, x, refuses, run):
+            asked.append(module)
+
+    policy = PsaPolicy(
+        ((1, (0.0, 0.5)),), sim_thresholds=SimThresholds(), block_n=64, twins=Watched()
+    )
+    layout = TokenLayout(2, 10, 15)
+    q = torch.randn(1, 1, 300, 64, generator=torch.Generator().manual_seed(0))
+    policy.plan(q, q, layout, layer=0, scale=0.1)
+    assert set(asked) == {"triton_importance", "triton_levels", "triton_similarity"}
 
 
 def test_old_gpus_use_torch(pretend_cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert twins.run_twin("sampling", pretend_cuda, lambda twin: None, None) is None
-    assert twins._set_aside == {}
+    twins = Twins()
+    assert twins.run("sampling", pretend_cuda, lambda twin: None, None) is None
+    assert twins.failures() == {}
 
 
 def test_memory_shortage_is_not_hidden(pretend_cuda):
@@ -231,7 +263,7 @@ def test_memory_shortage_is_not_hidden(pretend_cuda):
         raise torch.cuda.OutOfMemoryError("out of memory")
 
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        twins.run_twin("sampling", pretend_cuda, lambda twin: None, fail)
+        Twins().run("sampling", pretend_cuda, lambda twin: None, fail)
 
 
 @pytest.mark.gpu
@@ -241,12 +273,7 @@ def test_memory_shortage_is_not_hidden(pretend_cuda):
     [(128, 128, torch.bfloat16), (32, 64, torch.float16)],
     ids=["n128-D128-bf16", "n32-D64-fp16"],
 )
-def test_plan_on_a_gpu_is_the_plan_on_the_cpu(mask_mode, block_n, head_dim, dtype, monkeypatch):
-    from sparse_video_attention.kernels import TokenLayout
-    from sparse_video_attention.psa import PsaPolicy
-    from sparse_video_attention.psa.preset import SimThresholds
-
-    monkeypatch.setattr(twins, "_set_aside", {})
+def test_plan_on_a_gpu_is_the_plan_on_the_cpu(mask_mode, block_n, head_dim, dtype):
     ratios = ((1, (0.0, 0.2)), (2, (0.2, 0.4)), (4, (0.4, 0.6)), (8, (0.6, 0.8)))
     policy = PsaPolicy(ratios, mask_mode, block_n=block_n, sim_thresholds=SimThresholds(0, 0, 0))
     layout = TokenLayout(7, 24, 31, prefix_tokens=226)
@@ -265,6 +292,6 @@ def test_plan_on_a_gpu_is_the_plan_on_the_cpu(mask_mode, block_n, head_dim, dtyp
         plan = policy.plan(q, k, layout, layer=0, scale=0.1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert twins._set_aside == {}
+    assert policy.twins.failures() == {}
     # Sums in another order may move a block that lies on a bound.
     assert (plan.to_levels().cpu() != want).float().mean() < 1e-3
