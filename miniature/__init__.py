@@ -1,0 +1,1 @@
+"""Small trained video models with the true WAN and CogVideoX architectures, and their training."""

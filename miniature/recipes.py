@@ -1,0 +1,62 @@
+"""The recipes by name. `cpu` is what a few hours of a small machine can do, `gpu` for half an hour
+of a large card."""
+
+from __future__ import annotations
+
+from .recipe import Recipe, Stage
+
+RECIPES: dict[str, Recipe] = {
+    "wan-cpu": Recipe(
+        family="wan",
+        dim=256,
+        ffn_dim=512,
+        num_layers=4,
+        stages=(
+            Stage(600, clips=8, frames=3, height=16, width=24),
+            Stage(900, clips=6, frames=5, height=16, width=24),
+            Stage(500, clips=2, frames=5, height=24, width=40),
+            Stage(300, clips=1, frames=9, height=24, width=40),
+            Stage(100, clips=1, frames=21, height=24, width=40),
+        ),
+    ),
+    "wan-gpu": Recipe(
+        family="wan",
+        dim=256,
+        ffn_dim=768,
+        num_layers=6,
+        stages=(
+            Stage(4000, clips=64, frames=5, height=16, width=24),
+            Stage(4000, clips=32, frames=9, height=24, width=40),
+            Stage(2000, clips=16, frames=21, height=24, width=40),
+        ),
+        warmup=100,
+        cooldown=1500,
+        ema_steps=1000,
+    ),
+    "cogvideox-cpu": Recipe(
+        family="cogvideox",
+        dim=192,
+        ffn_dim=768,
+        num_layers=4,
+        stages=(
+            Stage(600, clips=8, frames=3, height=16, width=24),
+            Stage(900, clips=6, frames=5, height=16, width=24),
+            Stage(500, clips=2, frames=5, height=24, width=40),
+            Stage(300, clips=1, frames=13, height=24, width=40),
+        ),
+    ),
+    "cogvideox-gpu": Recipe(
+        family="cogvideox",
+        dim=256,
+        ffn_dim=1024,
+        num_layers=6,
+        stages=(
+            Stage(4000, clips=64, frames=5, height=16, width=24),
+            Stage(3000, clips=32, frames=9, height=24, width=40),
+            Stage(1500, clips=16, frames=13, height=24, width=40),
+        ),
+        warmup=100,
+        cooldown=1500,
+        ema_steps=1000,
+    ),
+}

@@ -1,0 +1,93 @@
+"""python -m miniature.sample: the prompts' videos so far, as a sheet of pictures.
+
+A plain sampler beside ComfyUI's, to look at a training run; demos and benchmarks use ComfyUI.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from .latents import LATENT_CHANNELS
+from .models import family_of, make_model
+from .prompts import PROMPTS, Prompt, text_features
+from .recipes import RECIPES
+from .train import OUTPUT
+
+WAN_SHIFT = 8.0
+PIXELS = 5
+GAP = 2
+
+
+def shifted_sigmas(steps: int, shift: float = WAN_SHIFT) -> Tensor:
+    """Noise levels from 1 to 0, fp32 [steps + 1], as ComfyUI's `simple` scheduler has them."""
+    position = torch.arange(steps, -1, -1) / steps
+    return shift * position / (1 + (shift - 1) * position)
+
+
+@torch.no_grad()
+def sample_flow(
+    model: nn.Module, noise: Tensor, prompts: list[Prompt], sigmas: Tensor, guidance: float
+) -> Tensor:
+    """Euler steps from noise to latents, [B, C, T, H, W]."""
+    context = torch.stack([text_features(prompt) for prompt in prompts])
+    empty = text_features(None).expand_as(context)
+    x = noise
+    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        timestep = (1000 * sigma).expand(len(x))
+        velocity = model(x, timestep, context)
+        if guidance != 1.0:
+            without = model(x, timestep, empty)
+            velocity = without + guidance * (velocity - without)
+        x = x + (following - sigma) * velocity
+    return x
+
+
+def contact_sheet(videos: Tensor, columns: int) -> Image.Image:
+    """A row per video, frames evenly spaced; videos fp32 [B, T, H, W, 3], 0 to 1."""
+    shown = torch.linspace(0, videos.shape[1] - 1, columns).round().long()
+    frames = (videos[:, shown].clamp(0, 1) * 255).round().to(torch.uint8)
+    large = frames.repeat_interleave(PIXELS, 2).repeat_interleave(PIXELS, 3)
+    count, columns, height, width, _ = large.shape
+    sheet = Image.new("RGB", ((width + GAP) * columns, (height + GAP) * count), "white")
+    for row in range(count):
+        for column in range(columns):
+            picture = Image.fromarray(large[row, column].numpy())
+            sheet.paste(picture, (column * (width + GAP), row * (height + GAP)))
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m miniature.sample", description=__doc__)
+    parser.add_argument("recipe", choices=sorted(RECIPES))
+    parser.add_argument("--state", type=Path, help="(default: the recipe's own)")
+    parser.add_argument("--size", type=int, nargs=3, default=(5, 16, 24), metavar="N")
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--shift", type=float, default=WAN_SHIFT)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prompts", type=int, default=len(PROMPTS))
+    parser.add_argument("--output", type=Path, help="PNG (default: beside the state)")
+    options = parser.parse_args()
+    folder = OUTPUT / options.recipe
+    state = torch.load(options.state or folder / "state.pt", map_location="cpu", weights_only=True)
+    recipe = RECIPES[options.recipe]
+    model = make_model(recipe)
+    model.load_state_dict(state["average"])
+    generator = torch.Generator().manual_seed(options.seed)
+    prompts = list(PROMPTS[: options.prompts])
+    noise = torch.randn(len(prompts), LATENT_CHANNELS, *options.size, generator=generator)
+    sigmas = shifted_sigmas(options.steps, options.shift)
+    latents = sample_flow(model, noise, prompts, sigmas, options.guidance)
+    videos = family_of(recipe).colours.decode(latents)
+    path = options.output or folder / f"samples_{state['step']}.png"
+    contact_sheet(videos, min(options.size[0], 6)).save(path)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""The endless video set: clip `index` of seed `seed` is always the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .prompts import Prompt
+from .scene import Draw, draw_prompt, draw_scene, render
+
+# Two clips share a private seed only after this many.
+_CLIPS_PER_SEED = 1 << 40
+
+
+@dataclass(frozen=True)
+class VideoSet:
+    """Clips of one size.
+
+    Attributes:
+        seed: of all of them.
+        frames, height, width: of every clip.
+    """
+
+    seed: int
+    frames: int
+    height: int
+    width: int
+
+    def clip(self, index: int, prompt: Prompt | None = None) -> tuple[Prompt, Tensor]:
+        """The prompt and the video, fp32 [frames, height, width, 3] between 0 and 1.
+
+        Args:
+            prompt: what to show, None for a random choice.
+        """
+        draw = Draw(self.seed * _CLIPS_PER_SEED + index)
+        chosen = draw_prompt(draw)
+        scene = draw_scene(chosen if prompt is None else prompt, draw)
+        start = draw.uniform(0.0, 16.0)
+        size = {"frames": self.frames, "height": self.height, "width": self.width}
+        return scene.prompt, render(scene, start=start, **size)
