@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +10,9 @@ from torch import Tensor
 
 from .log import log, one_line
 from .record import RunHistory, RunRecord
+from .sampler_steps import SamplerSteps
 from .schedule import NoiseBounds, Schedule
 from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice
-from .step import denoising_step
 
 RUN_KEY = "sparse_video_attention_run"
 
@@ -25,29 +24,13 @@ class RunState:
         self.record = record
         self.bounds = bounds
         self.reasserted = False
-        self._schedules: dict[int, list[float]] = {}
-        self._latest_step = 0
-        self._lock = threading.Lock()
-
-    def sample_sigmas(self, sample_sigmas: Tensor) -> list[float]:
-        """The sampler's schedule on the host: one device sync per run.
-
-        Known by its length: in a multi-GPU run every forward brings a copy of its own.
-        """
-        with self._lock:
-            length = len(sample_sigmas)
-            if length not in self._schedules:
-                self._schedules[length] = sample_sigmas.tolist()
-                self.record.total_steps = max(self.record.total_steps, length - 1)
-            return self._schedules[length]
+        self.steps = SamplerSteps()
 
     def step(self, sigma: float, sample_sigmas: Tensor) -> tuple[int | None, int]:
         """(denoising step, steps in the schedule) of a forward at noise level sigma."""
-        schedule = self.sample_sigmas(sample_sigmas)
-        step = denoising_step(sigma, schedule, not_before=self._latest_step)
-        if step is not None:
-            self._latest_step = step
-        return step, len(schedule) - 1
+        step, total = self.steps.step_of(sigma, sample_sigmas)
+        self.record.total_steps = max(self.record.total_steps, total)
+        return step, total
 
 
 def noise_bounds(schedule: Schedule, model_patcher: Any) -> NoiseBounds:
@@ -115,10 +98,10 @@ class OuterSampleWrapper:
         bounds = None
         if choice is not None:
             bounds = noise_bounds(choice.schedule, guider.model_patcher)
-        options[RUN_KEY] = RunState(record, bounds)
+        run = options[RUN_KEY] = RunState(record, bounds)
         self._at_start(options)
         try:
-            out = executor(*args, **kwargs)
+            out = executor(*run.steps.follow(args), **kwargs)
         except BaseException:
             record.note("the run ended early")
             raise

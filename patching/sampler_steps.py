@@ -1,0 +1,79 @@
+"""What a sampler says about its steps: its schedule, its options, and how far it has come."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .step import churned_levels, denoising_step
+
+# Of CFGGuider.outer_sample's arguments.
+_SAMPLER, _CALLBACK = 2, 5
+
+
+class _Schedule(NamedTuple):
+    """Sigmas, and the noise levels that the steps between them start at."""
+
+    sigmas: list[float]
+    starts: list[float]
+
+
+class SamplerSteps:
+    """The steps of one sampling run. Safe to share between threads."""
+
+    def __init__(self) -> None:
+        self._options: Mapping[str, Any] = {}
+        self._schedules: dict[int, _Schedule] = {}
+        self._latest = 0
+        self._reported: int | None = None
+        self._lock = threading.Lock()
+
+    def follow(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Read the sampler's options, and have it report its steps.
+
+        Args:
+            args: of CFGGuider.outer_sample.
+
+        Returns:
+            args with a callback that reports before it does what theirs does.
+        """
+        if len(args) <= _CALLBACK:
+            return args
+        options = getattr(args[_SAMPLER], "extra_options", None)
+        self._options = options if isinstance(options, Mapping) else {}
+        theirs: Callable[..., Any] | None = args[_CALLBACK]
+
+        def callback(step: int, *rest: Any) -> Any:
+            self.report(step)
+            return None if theirs is None else theirs(step, *rest)
+
+        return (*args[:_CALLBACK], callback, *args[_CALLBACK + 1 :])
+
+    def report(self, step: int) -> None:
+        """The sampler has evaluated the model for a step."""
+        self._reported = step
+
+    def step_of(self, sigma: float, sample_sigmas: Tensor) -> tuple[int | None, int]:
+        """(denoising step, steps in the schedule) of a forward at noise level sigma."""
+        sigmas, starts = self._schedule(sample_sigmas)
+        step = denoising_step(
+            sigma, sigmas, starts=starts, not_before=self._latest, reported=self._reported
+        )
+        if step is not None:
+            self._latest = step
+        return step, len(sigmas) - 1
+
+    def _schedule(self, sample_sigmas: Tensor) -> _Schedule:
+        """The schedule on the host: one device sync per run.
+
+        Known by its length: in a multi-GPU run every forward brings a copy of its own.
+        """
+        with self._lock:
+            length = len(sample_sigmas)
+            if length not in self._schedules:
+                sigmas = sample_sigmas.tolist()
+                self._schedules[length] = _Schedule(sigmas, churned_levels(sigmas, self._options))
+            return self._schedules[length]
