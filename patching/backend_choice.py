@@ -149,6 +149,11 @@ def backend_settings(
         if config.sparge and self_attn_1_type == AUTO:
             # The dense type beside it serves the calls that stay dense.
             dense = types[AttentionSite.SELF]
+            if dense in SPARSE_TYPES and dense != "sparge_attn":
+                raise ValueError(
+                    f"config_file {path.name!r}: self_attn_1_type {dense!r} and sparge are two "
+                    "sparse methods for one place; leave out one of them"
+                )
             return _settings(model, types, dense, "sparge_attn", sparge_ckpt, on_unavailable)
     own = types[AttentionSite.SELF]
     sparse = own if own in SPARSE_TYPES else None

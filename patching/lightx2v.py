@@ -11,6 +11,7 @@ from typing import Any
 from .settings import AttentionSite
 
 SITE_KEYS = tuple(site.value for site in AttentionSite)
+_KNOWN = (*SITE_KEYS, "sparge", "sparge_ckpt")
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,21 @@ def _read_json(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise _fail(path, f"cannot be read as UTF-8 text ({error})") from None
     try:
-        return json.loads(text, object_pairs_hook=lambda pairs: _unique(path, pairs))
+        return json.loads(
+            text, object_pairs_hook=lambda pairs: _unique(path, pairs), parse_int=_whole_number
+        )
     except json.JSONDecodeError as error:
+        what = error.msg.removesuffix(" at")
         raise _fail(
-            path, f"is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+            path, f"is not JSON: {what} at line {error.lineno}, column {error.colno}"
         ) from None
     except RecursionError:
         raise _fail(path, "is not a configuration: it is nested too deeply") from None
+
+
+def _whole_number(digits: str) -> int | float:
+    """Python refuses to read numbers of thousands of digits; no key that matters here is one."""
+    return int(digits) if len(digits) < 100 else float(digits)
 
 
 def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -84,10 +93,10 @@ def read_lightx2v(path: str | Path) -> LightX2VConfig:
         types=types,
         sparge=_typed(path, data, "sparge", bool, "true or false", False),
         sparge_ckpt=_typed(path, data, "sparge_ckpt", str, "the path of a file", ""),
-        ignored=tuple(key for key in data if key not in (*SITE_KEYS, "sparge", "sparge_ckpt")),
+        ignored=tuple(key for key in data if key not in _KNOWN),
     )
     for key in config.ignored:
-        close = difflib.get_close_matches(key, SITE_KEYS, n=1, cutoff=0.85)
+        close = difflib.get_close_matches(key.strip().lower(), _KNOWN, n=1, cutoff=0.85)
         if close:
             raise _fail(path, f"unknown key {key!r}; did you mean {close[0]!r}?")
     if not types and not config.sparge:

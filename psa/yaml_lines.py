@@ -69,6 +69,10 @@ def _describe(error: Exception) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 class _Reader:
     def __init__(self, loader: SafeLoader, name: str, lines: dict[Path, int]) -> None:
         self._loader = loader
@@ -116,7 +120,7 @@ class _Reader:
         try:
             return self._loader.construct_object(node)
         except ValueError as error:  # a date that is none, for example
-            raise ValueError(f"{self._at(node)}: {node.value!r} {error}") from error
+            raise ValueError(f"{self._at(node)}: {_cut(node.value)!r} {error}") from error
 
     def _refuse_duplicates(self, node: Any) -> None:
         first: dict[Hashable, int] = {}

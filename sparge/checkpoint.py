@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +34,7 @@ _RANGES = {
 }
 _REQUIRED = ("is_sparse", *_RANGES)
 _KNOWN = (*_REQUIRED, "simthreshd2")
+_LAYER = re.compile("0|[1-9][0-9]{0,5}")
 
 
 @dataclass(frozen=True)
@@ -142,11 +145,15 @@ def load_checkpoint(
 
 
 def _read(file: Path) -> dict[Any, Any]:
-    if file.is_dir():
+    try:
+        state = file.stat()
+    except (OSError, ValueError):  # also a name that is too long or has a null character
+        raise ValueError("does not exist") from None
+    if stat.S_ISDIR(state.st_mode):
         raise ValueError("is a folder; choose a .pt file")
-    if not file.exists():
-        raise ValueError("does not exist")
-    if file.stat().st_size == 0:
+    if not stat.S_ISREG(state.st_mode):
+        raise ValueError("is not a file")
+    if state.st_size == 0:
         raise ValueError("is empty")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
@@ -183,9 +190,9 @@ def _parse(content: dict[Any, Any], name: str) -> SpargeCheckpoint:
         raise ValueError(f"mixes entries of several models: {found}")
     ((_, family), layers) = next(iter(places.items()))
 
-    missing = sorted(set(range(max(layers) + 1)) - set(layers))
-    if missing:
-        raise ValueError(f"has entries up to layer {max(layers)} but none for layer {missing[0]}")
+    missing = next((layer for layer in range(len(layers)) if layer not in layers), None)
+    if missing is not None:
+        raise ValueError(f"has entries up to layer {max(layers)} but none for layer {missing}")
     heads = len(next(iter(layers[0].values())))
     for layer, entries in sorted(layers.items()):
         for entry in _REQUIRED:
@@ -213,7 +220,7 @@ def _split_key(key: Any) -> tuple[str, str, int, str]:
     if len(parts) >= 5 and parts[-2] == CHECKPOINT_MARK:
         *prefix, container, layer, module, _, entry = parts
         for family, path in _MODULE_PATHS.items():
-            if (container, module) == path and layer.isdecimal() and str(int(layer)) == layer:
+            if (container, module) == path and _LAYER.fullmatch(layer):
                 if entry not in _KNOWN:
                     raise ValueError(f"has an unknown entry {key!r}; known are {', '.join(_KNOWN)}")
                 return "".join(f"{part}." for part in prefix), family, int(layer), entry
@@ -221,12 +228,14 @@ def _split_key(key: Any) -> tuple[str, str, int, str]:
         f"{container}.<layer>.{module}.{CHECKPOINT_MARK}.<name> ({family})"
         for family, (container, module) in _MODULE_PATHS.items()
     )
-    raise ValueError(f"has an entry {key!r}; expected {expected}")
+    raise ValueError(f"has an entry {repr(key)[:100]}; expected {expected}")
 
 
 def _checked(key: str, entry: str, value: Any) -> Tensor:
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
+    if not isinstance(value, Tensor):
         raise ValueError(f"has a {type(value).__name__} at {key!r} where a tensor belongs")
+    if value.layout != torch.strided or value.is_meta:
+        raise ValueError(f"has a sparse tensor, or one without values, at {key!r}")
     if value.ndim != 1 or len(value) == 0:
         raise ValueError(f"has shape {list(value.shape)} at {key!r}; one value per head belongs")
     if entry == "is_sparse":
@@ -235,6 +244,7 @@ def _checked(key: str, entry: str, value: Any) -> Tensor:
         return value
     if not value.is_floating_point():
         raise ValueError(f"has {value.dtype} at {key!r} where floating point numbers belong")
+    value = value.detach().float()  # few operations know 8-bit floats
     if entry in _RANGES:
         low, high = _RANGES[entry]
         wrong = ~((value >= low) & (value <= high))  # NaN is wrong too

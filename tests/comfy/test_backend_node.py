@@ -75,6 +75,7 @@ def clip_vision(sample):
     return run
 
 
+@pytest.mark.core
 def test_each_site_of_an_image_to_video_model_gets_its_own_backend(models, patch, sample, fake):
     calls = {site: fake(name) for site, name in zip(SITES, list(DENSE_BACKENDS)[1:4], strict=True)}
     names = dict(zip(SITES, list(DENSE_BACKENDS)[1:4], strict=True))
@@ -97,6 +98,7 @@ def test_the_chosen_backend_computes_what_comfyui_would(models, patch, sample, n
     assert {ran for _, ran in backends} == {"torch_sdpa"}
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("first", ["backend", "sparse"])
 def test_it_runs_what_a_sparse_node_leaves_dense_in_either_order(
     models, patch, sample, fake, install_band, first
@@ -117,6 +119,7 @@ def test_it_runs_what_a_sparse_node_leaves_dense_in_either_order(
     assert "dense backends: self_attn_1_type flash_attn2 x 10" in record.summary()
 
 
+@pytest.mark.core
 def test_a_call_it_cannot_take_goes_to_comfyui_and_is_named(models, patch, sample, fake, run_lines):
     calls = fake("sage_attn2", head_dims=(64,))
     model = models("wan")
@@ -204,6 +207,7 @@ def test_other_models_and_grouped_heads_are_served_without_the_forward_hook(mode
     assert out.shape == q.shape
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", ["radial_attn", "psa", "sparge_attn"])
 def test_a_sparse_name_installs_that_method_with_its_defaults(models, patch, name):
     patched = patch(models("wan"), self_attn_1_type=name)
@@ -273,6 +277,7 @@ GUIDE_SPARGE = """{
         ('{"self_attn_1_type": "auto", "self_attn_1_type": "auto"}', "is given twice"),
         ('{"sparge": "yes"}', "sparge 'yes' is not true or false"),
         ('{"sparge": true, "sparge_ckpt": 5}', "sparge_ckpt 5 is not the path of a file"),
+        ('{"sparge": true, "self_attn_1_type": "psa"}', "'psa' and sparge are two sparse methods"),
         ('{"sparge": true, "sparge_ckpt": "gone.pt"}', "gone.pt"),
         ('{"sparge": true, "sparge_ckpt": "/gone.pt"}', "gone.pt"),
         ("[" * 100_000, "nested too deeply"),
@@ -289,6 +294,7 @@ def test_a_broken_configuration_is_refused_with_one_sentence(models, patch, tmp_
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.core
 def test_the_guides_configurations_work_by_name(models, patch, run_lines):
     options = patch(models("wan"), config_file="wan_i2v.json").model_options["transformer_options"]
     assert options["sparse_video_attention"].sparse.policy.name == "radial"

@@ -1,5 +1,7 @@
 """Preset files: the bundled one, a user's laid over it, and what each mistake says."""
 
+from pathlib import Path
+
 import pytest
 from sparse_video_attention.psa import PsaPreset, find_preset, load_presets, load_sections
 from sparse_video_attention.psa.preset import BlockSize, SimThresholds
@@ -268,6 +270,39 @@ MISTAKES = {
         "line 6, " + IN_PRESET + "field 'sim_thresholds.x2': 1.5 is not a number from -1 to 1",
     ),
     "sim-not-mapping": (preset(PSA + "sim_thresholds: 1"), "1 is not a mapping of x2, x4, x8"),
+    "tab-in-value": (preset(PSA + "mask_mode:\ttopk"), "not valid YAML: line 6, column 17: "),
+    "python-object": (
+        preset(PSA + "description: !!python/object/apply:os.mkdir [loaded-code-ran]"),
+        "line 6, " + IN_PRESET + "field 'description': ['loaded-code-ran'] is not text",
+    ),
+    "undefined-anchor": (preset(PSA + "mask_mode: *mine"), "line 6, column 18: found undefined"),
+    "nul": ("S:\0", "not valid YAML: special characters are not allowed"),
+    "ratio-as-text": (
+        preset("type: psa\nmask_ratios: {1: ['0', '0.5']}"),
+        "line 5, " + IN_PRESET + "field 'mask_ratios.1': '0' is not a number from 0 to 1",
+    ),
+    "ratio-infinite": (preset("type: psa\nmask_ratios: {1: [0, .inf]}"), "inf is not a number"),
+    "flag-as-text": (preset(PSA + "verbose: 'true'"), "field 'verbose': 'true' is not true or"),
+    "huge-number": (preset(PSA + f"warmup_steps: {'9' * 30}"), "9 is not a whole number from -1"),
+    "endless-number": (preset(PSA + f"warmup_steps: {'9' * 6000}"), "line 6: '999"),
+    "fraction-as-size": (preset(PSA + "block_size: {m: 128.0}"), "128.0 is not one of 16, 32"),
+    "flag-as-size": (preset(PSA + "block_size: {m: true}"), "true is not one of 16, 32"),
+    "list-as-sizes": (preset(PSA + "block_size: [128, 128, 32]"), "is not a mapping of m, n"),
+    "list-as-name": (preset(PSA + "mask_mode: [topk]"), "['topk'] is not one of thresholdbound"),
+    "space-in-field": (preset(PSA + "'verbose ': true"), "unknown key 'verbose ' (did you mean 'v"),
+    "date-as-section": ("2024-01-01: {}", "section names are text"),
+    "number-as-preset": ("S:\n  attention_configs:\n    1: {type: dense}", "names are text"),
+    "null-preset": ("S:\n  attention_configs:\n    p:", "nothing is not a mapping of preset"),
+    "null-section": ("Wan2.1_14b:", "nothing is not a mapping of default_attention"),
+    "deep": ("[" * 5000, "is nested too deeply"),
+    "zero-ends-early": (
+        preset("type: psa\nmask_ratios: {1: [0, 0.5], 0: [0.2, 0.3]}"),
+        "level 0 ends at 0.3, before level 1, which ends at 0.5",
+    ),
+    "dense-with-wrong-ratios": (
+        preset("type: dense\nmask_ratios: {1: [0.5, 0.1]}"),
+        "field 'mask_ratios.1': [0.5, 0.1] does not rise",
+    ),
     "null-field": (preset(PSA + "mask_mode:"), "field 'mask_mode': nothing is not one of"),
 }
 
@@ -279,6 +314,22 @@ def test_says_what_is_wrong_and_where(name, preset_file):
         load_presets(preset_file(text))
     assert message in str(error.value)
     assert str(error.value).count("mine.yaml") == 1
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+    assert not Path("loaded-code-ran").exists()
+
+
+@pytest.mark.parametrize("how", ["BOM", "CRLF", "JSON"])
+def test_the_same_file_of_other_editors_is_read(how, tmp_path):
+    text = preset(PSA + "mask_mode: topk")
+    content = {
+        "BOM": b"\xef\xbb\xbf" + text.encode(),
+        "CRLF": text.replace("\n", "\r\n").encode(),
+        "JSON": b'{"S": {"attention_configs": {"p": {"type": "psa", "mask_mode": "topk", '
+        b'"mask_ratios": {"1": [0, 0.5]}}}}}',
+    }
+    (tmp_path / "mine.yaml").write_bytes(content[how])
+    read = load_presets(tmp_path / "mine.yaml")["S"]["p"]
+    assert (read.mask_mode, read.mask_ratios) == ("topk", {1: (0.0, 0.5)})
 
 
 def test_says_when_a_file_cannot_be_read(tmp_path):

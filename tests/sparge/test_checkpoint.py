@@ -1,7 +1,10 @@
 """Tuned checkpoints: the published one, those of other models, and broken ones."""
 
+import io
 import os
 import pickle
+import struct
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -48,6 +51,16 @@ def test_layer_10_is_not_layer_1(tmp_path, prefix):
         [layer / 20 for layer in range(12)]
     )
     assert checkpoint[10].is_sparse == (True, False, True, False)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.float64, torch.float8_e4m3fn], ids=lambda dtype: str(dtype)[6:]
+)
+def test_thresholds_of_any_float_type_are_read(dtype, tmp_path):
+    content = {k: v if v.dtype == torch.bool else v.to(dtype) for k, v in entries().items()}
+    checkpoint = load_checkpoint(save(tmp_path, content))
+    stored = content["blocks.7.self_attn.inner_attention.cdfthreshd"].double().tolist()
+    assert list(checkpoint[7].cdfthreshd) == pytest.approx(stored, rel=1e-6)
 
 
 def test_equal_files_are_equal_and_hashable(tmp_path):
@@ -122,6 +135,29 @@ def _shorter_layer(content):
         content[key] = content[key][:3]
 
 
+def _zip_of(name, data):
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("archive/version", "3\n")
+        file.writestr(name, data)
+    return _raw(archive.getvalue())
+
+
+def _safetensors(folder):
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    return _raw(struct.pack("<Q", len(header)) + header + bytes(4))(folder)
+
+
+def _pipe(folder):
+    os.mkfifo(folder / "tuned.pt")
+    return folder / "tuned.pt"
+
+
+def _layer(name):
+    key = f"blocks.{name}.self_attn.inner_attention.cdfthreshd"
+    return _changed(lambda content: content.__setitem__(key, torch.ones(4)))
+
+
 BROKEN = {
     "missing-file": (lambda folder: folder / "none.pt", "does not exist"),
     "folder": (lambda folder: folder, "is a folder"),
@@ -154,6 +190,31 @@ BROKEN = {
     "integers": (_set("cdfthreshd", torch.ones(4, dtype=torch.int64)), "torch.int64 at"),
     "float-flags": (_set("is_sparse", torch.ones(4)), "torch.float32 at .* torch.bool belongs"),
     "nan": (_set("simthreshd1", torch.tensor([0.1, float("nan"), 0, 0])), "has nan at"),
+    "safetensors-renamed": (_safetensors, "was not loaded"),
+    "web-page": (_raw(b"<!DOCTYPE html><html></html>"), "was not loaded"),
+    "lfs-pointer": (_raw(b"version https://git-lfs.github.com/spec/v1\n"), "was not loaded"),
+    "another-zip": (_zip_of("archive/notes.txt", b"hello"), "not a complete PyTorch file"),
+    "zip-with-code": (_zip_of("archive/data.pkl", pickle.dumps(RunsCode(), 2)), "could run code"),
+    "last-byte-lost": (
+        lambda folder: _raw(save(folder, entries()).read_bytes()[:-1])(folder),
+        "not a complete PyTorch file",
+    ),
+    "pipe": (_pipe, "is not a file"),
+    "endless-name": (lambda folder: folder / f"{'a' * 5000}.pt", "does not exist"),
+    "nested-pickle": (
+        _set("cdfthreshd", pickle.dumps(RunsCode())),
+        "a bytes at .*cdfthreshd' where a tensor belongs",
+    ),
+    "whole-module": (lambda folder: save(folder, torch.nn.Linear(2, 2)), "could run code"),
+    "state-dict-inside": (lambda folder: save(folder, {"state_dict": entries()}), "'state_dict'"),
+    "layer-of-30-digits": (_layer("9" * 30), "has an entry 'blocks.999"),
+    "layer-of-6000-digits": (_layer("9" * 6000), "has an entry 'blocks.999"),
+    "layer-far-away": (_layer("999999"), "up to layer 999999 but none for layer 12"),
+    "layer-with-zeros": (_layer("01"), "has an entry 'blocks.01."),
+    "meta-tensor": (_set("cdfthreshd", torch.ones(4, device="meta")), "one without values"),
+    "sparse-tensor": (_set("cdfthreshd", torch.ones(4).to_sparse()), "has a sparse tensor"),
+    "complex": (_set("cdfthreshd", torch.ones(4) * 1j), "torch.complex64 at"),
+    "infinite": (_set("cdfthreshd", torch.full((4,), float("inf"))), "has inf at"),
     "out-of-range": (_set("cdfthreshd", torch.full((4,), 1.5)), "has 1.5 at .* between 0 and 1"),
 }
 
