@@ -1,7 +1,8 @@
 """Running plans when kernels may fail: the next kernel serves the call, and the reason is kept.
 
-A kernel that raises, or whose first output for a shape holds a NaN, is set aside for that shape.
-The choice is made once per shape, so a call in a running model pays a dictionary lookup.
+A kernel that raises, or whose first output for a shape holds a NaN, is set aside for that shape,
+in the precision it ran in: in the inputs' own dtype it may still serve. The choice is made once
+per shape, so a call in a running model pays a dictionary lookup.
 """
 
 from __future__ import annotations
@@ -41,14 +42,18 @@ class _Choice:
 
     able: list[tuple[Kernel, str]]
     notes: tuple[str, ...]
-    verified: set[str] = field(default_factory=set)
+    verified: set[tuple[str, str]] = field(default_factory=set)
 
 
 def _shape_key(call: KernelCall, kernel: str) -> Hashable:
+    """Everything that check_call and the kernels' refusals depend on."""
     plan = call.plan
-    layout = tuple((tuple(t.shape), t.stride(-1)) for t in (call.q, call.k, call.v))
-    blocks = (plan.block_m, plan.block_n, plan.levels, tuple(plan.bounds.shape[:2]))
-    return layout, call.q.dtype, call.q.device, blocks, kernel, call.precision
+    tensors = tuple(
+        (tuple(x.shape), x.stride(-1), x.dtype, x.device) for x in (call.q, call.k, call.v)
+    )
+    sizes = (plan.q_len, plan.k_len, plan.block_m, plan.block_n, plan.levels)
+    lists = (tuple(plan.bounds.shape[:2]), plan.device)
+    return tensors, sizes, lists, call.scale, kernel, call.precision
 
 
 def _short(error: Exception) -> str:
@@ -69,9 +74,24 @@ def _choose(call: KernelCall, kernel: str) -> _Choice:
             for name, reason in reasons.items()
             if unavailable_reason(name) is None
         ]
-    # A kernel asked for by name goes first; the others stand behind it if it fails.
-    able.sort(key=lambda pair: pair[0].name != kernel)
+    if any(resolved.precision != "native" for _, resolved in able):
+        native, _ = candidates(replace(call, precision="native"), kernel)
+        known = {(found.name, resolved.precision) for found, resolved in able}
+        able += [pair for pair in native if (pair[0].name, "native") not in known]
+        if call.precision == "auto":
+            able.sort(key=lambda pair: -pair[0].rank(pair[1]))
+    # A kernel asked for by name goes first, but no other precision than the one asked for.
+    able.sort(key=lambda pair: (_given_up(call, pair[1]), pair[0].name != kernel))
     return _Choice([(found, resolved.precision) for found, resolved in able], tuple(notes))
+
+
+def _given_up(call: KernelCall, resolved: KernelCall) -> bool:
+    """Whether the precision asked for gave way to another."""
+    return call.precision not in ("auto", resolved.precision)
+
+
+def _named(kernel: Kernel, precision: str) -> str:
+    return f"kernel {kernel.name}" + ("" if precision == "native" else f" {precision}")
 
 
 class KernelFallback:
@@ -96,10 +116,12 @@ class KernelFallback:
                 self._choices.popitem(last=False)
         return choice
 
-    def _set_aside(self, choice: _Choice, kernel: Kernel, reason: str) -> None:
+    def _set_aside(self, choice: _Choice, pair: tuple[Kernel, str], reason: str) -> None:
         with self._lock:
-            choice.able = [pair for pair in choice.able if pair[0] is not kernel]
-            choice.notes += (f"kernel {kernel.name} is set aside for this shape: {reason}",)
+            # Another thread may have found out at the same time.
+            if pair in choice.able:
+                choice.able = [other for other in choice.able if other != pair]
+                choice.notes += (f"{_named(*pair)} is set aside for this shape: {reason}",)
 
     def run(
         self,
@@ -124,16 +146,18 @@ class KernelFallback:
         call = KernelCall(q, k, v, plan, scale, precision)
         choice = self._choice(call, kernel)
         passed_over: tuple[str, ...] = ()
-        for chosen, chosen_precision in tuple(choice.able):
+        for pair in tuple(choice.able):
+            chosen, chosen_precision = pair
             try:
                 out = chosen.run(replace(call, precision=chosen_precision))
-                if chosen.name not in choice.verified and self._is_sound(out, call):
-                    choice.verified.add(chosen.name)
+                verified = chosen.name, chosen_precision
+                if verified not in choice.verified and self._is_sound(out, call):
+                    choice.verified.add(verified)
                 return KernelRun(out, chosen.name, chosen_precision, choice.notes + passed_over)
             except torch.OutOfMemoryError as error:
-                passed_over += (f"kernel {chosen.name} ran out of memory: {_short(error)}",)
+                passed_over += (f"{_named(*pair)} ran out of memory: {_short(error)}",)
             except Exception as error:  # whatever a kernel raises, the run goes on
-                self._set_aside(choice, chosen, _short(error))
+                self._set_aside(choice, pair, _short(error))
         reasons = "; ".join(choice.notes + passed_over)
         raise NoKernelServesError(reasons or "no kernel serves this call")
 
@@ -146,8 +170,9 @@ class KernelFallback:
         Raises:
             ArithmeticError: the kernel made a NaN.
         """
-        if not bool(torch.isnan(out).any()):
+        # A sum with a NaN in it is one, and needs no memory; infinities can make one too.
+        if not bool(out.sum(dtype=torch.float32).isnan()) or not bool(out.isnan().any()):
             return True
-        if any(bool(torch.isnan(x).any()) for x in (call.q, call.k, call.v)):
+        if any(bool(x.isnan().any()) for x in (call.q, call.k, call.v)):
             return False
         raise ArithmeticError("its first output for this shape holds a NaN")

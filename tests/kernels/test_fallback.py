@@ -1,0 +1,167 @@
+"""Kernels that fail: who serves the call then, what is said, and when the choice is made anew."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from sparse_video_attention.kernels import BlockPlan, registry
+from sparse_video_attention.kernels.fallback import KernelFallback
+from sparse_video_attention.kernels.registry import Kernel, register
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch):
+    torch_kernel = registry.kernels()["torch"]
+    monkeypatch.setattr(registry, "_KERNELS", {"torch": torch_kernel})
+    registry.unavailable_reason.cache_clear()
+    yield
+    registry.unavailable_reason.cache_clear()
+
+
+class Fast:
+    """A kernel ahead of torch that computes `value` or raises it, and counts its runs."""
+
+    def __init__(self, value, *, name="fast", precisions=("native",), refuses=None, rank=9.0):
+        self.value, self.ran = value, []
+        self._precisions = precisions
+        self._refuses = refuses
+        register(
+            Kernel(
+                name=name,
+                unavailable=lambda: None,
+                refuses=self._reason,
+                run=self._run,
+                auto_precision=lambda call: precisions[0],
+                rank=lambda call: rank,
+            )
+        )
+
+    def _reason(self, call):
+        if call.precision not in self._precisions:
+            return f"no {call.precision}"
+        return self._refuses(call) if self._refuses else None
+
+    def _run(self, call):
+        self.ran.append(call.precision)
+        value = self.value[call.precision] if isinstance(self.value, dict) else self.value
+        if isinstance(value, Exception):
+            raise value
+        return torch.full_like(call.q, value)
+
+
+def inputs(tokens=70, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(tokens)
+    q, k, v = torch.randn(3, 1, 2, tokens, 16, generator=generator).to(dtype)
+    blocks = -(-tokens // 32)
+    mask = torch.ones(blocks, blocks, dtype=torch.bool)
+    plan = BlockPlan.from_mask(mask, block_m=32, block_n=32, q_len=tokens, k_len=tokens)
+    return q, k, v, plan
+
+
+def dense(q, k, v, scale):
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def test_a_kernel_that_raises_is_tried_once_and_torch_serves():
+    fast = Fast(RuntimeError("no luck\nand a page of text"))
+    runs, (q, k, v, plan) = KernelFallback(), inputs()
+    for _ in range(3):
+        run = runs.run(q, k, v, plan, scale=0.25)
+        torch.testing.assert_close(run.out, dense(q, k, v, 0.25))
+        assert run.kernel == "torch"
+        assert run.notes == ("kernel fast is set aside for this shape: RuntimeError: no luck",)
+    assert fast.ran == ["native"]
+    assert runs.run(*inputs(40), scale=0.25).kernel == "torch"
+    assert fast.ran == ["native", "native"], "another shape is another try"
+
+
+def test_a_first_nan_is_found_and_a_later_one_is_not_looked_for():
+    fast = Fast(float("nan"))
+    assert KernelFallback().run(*inputs(), scale=0.25).kernel == "torch"
+    fast.value = 3.0
+    runs = KernelFallback()
+    assert runs.run(*inputs(), scale=0.25).kernel == "fast"
+    fast.value = float("nan")
+    assert runs.run(*inputs(), scale=0.25).kernel == "fast"
+
+
+def test_infinities_are_not_taken_for_nan():
+    Fast(0.0)
+    both = torch.tensor([float("inf"), -float("inf")]).repeat(8)
+    infinite = replace(registry.kernels()["fast"], run=lambda call: both.expand(call.q.shape))
+    register(infinite)
+    assert KernelFallback().run(*inputs(), scale=0.25).kernel == "fast"
+
+
+def test_nan_in_the_inputs_is_nobodys_fault():
+    fast = Fast(float("nan"))
+    q, k, v, plan = inputs()
+    v[0, 0, 3, 3] = float("nan")
+    runs = KernelFallback()
+    assert runs.run(q, k, v, plan, scale=0.25).kernel == "fast"
+    assert runs.run(*inputs(), scale=0.25).kernel == "torch", "the check was only put off"
+    assert len(fast.ran) == 2
+
+
+@pytest.mark.parametrize("precision", ["int8", "auto"])
+def test_a_kernel_that_fails_in_8_bits_may_still_serve_in_its_own_dtype(precision):
+    fast = Fast({"int8": float("nan"), "native": 3.0}, precisions=("int8", "native"))
+    runs = KernelFallback()
+    for _ in range(2):
+        run = runs.run(*inputs(), scale=0.25, precision=precision)
+        assert (run.kernel, run.precision) == ("fast", "native")
+        assert "kernel fast int8 is set aside" in run.notes[0]
+    assert fast.ran == ["int8", "native", "native"]
+
+
+def test_all_8_bit_kernels_come_before_any_other():
+    named = Fast(1.0, name="named", precisions=("native",))
+    other = Fast(2.0, name="other", precisions=("int8",), rank=0.5)
+    run = KernelFallback().run(*inputs(), scale=0.25, kernel="named", precision="int8")
+    assert (run.kernel, run.precision) == ("other", "int8")
+    assert run.notes == ("kernel named is not used: no int8",)
+    other.value = RuntimeError("broken")
+    run = KernelFallback().run(*inputs(), scale=0.25, kernel="named", precision="int8")
+    assert (run.kernel, run.precision) == ("named", "native")
+    assert named.ran == ["native"]
+
+
+@pytest.mark.parametrize("named", ["auto", "fast"])
+def test_native_is_never_given_up_for_8_bits(named):
+    fast = Fast({"int8": 1.0, "native": 2.0}, precisions=("int8", "native"))
+    run = KernelFallback().run(*inputs(), scale=0.25, kernel=named, precision="native")
+    assert (run.kernel, run.precision) == ("fast", "native")
+    fast.value = RuntimeError("broken")
+    run = KernelFallback().run(*inputs(), scale=0.25, kernel=named, precision="native")
+    assert (run.kernel, run.precision) == ("torch", "native")
+    assert fast.ran == ["native", "native"]
+
+
+def test_out_of_memory_passes_over_one_call_only():
+    fast = Fast(torch.OutOfMemoryError("CUDA out of memory"))
+    runs = KernelFallback()
+    run = runs.run(*inputs(), scale=0.25)
+    assert run.kernel == "torch" and "fast ran out of memory" in run.notes[0]
+    fast.value = 3.0
+    run = runs.run(*inputs(), scale=0.25)
+    assert run.kernel == "fast" and not run.notes
+
+
+def test_a_plan_for_another_length_is_an_error_after_a_good_call_too():
+    """Both plans have the same number of blocks; a kernel would read past the end of k."""
+    runs, (q, k, v, plan) = KernelFallback(), inputs(70)
+    runs.run(q, k, v, plan, scale=0.25)
+    with pytest.raises(ValueError, match="the plan is for 71 queries and 71 keys; got 70"):
+        runs.run(q, k, v, inputs(71)[3], scale=0.25)
+    with pytest.raises(ValueError, match="must have one dtype"):
+        runs.run(q, k.half(), v, plan, scale=0.25)
+
+
+def test_a_scale_that_is_refused_after_a_good_call():
+    fast = Fast(1.0, refuses=lambda call: None if call.scale > 0 else "a negative scale")
+    runs = KernelFallback()
+    assert runs.run(*inputs(), scale=0.25).kernel == "fast"
+    q, k, v, plan = inputs()
+    run = runs.run(q, k, v, plan, scale=-0.25)
+    assert run.kernel == "torch" and fast.ran == ["native"]
+    torch.testing.assert_close(run.out, dense(q, k, v, -0.25))
