@@ -9,29 +9,27 @@ Writes end_to_end.json to benchmarks/results/<device>/. On a CPU the model is a 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import statistics
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from sparse_video_attention.patching import (
     AttentionSettings,
     SparseChoice,
     install,
-    make_choice,
     run_history,
 )
-from sparse_video_attention.patching.psa_choice import psa_choice
 from sparse_video_attention.patching.record import RunRecord
-from sparse_video_attention.patching.sparge_choice import sparge_choice
-from sparse_video_attention.radial_attn import RadialPolicy
 
 from .attention import RESULTS
 from .environment import command_line, default_device, device_name, header, slug
 from .measure import DTYPES
+from .node_defaults import NODES, always_sparse, default_choice
 from .wan_model import INPUTS, SIZES, Sampled, Video, build, layers_that_fit, sample, start_comfyui
 
 DEFAULT_MODEL = {"cuda": "wan14b", "cpu": "tiny"}
@@ -40,7 +38,6 @@ DEFAULT_DTYPE = {"cuda": "bf16", "cpu": "fp32"}
 # What WAN 2.1 was published with.
 SCHEDULE_STEPS = 50
 DENSE = "dense"
-NODES = ("radial", "psa", "sparge")
 
 
 @dataclass(frozen=True)
@@ -84,37 +81,6 @@ class EndToEndRow:
     schedule_speedup: float
     latent_rel_l2: float
     notes: list[str]
-
-
-def default_choice(model: Any, method: str) -> SparseChoice:
-    """What a node chooses for a MODEL with its defaults.
-
-    Raises:
-        ValueError: it is none of NODES.
-    """
-    if method == "radial":
-        return make_choice(model, RadialPolicy(), dense_layers="0")
-    if method == "psa":
-        return psa_choice(model, preset="auto", warmup_steps=-1, config_file="")
-    if method == "sparge":
-        return sparge_choice(
-            model,
-            sparge_ckpt="none",
-            topk=0.5,
-            simthreshd1=-0.1,
-            cdfthreshd=0.0,
-            attention_sink=False,
-            block_order="raster",
-            skipped_blocks="drop",
-            dense_layers="0",
-        )
-    raise ValueError(f"a method is one of {', '.join(NODES)}; got {method!r}")
-
-
-def always_sparse(choice: SparseChoice) -> SparseChoice:
-    """The choice with no dense steps; its dense layers stay."""
-    schedule = replace(choice.schedule, dense_timesteps=0, fits_warmup=False)
-    return replace(choice, schedule=schedule)
 
 
 def _attention_seconds(record: RunRecord) -> float:
@@ -246,6 +212,7 @@ def run(arguments: argparse.Namespace) -> Path:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     rows: list[EndToEndRow] = []
+    failed: list[str] = []
 
     def keep(row: EndToEndRow) -> None:
         _print_row(row)
@@ -270,10 +237,15 @@ def run(arguments: argparse.Namespace) -> Path:
             )
             dense, latent = bench.dense(video)
             keep(dense)
-            for precision in arguments.precisions:
-                for method in arguments.methods:
+            for precision, method in itertools.product(arguments.precisions, arguments.methods):
+                try:
                     keep(bench.sparse(dense, latent, video, method, precision))
+                except Exception as error:  # one method must not end the run
+                    print(f"  {method} {precision} failed: {error}", file=sys.stderr)
+                    failed.append(f"{method} {precision}, {video.name}: {error}")
     print(f"wrote {path}")
+    if failed:
+        raise SystemExit(f"error: {'; '.join(failed)}")
     return path
 
 

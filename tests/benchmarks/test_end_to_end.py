@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.end_to_end import NODES, always_sparse, default_choice, main
+from benchmarks.end_to_end import main
 from benchmarks.environment import command_line
+from benchmarks.node_defaults import NODES, always_sparse, default_choice
 from benchmarks.wan_model import SIZES, Video, build, sample, start_comfyui
 
 pytestmark = pytest.mark.comfy
@@ -148,7 +149,7 @@ import json
 from dataclasses import replace
 import torch
 from sparse_video_attention.patching import AttentionSettings, install, run_history
-from benchmarks.end_to_end import NODES, always_sparse, default_choice
+from benchmarks.node_defaults import NODES, always_sparse, default_choice
 from benchmarks.wan_model import SIZES, Video, build, sample, start_comfyui
 
 device, video, found = torch.device("cuda", 0), Video.parse("832x480x81"), {}

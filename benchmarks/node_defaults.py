@@ -1,0 +1,44 @@
+"""What the sparse nodes choose with their defaults, without ComfyUI's node classes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from sparse_video_attention.patching import SparseChoice, make_choice
+from sparse_video_attention.patching.psa_choice import psa_choice
+from sparse_video_attention.patching.sparge_choice import sparge_choice
+from sparse_video_attention.radial_attn import RadialPolicy
+
+NODES = ("radial", "psa", "sparge")
+
+
+def default_choice(model: Any, method: str) -> SparseChoice:
+    """What a node chooses for a MODEL with its defaults.
+
+    Raises:
+        ValueError: it is none of NODES.
+    """
+    if method == "radial":
+        return make_choice(model, RadialPolicy(), dense_layers="0")
+    if method == "psa":
+        return psa_choice(model, preset="auto", warmup_steps=-1, config_file="")
+    if method == "sparge":
+        return sparge_choice(
+            model,
+            sparge_ckpt="none",
+            topk=0.5,
+            simthreshd1=-0.1,
+            cdfthreshd=0.0,
+            attention_sink=False,
+            block_order="raster",
+            skipped_blocks="drop",
+            dense_layers="0",
+        )
+    raise ValueError(f"a method is one of {', '.join(NODES)}; got {method!r}")
+
+
+def always_sparse(choice: SparseChoice) -> SparseChoice:
+    """The choice with no dense steps; its dense layers stay."""
+    schedule = replace(choice.schedule, dense_timesteps=0, fits_warmup=False)
+    return replace(choice, schedule=schedule)
