@@ -15,6 +15,7 @@ from demo.options import add_options, forwarded
 from devtools.checks import run_checks
 from devtools.environment import ROOT, set_up
 from devtools.errors import DevError
+from devtools.older_hosts import provide_older_hosts
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,6 +51,8 @@ def main(arguments: list[str]) -> int:
             demo = [str(environment.python), "-m", "demo", "--comfyui", str(environment.comfyui)]
             return subprocess.call([*demo, *forwarded(options)], cwd=ROOT)
         if options.command == "test":
+            if not options.quick:
+                provide_older_hosts(environment.pip("python dev.py test"))
             return run_checks(environment, rest, quick=options.quick)
     except DevError as error:
         print(f"error: {error}", file=sys.stderr)

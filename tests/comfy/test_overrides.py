@@ -15,6 +15,10 @@ class Counting:
         self.previous = previous
         self.calls = 0
 
+    def __deepcopy__(self, memo):
+        """Older hosts copy what clones of a MODEL share now; the counter has to stay one."""
+        return self
+
     def __call__(self, func, *args, **kwargs):
         self.calls += 1
         if self.previous is not None:
@@ -37,6 +41,7 @@ def dense_calls(model):
     return sum(run_history(model).latest.dense_reasons().values())
 
 
+@pytest.mark.core
 def test_an_earlier_override_gets_every_call_that_is_not_taken(model, install_band, sample):
     alone = sample(install_band(model))
     earlier = Counting()
@@ -46,6 +51,7 @@ def test_an_earlier_override_gets_every_call_that_is_not_taken(model, install_ba
     assert earlier.calls == dense_calls(patched) + cross
 
 
+@pytest.mark.core
 def test_a_later_override_that_chains_stays_on_top(model, install_band, sample, run_lines):
     patched = install_band(model)
     later = Counting(patched.model_options["transformer_options"][OVERRIDE_KEY])
@@ -54,6 +60,7 @@ def test_a_later_override_that_chains_stays_on_top(model, install_band, sample, 
     assert not any("had replaced" in line for line in run_lines())
 
 
+@pytest.mark.core
 def test_a_later_override_that_replaces_ours_is_put_beneath_once(
     model, install_band, sample, run_lines
 ):
@@ -96,6 +103,7 @@ def test_an_override_that_takes_everything_is_named_as_the_reason(
     assert "no self-attention call reached this pack" in run_lines()[-1]
 
 
+@pytest.mark.core
 def test_two_nodes_of_the_pack_leave_one_router(model, install_band):
     earlier = Counting()
     patched = install_band(install_band(put(model, earlier)))
@@ -116,6 +124,7 @@ def test_a_router_beneath_another_pack_and_ours_again_acts_once(model, install_b
     assert between.calls == dense_calls(patched) + 4 * 4
 
 
+@pytest.mark.core
 def test_keywords_this_pack_does_not_know_are_passed_on(model, install_band):
     router = install_band(model).model_options["transformer_options"][OVERRIDE_KEY]
     q = torch.randn(1, 8, 256)
@@ -130,6 +139,7 @@ def test_keywords_this_pack_does_not_know_are_passed_on(model, install_band):
     assert seen == {"unheard_of": 5, "_inside_attn_wrapper": True, "skip_reshape": False}
 
 
+@pytest.mark.core
 def test_the_run_options_are_clean_after_the_run(model, install_band, sample):
     patched = install_band(model)
     sample(patched)
@@ -137,6 +147,7 @@ def test_the_run_options_are_clean_after_the_run(model, install_band, sample):
     assert keys == {OVERRIDE_KEY, "sparse_video_attention"}
 
 
+@pytest.mark.core
 def test_an_order_of_tokens_is_undone_in_the_output(model, install_band, sample):
     """Attention does not care about token order, so a full plan in any order is dense."""
     patched = install_band(model, reach=10**6, reverse=True, dense_layers=())

@@ -56,6 +56,7 @@ def relative_error(a, b):
     return float((a - b).norm() / b.norm())
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", ["wan", "cogvideox", "cogvideox_1.5"])
 def test_auto_picks_a_preset_for_the_model_says_why_and_acts(
     models, patch, sample, run_lines, name
@@ -71,6 +72,7 @@ def test_auto_picks_a_preset_for_the_model_says_why_and_acts(
     assert all(0 < call.density <= 1 for call in sparse_calls(patched))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("rearrange", ["false", "true"])
 @pytest.mark.parametrize("name", ["wan", "cogvideox", "cogvideox_1.5"])
 def test_everything_at_level_one_is_dense_in_any_order(
@@ -98,6 +100,7 @@ def test_warm_up_of_all_steps_is_the_unpatched_result(models, patch, sample):
     assert not sparse_calls(patched)
 
 
+@pytest.mark.core
 def test_a_preset_warm_up_longer_than_the_run_is_scaled_and_said(models, patch, sample, run_lines):
     patched = patch(models("wan"), preset="Wan2.1_1.3b/psa_balanced")
     sample(patched)

@@ -51,6 +51,7 @@ def dense_reasons(model):
     return set(run_history(model).latest.dense_reasons())
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", MODELS)
 def test_sparse_attention_acts_and_changes_the_result_a_little(models, patch, sample, name):
     model = models(name)
@@ -66,6 +67,7 @@ def test_sparse_attention_acts_and_changes_the_result_a_little(models, patch, sa
     assert all(0 < call.density < 1 for call in calls)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", MODELS)
 def test_all_layers_dense_is_the_unpatched_result(models, patch, sample, name):
     model = models(name)
@@ -90,6 +92,7 @@ def test_all_steps_dense_is_the_unpatched_result(models, patch, sample, name, in
     assert not sparse_calls(patched)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", MODELS)
 def test_a_full_mask_is_dense_attention(models, patch, sample, name):
     model = models(name)
@@ -100,6 +103,7 @@ def test_a_full_mask_is_dense_attention(models, patch, sample, name):
     assert relative_error(out, sample(model, shape=shape)) < 1e-4
 
 
+@pytest.mark.core
 def test_the_model_passed_in_is_not_changed(models, patch, sample):
     model = models("wan")
     before = sample(model)
@@ -111,6 +115,7 @@ def test_the_model_passed_in_is_not_changed(models, patch, sample):
     assert run_history(model) is None
 
 
+@pytest.mark.core
 def test_patching_twice_is_patching_once_with_the_last_settings(models, patch, sample, run_lines):
     model = models("wan")
     once = patch(model, decay_factor=0.2)
@@ -120,6 +125,7 @@ def test_patching_twice_is_patching_once_with_the_last_settings(models, patch, s
     assert any("replaces" in line for line in run_lines())
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", ["wan", "cogvideox"])
 def test_batch_two_is_two_runs_of_batch_one(models, patch, sample, name):
     patched = patch(models(name), dense_timesteps=1)
@@ -159,6 +165,7 @@ def test_a_short_video_is_dense_by_min_tokens_and_says_so(models, patch, sample,
     assert "400 tokens are fewer than min_tokens 4096" in run_lines()[-1]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", ["wan", "cogvideox"])
 def test_cond_and_uncond_may_come_as_one_batch_or_two(models, patch, sample, comfyui, name):
     patched = patch(models(name), dense_timesteps=1)
@@ -189,6 +196,7 @@ def test_cond_and_uncond_may_come_as_one_batch_or_two(models, patch, sample, com
     }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("sampler", ["euler", "heun", "res_multistep", "dpmpp_2m"])
 def test_dense_steps_are_told_by_noise_level_for_every_sampler(models, patch, sample, sampler):
     patched = patch(models("wan"), dense_timesteps=2, dense_layers="")
@@ -198,6 +206,7 @@ def test_dense_steps_are_told_by_noise_level_for_every_sampler(models, patch, sa
     assert {call.step for call in record.calls if call.reason is not None} <= {0, 1}
 
 
+@pytest.mark.core
 def test_a_split_schedule_counts_steps_per_sampler_and_percents_over_all(models, patch, sample):
     by_steps = patch(models("wan"), dense_timesteps=1, dense_layers="")
     latent = sample(by_steps, steps=6, last_step=3)
@@ -270,6 +279,7 @@ def test_the_plan_is_built_once_while_the_grid_stays(models, patch, sample, monk
     assert len(built) == 2
 
 
+@pytest.mark.core
 def test_the_run_line_says_what_ran(models, patch, sample, run_lines):
     patched = patch(models("wan"), dense_timesteps=1)
     sample(patched)
@@ -322,6 +332,7 @@ def test_bad_input_is_refused_with_one_sentence(models, patch, inputs, said):
     assert repr(model.model_options) == options
 
 
+@pytest.mark.core
 def test_bad_layer_lists_are_refused_before_the_graph_runs(comfyui):
     from sparse_video_attention.nodes.radial import PatchRadialAttention
 
@@ -330,6 +341,7 @@ def test_bad_layer_lists_are_refused_before_the_graph_runs(comfyui):
     assert "'5-2' runs backwards" in PatchRadialAttention.validate_inputs(dense_layers="5-2")
 
 
+@pytest.mark.core
 def test_other_models_are_refused_by_name(comfyui, patch):
     import comfy.model_patcher
 

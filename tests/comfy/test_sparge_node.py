@@ -56,6 +56,7 @@ def relative_error(a, b):
     return float((a - b).norm() / b.norm())
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("block_order", ["raster", "Gilbert"])
 @pytest.mark.parametrize("name", ["wan", "cogvideox"])
 def test_plug_and_play_acts(models, patch, sample, name, block_order):
@@ -66,6 +67,7 @@ def test_plug_and_play_acts(models, patch, sample, name, block_order):
     assert all(0 < call.density < 1 for call in sparse_calls(patched))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", ["wan", "cogvideox"])
 def test_everything_kept_is_dense(models, patch, sample, name):
     model = models(name)
@@ -74,6 +76,7 @@ def test_everything_kept_is_dense(models, patch, sample, name):
     assert {call.density for call in sparse_calls(patched)} == {1.0}
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", ["wan", "cogvideox"])
 def test_a_tuned_checkpoint_decides_per_layer_and_head(
     models, patch, sample, checkpoint_folder, name
@@ -104,6 +107,7 @@ def test_a_checkpoint_for_another_model_is_refused_with_both_numbers(
     assert all(number in str(refusal.value) for number in said)
 
 
+@pytest.mark.core
 def test_a_checkpoint_that_is_not_there_is_refused(models, patch, checkpoint_folder):
     with pytest.raises(ValueError, match=r"sparge_ckpt 'gone.pt': no such file"):
         patch(models("wan"), sparge_ckpt="gone.pt")

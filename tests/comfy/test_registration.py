@@ -1,0 +1,112 @@
+"""The pack as ComfyUI's own loader and validation take it, on this version and on older ones."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.comfy, pytest.mark.core]
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NODES = ("PatchRadialAttention", "PatchPSA", "PatchSpargeAttention", "SetAttentionBackend")
+
+
+@pytest.fixture(scope="module")
+def host(comfyui):
+    """ComfyUI's table of nodes."""
+    import nodes
+
+    return nodes
+
+
+@pytest.fixture
+def load(host, monkeypatch):
+    """load(): whether ComfyUI loads the pack, into a table of its own."""
+    monkeypatch.setattr(host, "NODE_CLASS_MAPPINGS", {})
+    return lambda: asyncio.run(host.load_custom_node(str(REPOSITORY)))
+
+
+def test_every_node_is_there_with_all_its_inputs(host, load):
+    import folder_paths
+
+    assert load()
+    assert tuple(host.NODE_CLASS_MAPPINGS) >= NODES
+    for name in NODES:
+        node = host.NODE_CLASS_MAPPINGS[name]
+        listed = node.INPUT_TYPES()
+        inputs = {**listed["required"], **listed["optional"]}
+        assert list(inputs) == [given.id for given in node.GET_SCHEMA().inputs]
+        assert all(options["tooltip"] for _, options in inputs.values())
+    assert [Path(path).name for path in folder_paths.get_folder_paths("sparge")] == ["sparge"]
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs", "said"),
+    [
+        ("PatchRadialAttention", {"dense_layers": "0-2, -1", "block_size": 128}, None),
+        ("PatchRadialAttention", {"dense_layers": "a,b"}, "'a' is not a layer"),
+        ("PatchRadialAttention", {"decay_factor": 2.5}, "decay_factor"),
+        ("PatchPSA", {"preset": "Wan2.1_1.3b/psa_topk"}, None),
+        ("PatchPSA", {"preset": "nope"}, "preset 'nope'"),
+        ("PatchSpargeAttention", {"topk": -1.0}, "topk"),
+        ("SetAttentionBackend", {"cross_attn_1_type": "psa"}, "self-attention only"),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
+)
+def test_inputs_are_judged_when_a_prompt_is_queued(host, load, node, inputs, said):
+    import execution
+
+    load()
+
+    class Loader:
+        RETURN_TYPES = ("MODEL",)
+        FUNCTION = "run"
+        CATEGORY = ""
+
+        @classmethod
+        def INPUT_TYPES(cls):
+            return {"required": {}}
+
+    host.NODE_CLASS_MAPPINGS["Loader"] = Loader
+    prompt = {
+        "1": {"class_type": "Loader", "inputs": {}},
+        "2": {"class_type": node, "inputs": {"model": ["1", 0]} | inputs},
+    }
+    valid, errors, _ = asyncio.run(execution.validate_inputs("prompt", prompt, "2", {}))
+    assert valid == (said is None)
+    assert said is None or said in str(errors)
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("0.3.74", "needs ComfyUI 0.3.75 or newer, and this is 0.3.74: update ComfyUI"),
+        ("0.2.9", "needs ComfyUI 0.3.75 or newer, and this is 0.2.9: update ComfyUI"),
+        ("0.10.0", None),
+        ("1.0.0", None),
+        ("0.3.75-dev", None),
+        ("a fork", None),
+    ],
+)
+def test_a_comfyui_that_is_too_old_is_told_the_version_it_needs(
+    host, load, monkeypatch, caplog, version, said
+):
+    import comfyui_version
+
+    monkeypatch.setattr(comfyui_version, "__version__", version)
+    assert load() == (said is None)
+    assert said is None or any(said in message for message in caplog.messages)
+    assert said is None or not host.NODE_CLASS_MAPPINGS
+
+
+def test_a_comfyui_that_does_not_know_its_version_is_too_old(monkeypatch):
+    import sys
+
+    from sparse_video_attention.nodes.host import require_comfyui
+
+    monkeypatch.setitem(sys.modules, "comfyui_version", None)
+    monkeypatch.delitem(sys.modules, "folder_paths", raising=False)
+    require_comfyui()  # outside of ComfyUI
+    monkeypatch.setitem(sys.modules, "folder_paths", sys)
+    with pytest.raises(ImportError, match=r"needs ComfyUI 0\.3\.75 or newer, and this one is old"):
+        require_comfyui()
