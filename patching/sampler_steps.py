@@ -46,9 +46,10 @@ class SamplerSteps:
         self._options = options if isinstance(options, Mapping) else {}
         theirs: Callable[..., Any] | None = args[_CALLBACK]
 
-        def callback(step: int, *rest: Any) -> Any:
-            self.report(step)
-            return None if theirs is None else theirs(step, *rest)
+        def callback(*told: Any, **named: Any) -> Any:
+            if told and isinstance(told[0], int):
+                self.report(told[0])
+            return None if theirs is None else theirs(*told, **named)
 
         return (*args[:_CALLBACK], callback, *args[_CALLBACK + 1 :])
 

@@ -167,8 +167,8 @@ def test_dense_steps_of_every_sampler(model, install_band, sample, comfyui, samp
             assert reason is None
 
 
-@pytest.mark.parametrize("steps", range(1, 9))
-@pytest.mark.parametrize("dense_timesteps", [-1, 0, 1, 3])
+@pytest.mark.parametrize("steps", [1, 2, 4, 6, 8])
+@pytest.mark.parametrize("dense_timesteps", [-1, 0, 3])
 def test_few_step_schedules(model, install_band, sample, steps, dense_timesteps):
     run = Run(install_band(model, dense_layers=(), dense_timesteps=dense_timesteps))
     sample(run.model, shape=LATENT, steps=steps, cfg=1.0, sampler="lcm", scheduler="sgm_uniform")
