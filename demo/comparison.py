@@ -1,11 +1,13 @@
-"""One model sampled dense and sparse from the same seed, and what came of it."""
+"""One model sampled dense and with every method from the same seed, and what came of it."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from PIL import Image
 from sparse_video_attention.kernels import TokenLayout
@@ -15,8 +17,11 @@ from tqdm import tqdm
 from devtools.server import ComfyServer
 
 from .families import Family
+from .methods import PATCHES, Method
 from .session import RunResult, run_workflow
-from .workflow import PATCH, Workflow
+from .workflow import Workflow
+
+Weights = Literal["tiny", "miniature", "real"]
 
 LOG_PREFIX = "[sparse_video_attention]"
 _DENSITY = re.compile(r"density (\d+(?:\.\d+)?)")
@@ -24,56 +29,84 @@ _LAYOUT = re.compile(r"(\d+)x(\d+)x(\d+)(?: \((\d+) before\))? tokens")
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Results of one model.
+class SparseRun:
+    """One method's run.
 
     Attributes:
-        settings: of the radial node, as submitted.
-        steps: of the sampler.
-        size: of the video: width, height, frames.
-        dense, sparse: the two runs.
+        settings: of its node, as submitted.
         density: mean over the sparse calls, as the pack logged it; None if nothing was sparse.
         layout: the token grid, as the pack logged it.
-        psnr: dB, of the sparse video against the dense one.
-        latent_error: relative L2 error of the sparse latent, None with real weights.
-        colours: what the colours of the videos are.
-        videos: file name by what it shows.
-        mask: picture of the block mask.
+        psnr: dB, of its video against the dense one.
+        latent_error: relative L2 error of its latent, None with real weights.
     """
 
-    family: Family
+    method: Method
     settings: dict[str, object]
-    steps: int
-    size: tuple[int, int, int]
-    dense: RunResult
-    sparse: RunResult
+    result: RunResult
     density: float | None
     layout: TokenLayout | None
     psnr: float
     latent_error: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Results of one model.
+
+    Attributes:
+        weights: whose: random ones, a trained miniature's, or the user's.
+        prompt: what the videos are to show, None where that means nothing.
+        steps: of the sampler.
+        size: of the video: width, height, frames.
+        dense: the run without any method.
+        runs: those with.
+        colours: what the colours of the videos are.
+        videos: file name by what it shows.
+        mask: picture of the radial block mask.
+    """
+
+    family: Family
+    weights: Weights
+    prompt: str | None
+    steps: int
+    size: tuple[int, int, int]
+    dense: RunResult
+    runs: tuple[SparseRun, ...]
     colours: str
     videos: dict[str, Path]
     mask: Image.Image | None
 
-    @property
-    def speedup(self) -> float:
-        return self.dense.sampler_seconds / self.sparse.sampler_seconds
+    def speedup(self, run: SparseRun) -> float:
+        """Sampling time of the dense run over that of another."""
+        return self.dense.sampler_seconds / run.result.sampler_seconds
 
-    def facts(self) -> dict[str, object]:
+    @property
+    def layout(self) -> TokenLayout | None:
+        """The token grid, as the pack logged it."""
+        return next((run.layout for run in self.runs if run.layout is not None), None)
+
+    def facts(self) -> dict[str, Any]:
         """The numbers, for a JSON file."""
         return {
             "model": self.family.title,
-            "settings": self.settings,
+            "weights": self.weights,
+            "prompt": self.prompt,
             "steps": self.steps,
             "width_height_frames": self.size,
             "tokens": None if self.layout is None else self.layout.num_tokens,
             "dense_sampler_seconds": self.dense.sampler_seconds,
-            "sparse_sampler_seconds": self.sparse.sampler_seconds,
-            "speedup": self.speedup,
-            "density": self.density,
-            "psnr_db": None if math.isinf(self.psnr) else self.psnr,
-            "latent_relative_error": self.latent_error,
-            "log": pack_lines(self.sparse.log),
+            "methods": {
+                run.method.key: {
+                    "settings": run.settings,
+                    "sampler_seconds": run.result.sampler_seconds,
+                    "speedup": self.speedup(run),
+                    "density": run.density,
+                    "psnr_db": None if math.isinf(run.psnr) else run.psnr,
+                    "latent_relative_error": run.latent_error,
+                    "log": pack_lines(run.result.log),
+                }
+                for run in self.runs
+            },
         }
 
 
@@ -109,16 +142,22 @@ def _run(server: ComfyServer, workflow: Workflow, title: str) -> RunResult:
         return run_workflow(server, workflow, on_step)
 
 
-def sample_both(server: ComfyServer, title: str, sparse: Workflow) -> tuple[RunResult, RunResult]:
-    """Run a workflow without its radial node and with it.
+def sample_all(
+    server: ComfyServer, title: str, workflows: Sequence[tuple[Method, Workflow]]
+) -> tuple[RunResult, list[RunResult]]:
+    """Run the first workflow without its method's node, then every one as it is.
 
-    A run of one step comes first, so that loading the model and compiling kernels is in neither
-    time.
+    Runs of one step come first, so that loading the model and compiling kernels is in no time.
     """
-    warm_up = sparse.saving_latent("warm_up").setting(steps=1, dense_timesteps=0)
-    _run(server, warm_up, f"{title}: loading and warming up")
-    dense = _run(server, sparse.without(PATCH), f"{title}: dense")
-    return dense, _run(server, sparse, f"{title}: sparse")
+    for index, (method, workflow) in enumerate(workflows):
+        warm_up = workflow.saving_latent(f"warm_up_{method.key}")
+        warm_up = warm_up.setting(steps=1, dense_timesteps=0, warmup_steps=0)
+        loading = "loading and warming up" if index == 0 else "warming up"
+        _run(server, warm_up, f"{title}: {loading} ({method.title})")
+    dense = _run(server, workflows[0][1].without(*PATCHES), f"{title}: dense")
+    return dense, [
+        _run(server, workflow, f"{title}: {method.title}") for method, workflow in workflows
+    ]
 
 
 def relative_error(reference: Tensor, other: Tensor) -> float:

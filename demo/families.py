@@ -11,9 +11,10 @@ from pathlib import Path
 from torch import Tensor
 
 from devtools.errors import DevError
+from miniature.prompts import PROMPTS, Prompt
 
 from .checkpoints import make_cogvideox_checkpoint, make_wan_checkpoint
-from .frames import Show, principal_components, wan_preview
+from .frames import Show, cogvideox_miniature, principal_components, wan_preview
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,13 @@ class Family:
 
     Attributes:
         key: in file names.
-        workflow: stem of its API form in workflows/.
+        workflow: how the names of its API forms in workflows/ begin.
         text_tokens: length of its text features.
         make_checkpoint: writes tiny weights to a path.
-        show: from a dense latent to the map that shows latents as colours.
+        show: from a dense latent of tiny weights to the map that shows latents as colours.
         colours: what those colours are, for the page.
+        miniature_show: the map for latents of the trained miniature.
+        prompt: what the miniature is asked to show.
         weight: a tensor that only its checkpoints have.
     """
 
@@ -37,30 +40,36 @@ class Family:
     make_checkpoint: Callable[[Path], Path]
     show: Callable[[Tensor], Show]
     colours: str
+    miniature_show: Callable[[], Show]
+    prompt: Prompt
     weight: str
 
 
 WAN = Family(
     key="wan",
     title="WAN 2.1",
-    workflow="wan_t2v_radial",
+    workflow="wan_t2v",
     text_tokens=512,
     make_checkpoint=make_wan_checkpoint,
     show=lambda dense: wan_preview(),
     colours="the 16 latent channels in the colours of ComfyUI's own preview",
+    miniature_show=wan_preview,
+    prompt=PROMPTS[0],
     weight="head.modulation",
 )
 COGVIDEOX = Family(
     key="cogvideox",
     title="CogVideoX",
-    workflow="cogvideox_radial",
+    workflow="cogvideox",
     text_tokens=226,
     make_checkpoint=make_cogvideox_checkpoint,
     show=principal_components,
     colours=(
         "a stand-in, since ComfyUI has no colours for CogVideoX latents: the three principal "
-        "components of the dense latent, stretched to full contrast, the same for both videos"
+        "components of the dense latent, stretched to full contrast, the same for all videos"
     ),
+    miniature_show=cogvideox_miniature,
+    prompt=PROMPTS[1],
     weight="blocks.0.norm1.linear.weight",
 )
 FAMILIES = (WAN, COGVIDEOX)

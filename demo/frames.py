@@ -13,6 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from miniature.latents import cogvideox_colours
+
 PIXELS_PER_LATENT = 8
 # The share of pixels that a stretched contrast may clip, on either side.
 CLIPPED = 0.005
@@ -42,6 +44,18 @@ def wan_preview() -> Show:
     def show(latent: Tensor) -> Tensor:
         sampled = latent_format.process_in(latent.unsqueeze(0))[0]
         return (sampled.movedim(0, -1) @ factors + bias + 1) / 2
+
+    return show
+
+
+def cogvideox_miniature() -> Show:
+    """Latents of the CogVideoX miniature in the colours it was trained with."""
+    from comfy.latent_formats import CogVideoX
+
+    latent_format, colours = CogVideoX(), cogvideox_colours()
+
+    def show(latent: Tensor) -> Tensor:
+        return colours.decode(latent_format.process_in(latent))
 
     return show
 

@@ -18,8 +18,9 @@ def _file(text: str) -> Path:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What can be said about a demo run."""
     parser.description = (
-        "Sample the shipped workflows in a headless ComfyUI, dense and sparse from one seed, and "
-        "write videos and a report to outputs/demo/. Without weights it makes tiny ones itself."
+        "Sample the shipped workflows in a headless ComfyUI, dense and with every sparse method "
+        "from one seed, and write videos and a report to outputs/demo/. Without weights it takes "
+        "the trained miniatures of this repository, or makes tiny random ones itself."
     )
     real = parser.add_argument_group("real weights (all three, for WAN or CogVideoX)")
     real.add_argument("--unet", type=_file, metavar="FILE", help="diffusion model, .safetensors")
@@ -37,6 +38,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             if name != "steps"
             else "sampling steps, if not the workflow's",
         )
+    parser.add_argument(
+        "--tiny", action="store_true", help="random weights even where a miniature is at hand"
+    )
     parser.add_argument("--seed", type=int, default=7, help="of the noise (default: %(default)s)")
     parser.add_argument("--port", type=int, help="of the server (default: a free one)")
 
@@ -45,4 +49,5 @@ def forwarded(options: argparse.Namespace) -> list[str]:
     """The arguments that give the same options again."""
     names = ("unet", "clip", "vae", "prompt", "width", "height", "length", "steps", "seed", "port")
     given = {name: getattr(options, name) for name in names}
-    return [f"--{name}={value}" for name, value in given.items() if value is not None]
+    flags = ["--tiny"] if options.tiny else []
+    return [f"--{name}={value}" for name, value in given.items() if value is not None] + flags

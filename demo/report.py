@@ -16,21 +16,30 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .comparison import Comparison, pack_lines
+from .comparison import Comparison, SparseRun, Weights, pack_lines
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
-TINY_NOTICE = (
-    "<b>These are not real videos.</b> The weights are tiny and were drawn at random by "
-    "this project, so the clouds below mean nothing and say nothing about the quality of a "
-    "trained model. What is real: ComfyUI, its model classes, the sampler, the nodes, the masks "
-    "and the times of this machine. For real videos, run the demo with "
-    "<code>--unet</code>, <code>--clip</code> and <code>--vae</code>."
-)
-REAL_NOTICE = (
-    "Videos of the weights and the prompt that were given, one seed. Two runs of one prompt are "
-    "an example, not a measurement of quality."
-)
+NOTICES: dict[Weights, str] = {
+    "tiny": (
+        "<b>This is not a real video.</b> The weights are tiny and were drawn at random by this "
+        "project, so the clouds below mean nothing and say nothing about the quality of a trained "
+        "model. What is real: ComfyUI, its model classes, the sampler, the nodes, the masks and "
+        "the times of this machine. For real videos, run the demo with <code>--unet</code>, "
+        "<code>--clip</code> and <code>--vae</code>."
+    ),
+    "miniature": (
+        "From a <b>miniature</b>: a model with the true architecture, a thousandth of the real "
+        "size, that this project trained on moving shapes. Its attention is learned, so what "
+        "sparsity does to the picture can be seen; how much it costs a large model cannot be read "
+        "off it. For real videos, run the demo with <code>--unet</code>, <code>--clip</code> and "
+        "<code>--vae</code>."
+    ),
+    "real": (
+        "Videos of the weights and the prompt that were given, one seed. Runs of one prompt are "
+        "an example, not a measurement of quality."
+    ),
+}
 
 
 def _data_url(kind: str, content: bytes) -> str:
@@ -55,37 +64,42 @@ def machine_line(system: dict[str, Any]) -> str:
     return f"{device}. ComfyUI {comfyui}, PyTorch {torch.__version__}, {platform.system()}."
 
 
-def _number(value: str, label: str) -> str:
-    return f'<div class="number"><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>'
+def _speed(comparison: Comparison, run: SparseRun) -> str:
+    speedup = comparison.speedup(run)
+    return f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower"
 
 
-def _numbers(comparison: Comparison) -> str:
-    speedup = comparison.speedup
-    faster = f"{speedup:.2f}x" if speedup >= 1 else f"{1 / speedup:.2f}x"
-    density = "none" if comparison.density is None else f"{comparison.density:.0%}"
-    db = "equal" if math.isinf(comparison.psnr) else f"{comparison.psnr:.1f} dB"
-    cards = [
-        _number(faster, "faster sampling" if speedup >= 1 else "slower sampling"),
-        _number(density, "of the key blocks in sparse calls"),
-        _number(db, "PSNR, sparse against dense"),
-    ]
-    if comparison.latent_error is not None:
-        cards.append(_number(f"{comparison.latent_error:.1%}", "relative error of the latent"))
-    return "\n".join(cards)
+def _closeness(run: SparseRun) -> str:
+    return "equal" if math.isinf(run.psnr) else f"{run.psnr:.1f} dB"
 
 
-def _bars(comparison: Comparison) -> str:
-    runs = {
-        "dense": comparison.dense.sampler_seconds,
-        "sparse": comparison.sparse.sampler_seconds,
-    }
-    longest = max(runs.values())
-    return "\n".join(
-        f'<div class="bar"><span>{name}</span>'
-        f'<i class="{name}" style="width:{seconds / longest:.1%}"></i>'
+def _bar(seconds: float, longest: float, kind: str) -> str:
+    return (
+        f'<div class="bar"><i class="{kind}" style="width:{seconds / longest:.1%}"></i>'
         f"<span>{seconds:.1f} s</span></div>"
-        for name, seconds in runs.items()
     )
+
+
+def _results(comparison: Comparison) -> str:
+    """A row per run: time, speed, density, and how close it is to the dense one."""
+    runs = comparison.runs
+    times = [comparison.dense.sampler_seconds, *(run.result.sampler_seconds for run in runs)]
+    longest = max(times)
+    with_latents = any(run.latent_error is not None for run in runs)
+    heads = ["", "sampling time", "", "density", "PSNR", *(["latent error"] * with_latents)]
+    rows = [["dense", _bar(times[0], longest, "dense"), "", "100%", "", *([""] * with_latents)]]
+    for run, seconds in zip(runs, times[1:], strict=True):
+        row = [
+            html.escape(run.method.title),
+            _bar(seconds, longest, "sparse"),
+            _speed(comparison, run),
+            "nothing sparse" if run.density is None else f"{run.density:.0%}",
+            _closeness(run),
+        ]
+        rows.append(row + ([f"{run.latent_error:.1%}"] if run.latent_error is not None else []))
+    head = "".join(f"<th>{cell}</th>" for cell in heads)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<table class="results"><tr>{head}</tr>{body}</table>'
 
 
 def _facts(comparison: Comparison) -> str:
@@ -93,7 +107,9 @@ def _facts(comparison: Comparison) -> str:
     rows = {"video": f"{width} x {height}, {frames} frames, {comparison.steps} steps"}
     if comparison.layout is not None:
         rows["tokens"] = f"{comparison.layout.num_tokens} ({comparison.layout})"
-    rows["node"] = ", ".join(f"{name} {value}" for name, value in comparison.settings.items())
+    for run in comparison.runs:
+        settings = (f"{name} {value}" for name, value in run.settings.items() if value != "")
+        rows[run.method.title] = ", ".join(settings)
     rows["colours"] = comparison.colours
     cells = (f"<tr><td>{k}</td><td>{html.escape(v)}</td></tr>" for k, v in rows.items())
     return f"<table>{''.join(cells)}</table>"
@@ -104,38 +120,41 @@ def _section(comparison: Comparison) -> str:
     mask = ""
     if comparison.mask is not None:
         mask = (
-            "<h3>The mask</h3>"
+            "<h3>The radial mask</h3>"
             f'<img alt="block mask" src="{_png(comparison.mask)}">'
             '<p class="soft">A row per block of queries, a column per block of keys; blue blocks '
             "are computed, white lines are borders of frames. Near frames see each other whole, "
-            "distant ones through a window that narrows, and all see the first frame.</p>"
+            "distant ones through a window that narrows, and all see the first frame. PSA and "
+            "Sparge choose their blocks anew at every call.</p>"
         )
-    lines = "\n".join(html.escape(line) for line in pack_lines(comparison.sparse.log))
+    lines = "\n\n".join(
+        html.escape(line) for run in comparison.runs for line in pack_lines(run.result.log)
+    )
+    prompt = ""
+    if comparison.prompt is not None:
+        prompt = f'<p class="soft">&ldquo;{html.escape(comparison.prompt)}&rdquo;</p>'
     return f"""<section>
 <h2>{html.escape(comparison.family.title)}</h2>
-<div class="numbers">{_numbers(comparison)}</div>
+{prompt}
+<div class="notice">{NOTICES[comparison.weights]}</div>
 <video src="{video}" autoplay loop muted playsinline controls></video>
+{_results(comparison)}
 <div class="split">
 <div>{mask}</div>
-<div><h3>Sampling time</h3>{_bars(comparison)}
-{_facts(comparison)}
-<h3 style="margin-top:20px">What the pack logged</h3><pre>{lines}</pre></div>
+<div><h3>Settings</h3>{_facts(comparison)}</div>
 </div>
+<h3 class="logged">What the pack logged</h3><pre>{lines}</pre>
 </section>"""
 
 
-def write_report(
-    path: Path, comparisons: Sequence[Comparison], system: dict[str, Any], *, is_real: bool
-) -> Path:
+def write_report(path: Path, comparisons: Sequence[Comparison], system: dict[str, Any]) -> Path:
     """Write the page.
 
     Args:
         system: ComfyUI's /system_stats.
-        is_real: the weights were given, not made here.
     """
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         machine=html.escape(machine_line(system)),
-        notice=REAL_NOTICE if is_real else TINY_NOTICE,
         sections="\n".join(_section(comparison) for comparison in comparisons),
     )
     path.write_text(page, encoding="utf-8")

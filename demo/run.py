@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from devtools.environment import ROOT
@@ -18,149 +19,139 @@ from devtools.errors import DevError
 from devtools.progress import Step
 from devtools.server import ComfyServer, WorkflowRejected, make_base_directory
 
-from .comparison import Comparison, logged_density, logged_layout, relative_error, sample_both
+from .comparison import (
+    Comparison,
+    SparseRun,
+    logged_density,
+    logged_layout,
+    relative_error,
+    sample_all,
+)
 from .families import FAMILIES, Family, family_of
 from .frames import difference, load_frames, load_latent, psnr, to_bytes, upscale
 from .mask import draw_mask, radial_plan
+from .methods import RADIAL, Method
 from .report import write_report
 from .session import RunResult
-from .video import side_by_side, write_video
-from .workflow import PATCH, Workflow
+from .sources import real_workflows, small_workflows, weights_of
+from .video import video_grid, write_video
+from .workflow import Workflow
 
 OUTPUT = ROOT / "outputs" / "demo"
-# WAN's own length at a size that a CPU samples in seconds; enough tokens to be sparse.
-TINY_SIZE = {"width": 320, "height": 192, "length": 81}
-TINY_STEPS = 12
 FRAMES_PER_LATENT = 4
 DIFFERENCE_GAIN = 4.0
 
 
 @dataclass(frozen=True)
 class _Footage:
-    """Two videos of one seed, fp32 [frames, height, width, 3]."""
+    """Videos of one seed, fp32 [frames, height, width, 3], the dense one and one per method."""
 
     dense: Tensor
-    sparse: Tensor
+    sparse: tuple[Tensor, ...]
     fps: int
     colours: str
-    latent_error: float | None
+    latent_errors: tuple[float | None, ...]
 
 
 def _has_gpu() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        target.symlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def _tiny_workflow(family: Family, base: Path, options: argparse.Namespace) -> Workflow:
-    weights = f"tiny_{family.key}.safetensors"
-    with Step(f"Making tiny {family.title} weights"):
-        family.make_checkpoint(base / "models" / "diffusion_models" / weights)
-    shipped = Workflow.load(ROOT / "workflows" / "api" / f"{family.workflow}.json")
-    return (
-        shipped.with_seeded_conditioning(family.text_tokens, seed=1)
-        .saving_latent(f"{family.key}/latent")
-        .setting(unet_name=weights, steps=TINY_STEPS, dense_timesteps=-1, **TINY_SIZE)
-        .setting(seed=options.seed, noise_seed=options.seed)
+def _small_footage(
+    family: Family, dense: RunResult, sparse: list[RunResult], *, trained: bool
+) -> _Footage:
+    reference, *others = (load_latent(run.files["latent"][0]) for run in (dense, *sparse))
+    show = family.miniature_show() if trained else family.show(reference)
+    return _Footage(
+        dense=upscale(show(reference)),
+        sparse=tuple(upscale(show(latent)) for latent in others),
+        fps=16 // FRAMES_PER_LATENT,
+        colours="those the miniature was trained with" if trained else family.colours,
+        latent_errors=tuple(relative_error(reference, latent) for latent in others),
     )
 
 
-def _real_workflow(family: Family, base: Path, options: argparse.Namespace) -> Workflow:
-    models = base / "models"
-    _link_or_copy(options.unet, models / "diffusion_models" / options.unet.name)
-    _link_or_copy(options.clip, models / "text_encoders" / options.clip.name)
-    _link_or_copy(options.vae, models / "vae" / options.vae.name)
-    shipped = Workflow.load(ROOT / "workflows" / "api" / f"{family.workflow}.json")
-    given = {
-        name: getattr(options, name)
-        for name in ("width", "height", "length", "steps")
-        if getattr(options, name) is not None
-    }
-    # A fixed count would not fit another number of steps.
-    given |= {"dense_timesteps": -1} if options.steps is not None else {}
-    workflow = shipped.setting(
-        unet_name=options.unet.name,
-        clip_name=options.clip.name,
-        vae_name=options.vae.name,
-        seed=options.seed,
-        noise_seed=options.seed,
-        **given,
-    ).saving_frames(f"{family.key}/frame")
-    prompt = workflow.linked_from("positive")
-    workflow.nodes[prompt]["inputs"]["text"] = options.prompt
-    return workflow
-
-
-def _tiny_footage(family: Family, dense: RunResult, sparse: RunResult) -> _Footage:
-    latents = [load_latent(run.files["latent"][0]) for run in (dense, sparse)]
-    show = family.show(latents[0])
-    dense_frames, sparse_frames = (upscale(show(latent)) for latent in latents)
-    fps = 16 // FRAMES_PER_LATENT
-    error = relative_error(*latents)
-    return _Footage(dense_frames, sparse_frames, fps, family.colours, error)
-
-
-def _real_footage(workflow: Workflow, dense: RunResult, sparse: RunResult) -> _Footage:
+def _real_footage(workflow: Workflow, dense: RunResult, sparse: list[RunResult]) -> _Footage:
     fps = int(workflow.nodes[workflow.find("CreateVideo")]["inputs"]["fps"])
-    frames = [load_frames(sorted(run.files["frames"])) for run in (dense, sparse)]
-    return _Footage(frames[0], frames[1], fps, "decoded by the VAE", latent_error=None)
+    frames = [load_frames(sorted(run.files["frames"])) for run in (dense, *sparse)]
+    nothing = tuple(None for _ in sparse)
+    return _Footage(frames[0], tuple(frames[1:]), fps, "decoded by the VAE", nothing)
 
 
-def _write_videos(family: Family, footage: _Footage) -> dict[str, Path]:
-    dense, sparse = to_bytes(footage.dense), to_bytes(footage.sparse)
-    apart = to_bytes(difference(footage.dense, footage.sparse, DIFFERENCE_GAIN))
-    together = side_by_side(
-        [
-            ("dense", dense),
-            ("radial, same seed", sparse),
-            (f"difference x {DIFFERENCE_GAIN:g}", apart),
-        ]
-    )
-    videos = {"dense": dense, "sparse": sparse, "side_by_side": together}
+def _write_videos(family: Family, footage: _Footage, methods: list[Method]) -> dict[str, Path]:
+    dense = to_bytes(footage.dense)
+    sparse = [to_bytes(frames) for frames in footage.sparse]
+    apart = [
+        to_bytes(difference(footage.dense, frames, DIFFERENCE_GAIN)) for frames in footage.sparse
+    ]
+    above = [("dense", dense)]
+    above += [(m.title, frames) for m, frames in zip(methods, sparse, strict=True)]
+    below = [
+        (f"{m.title}: difference x {DIFFERENCE_GAIN:g}", frames)
+        for m, frames in zip(methods, apart, strict=True)
+    ]
+    videos = {"dense": dense, "side_by_side": video_grid([above, [None, *below]])}
+    videos |= {m.key: frames for m, frames in zip(methods, sparse, strict=True)}
     return {
         name: write_video(OUTPUT / f"{family.key}_{name}.mp4", frames, footage.fps)
         for name, frames in videos.items()
     }
 
 
+def _node_settings(workflow: Workflow, method: Method) -> dict[str, object]:
+    inputs = workflow.nodes[workflow.find(method.node)]["inputs"]
+    return {name: value for name, value in inputs.items() if not isinstance(value, list)}
+
+
+def _draw_radial_mask(family: Family, runs: Sequence[SparseRun]) -> Image.Image | None:
+    for run in runs:
+        if run.method is RADIAL and run.layout is not None:
+            mask = draw_mask(radial_plan(run.layout, run.settings), run.layout)
+            mask.save(OUTPUT / f"{family.key}_mask.png")
+            return mask
+    return None
+
+
 def _compare(
-    server: ComfyServer, family: Family, workflow: Workflow, *, is_real: bool
+    server: ComfyServer,
+    family: Family,
+    workflows: list[tuple[Method, Workflow]],
+    options: argparse.Namespace,
 ) -> Comparison:
-    dense, sparse = sample_both(server, family.title, workflow)
-    footage = (
-        _real_footage(workflow, dense, sparse) if is_real else _tiny_footage(family, dense, sparse)
+    weights = weights_of(family, options)
+    dense, sparse = sample_all(server, family.title, workflows)
+    methods, first = [method for method, _ in workflows], workflows[0][1]
+    if weights == "real":
+        footage = _real_footage(first, dense, sparse)
+    else:
+        footage = _small_footage(family, dense, sparse, trained=weights == "miniature")
+    runs = tuple(
+        SparseRun(
+            method=method,
+            settings=_node_settings(workflow, method),
+            result=result,
+            density=logged_density(result.log),
+            layout=logged_layout(result.log),
+            psnr=psnr(footage.dense, frames),
+            latent_error=error,
+        )
+        for (method, workflow), result, frames, error in zip(
+            workflows, sparse, footage.sparse, footage.latent_errors, strict=True
+        )
     )
-    settings = {
-        name: value
-        for name, value in workflow.nodes[workflow.find(PATCH)]["inputs"].items()
-        if not isinstance(value, list)
-    }
-    layout = logged_layout(sparse.log)
-    mask = None
-    if layout is not None:
-        mask = draw_mask(radial_plan(layout, settings), layout)
-        mask.save(OUTPUT / f"{family.key}_mask.png")
-    size = workflow.nodes[workflow.find("EmptyHunyuanLatentVideo")]["inputs"]
+    size = first.nodes[first.find("EmptyHunyuanLatentVideo")]["inputs"]
+    prompts = {"real": options.prompt, "miniature": family.prompt.sentence}
     return Comparison(
         family=family,
-        settings=settings,
-        steps=workflow.value("steps"),
+        weights=weights,
+        prompt=prompts.get(weights),
+        steps=first.value("steps"),
         size=(size["width"], size["height"], size["length"]),
         dense=dense,
-        sparse=sparse,
-        density=logged_density(sparse.log),
-        layout=layout,
-        psnr=psnr(footage.dense, footage.sparse),
-        latent_error=footage.latent_error,
+        runs=runs,
         colours=footage.colours,
-        videos=_write_videos(family, footage),
-        mask=mask,
+        videos=_write_videos(family, footage, methods),
+        mask=_draw_radial_mask(family, runs),
     )
 
 
@@ -199,9 +190,10 @@ def run_demo(options: argparse.Namespace) -> Path:
             {
                 "sparse_video_attention": ROOT,
                 "seeded_conditioning": ROOT / "demo" / "seeded_conditioning",
+                "prompt_conditioning": ROOT / "miniature" / "prompt_conditioning",
             },
         )
-        make = _real_workflow if is_real else _tiny_workflow
+        make = real_workflows if is_real else small_workflows
         workflows = [(family, make(family, base, options)) for family in families]
         server = ComfyServer(
             python=Path(sys.executable),
@@ -218,8 +210,7 @@ def run_demo(options: argparse.Namespace) -> Path:
                 server.start(lambda line: step.show(None, line.removeprefix("[INFO] ")))
             try:
                 comparisons = [
-                    _compare(server, family, workflow, is_real=is_real)
-                    for family, workflow in workflows
+                    _compare(server, family, by_method, options) for family, by_method in workflows
                 ]
             except WorkflowRejected as error:
                 raise DevError(str(error), f"read {server.log_path}") from None
@@ -229,4 +220,4 @@ def run_demo(options: argparse.Namespace) -> Path:
             json.dumps([comparison.facts() for comparison in comparisons], indent=2) + "\n",
             encoding="utf-8",
         )
-        return write_report(OUTPUT / "report.html", comparisons, system, is_real=is_real)
+        return write_report(OUTPUT / "report.html", comparisons, system)

@@ -35,17 +35,23 @@ def write_video(path: Path, frames: np.ndarray, fps: int) -> Path:
     return path
 
 
-def side_by_side(videos: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
-    """Videos of one size next to each other, each under its caption."""
-    _, (count, height, width, _) = videos[0][0], videos[0][1].shape
-    total = width * len(videos) + GAP_PIXELS * (len(videos) - 1)
-    header = Image.new("RGB", (total, CAPTION_PIXELS), "white")
-    draw = ImageDraw.Draw(header)
+def video_grid(rows: Sequence[Sequence[tuple[str, np.ndarray] | None]]) -> np.ndarray:
+    """Videos of one size in rows, each under its caption; None leaves a place empty."""
+    first = next(cell for row in rows for cell in row if cell is not None)[1]
+    count, height, width, _ = first.shape
+    columns = max(len(row) for row in rows)
+    tile = height + CAPTION_PIXELS
+    size = (len(rows) * tile, width * columns + GAP_PIXELS * (columns - 1))
+    canvas = np.full((count, *size, 3), 255, dtype=np.uint8)
     font = ImageFont.load_default(size=15)
-    canvas = np.full((count, height + CAPTION_PIXELS, total, 3), 255, dtype=np.uint8)
-    for index, (caption, frames) in enumerate(videos):
-        left = index * (width + GAP_PIXELS)
-        draw.text((left + 2, 4), caption, fill="black", font=font)
-        canvas[:, CAPTION_PIXELS:, left : left + width] = frames
-    canvas[:, :CAPTION_PIXELS] = np.asarray(header)
+    for i, row in enumerate(rows):
+        for j, cell in enumerate(row):
+            if cell is None:
+                continue
+            caption, frames = cell
+            header = Image.new("RGB", (width, CAPTION_PIXELS), "white")
+            ImageDraw.Draw(header).text((2, 4), caption, fill="black", font=font)
+            top, left = i * tile, j * (width + GAP_PIXELS)
+            canvas[:, top : top + CAPTION_PIXELS, left : left + width] = np.asarray(header)
+            canvas[:, top + CAPTION_PIXELS : top + tile, left : left + width] = frames
     return canvas

@@ -9,6 +9,7 @@ from typing import Any
 
 SAMPLERS = ("KSampler", "SamplerCustomAdvanced")
 PATCH = "PatchRadialAttention"
+TEXT = "CLIPTextEncode"
 
 
 class Workflow:
@@ -86,10 +87,28 @@ class Workflow:
             del new.nodes[name]
         return new
 
+    def replacing(self, class_type: str, other: str, widgets: dict[str, Any]) -> Workflow:
+        """With a node of another class in the place of one; it keeps what is linked to it."""
+        new = self._copy()
+        name = self.find(class_type)
+        inputs = self.nodes[name]["inputs"]
+        links = {key: value for key, value in inputs.items() if isinstance(value, list)}
+        new.nodes[name] = {"class_type": other, "inputs": widgets | links}
+        return new
+
+    def with_miniature_prompt(self, sentence: str) -> Workflow:
+        """With what a miniature was trained on where the text encoder was."""
+        new = self._copy()
+        positive = self.linked_from("positive")
+        for name in [n for n, node in self.nodes.items() if node["class_type"] == TEXT]:
+            inputs = {"prompt": sentence if name == positive else ""}
+            new.nodes[name] = {"class_type": "MiniaturePrompt", "inputs": inputs}
+        return new.without("CLIPLoader")
+
     def with_seeded_conditioning(self, tokens: int, seed: int) -> Workflow:
         """With random text features where the text encoder was."""
         new = self._copy()
-        texts = [n for n, node in self.nodes.items() if node["class_type"] == "CLIPTextEncode"]
+        texts = [n for n, node in self.nodes.items() if node["class_type"] == TEXT]
         for offset, name in enumerate(texts):
             inputs = {"tokens": tokens, "features": 4096, "seed": seed + offset}
             new.nodes[name] = {"class_type": "SeededConditioning", "inputs": inputs}

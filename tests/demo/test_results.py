@@ -4,6 +4,7 @@ import json
 import math
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -14,13 +15,29 @@ from safetensors.torch import save_file
 from sparse_video_attention.kernels import TokenLayout
 
 from demo.checkpoints import make_cogvideox_checkpoint, make_wan_checkpoint
-from demo.comparison import Comparison, logged_density, logged_layout, pack_lines, relative_error
+from demo.comparison import (
+    Comparison,
+    SparseRun,
+    logged_density,
+    logged_layout,
+    pack_lines,
+    relative_error,
+)
 from demo.families import COGVIDEOX, WAN, family_of
-from demo.frames import difference, principal_components, psnr, to_bytes, upscale
+from demo.frames import (
+    cogvideox_miniature,
+    difference,
+    principal_components,
+    psnr,
+    to_bytes,
+    upscale,
+    wan_preview,
+)
 from demo.mask import KEPT, draw_mask, radial_plan
+from demo.methods import PSA, RADIAL
 from demo.report import write_report
 from demo.session import RunResult
-from demo.video import side_by_side, write_video
+from demo.video import video_grid, write_video
 from devtools.errors import DevError
 
 LOG = """
@@ -81,6 +98,20 @@ class TestPictures:
         moved = show(reference + shift) - show(reference)
         assert torch.allclose(moved, moved[:1, :1, :1].expand_as(moved), atol=1e-5)
 
+    @pytest.mark.comfy
+    @pytest.mark.parametrize("family", ["wan", "cogvideox"])
+    def test_what_a_miniature_was_trained_on_comes_back_from_a_saved_latent(self, family, comfyui):
+        from comfy.latent_formats import CogVideoX, Wan21
+
+        from miniature.latents import cogvideox_colours, wan_colours
+
+        video = torch.rand(3, 4, 6, 3, generator=torch.Generator().manual_seed(0))
+        colours = {"wan": wan_colours, "cogvideox": cogvideox_colours}[family]()
+        latent_format = {"wan": Wan21, "cogvideox": CogVideoX}[family]()
+        show = {"wan": wan_preview, "cogvideox": cogvideox_miniature}[family]()
+        saved = latent_format.process_out(colours.encode(video).unsqueeze(0))[0]
+        assert torch.allclose(show(saved), video, atol=1e-4)
+
     def test_upscaling_keeps_flat_areas_and_makes_video_pixels(self):
         large = upscale(torch.full((2, 3, 5, 3), 0.25))
         assert large.shape == (2, 24, 40, 3)
@@ -108,11 +139,14 @@ class TestVideo:
             stream = container.streams.video[0]
             assert (stream.height, stream.width) == (32, 46)
 
-    def test_side_by_side_has_each_video_under_its_caption(self):
+    def test_a_grid_has_each_video_under_its_caption_and_leaves_empty_places_white(self):
         black, grey = (np.full((3, 40, 60, 3), value, np.uint8) for value in (0, 128))
-        together = side_by_side([("left", black), ("right", grey)])
-        assert (together[:, -40:, :60] == 0).all() and (together[:, -40:, -60:] == 128).all()
-        assert (together[0, :20, :60] < 100).any(), "no caption"
+        grid = video_grid([[("left", black), ("right", grey)], [None, ("below", black)]])
+        above, below = np.split(grid, 2, axis=1)
+        assert (above[:, -40:, :60] == 0).all() and (above[:, -40:, -60:] == 128).all()
+        assert (below[:, -40:, -60:] == 0).all() and (below[:, :, :60] == 255).all()
+        for tile in (above[0, :20, :60], above[0, :20, -60:], below[0, :20, -60:]):
+            assert (tile < 100).any(), "no caption"
 
 
 class TestMask:
@@ -169,17 +203,23 @@ class TestFamilies:
 def comparison(tmp_path):
     layout = TokenLayout(21, 12, 20)
     video = write_video(tmp_path / "v.mp4", np.zeros((2, 16, 16, 3), np.uint8), fps=4)
+
+    def run(method, seconds, **results):
+        log = LOG + "[sparse_video_attention] <b>bold</b>"
+        result = RunResult(seconds + 1, seconds, {}, log)
+        return SparseRun(method, SETTINGS, result, layout=layout, **results)
+
     return Comparison(
         family=WAN,
-        settings=SETTINGS,
+        weights="tiny",
+        prompt=None,
         steps=12,
         size=(320, 192, 81),
         dense=RunResult(31.0, 30.0, {}, ""),
-        sparse=RunResult(21.0, 20.0, {}, LOG + "[sparse_video_attention] <b>bold</b>"),
-        density=0.484,
-        layout=layout,
-        psnr=27.25,
-        latent_error=0.123,
+        runs=(
+            run(RADIAL, 20.0, density=0.484, psnr=27.25, latent_error=0.123),
+            run(PSA, 60.0, density=None, psnr=math.inf, latent_error=0.0),
+        ),
         colours="colours & more",
         videos={"side_by_side": video},
         mask=draw_mask(radial_plan(layout, SETTINGS), layout),
@@ -187,23 +227,25 @@ def comparison(tmp_path):
 
 
 class TestReport:
-    def write(self, comparison, tmp_path, is_real=False):
-        return write_report(
-            tmp_path / "report.html", [comparison], {"system": {}}, is_real=is_real
-        ).read_text(encoding="utf-8")
+    def write(self, comparison, tmp_path):
+        page = write_report(tmp_path / "report.html", [comparison], {"system": {}})
+        return page.read_text(encoding="utf-8")
 
-    def test_it_says_the_numbers(self, comparison, tmp_path):
-        page = self.write(comparison, tmp_path)
-        for number in ("1.50x", "48%", "27.2 dB", "12.3%", "30.0 s", "20.0 s", "density 0.484"):
-            assert number in page, number
-        assert "faster sampling" in page
+    def rows(self, page):
+        table = page.partition('<table class="results">')[2].partition("</table>")[0]
+        return [re.findall(r"<td>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
 
-    def test_a_slower_run_is_called_slower(self, comparison, tmp_path):
-        from dataclasses import replace
+    def test_every_run_has_a_row_with_its_numbers(self, comparison, tmp_path):
+        dense, radial, psa = self.rows(self.write(comparison, tmp_path))
+        assert dense[0] == "dense" and "30.0 s" in dense[1]
+        assert radial[0] == "radial" and "20.0 s" in radial[1] and "33.3%" in radial[1]
+        assert radial[2:] == ["1.50x faster", "48%", "27.2 dB", "12.3%"]
+        assert psa[2:] == ["2.00x slower", "nothing sparse", "equal", "0.0%"]
 
-        slower = replace(comparison, dense=RunResult(11.0, 10.0, {}, ""))
-        page = self.write(slower, tmp_path)
-        assert "2.00x" in page and "slower sampling" in page and "faster sampling" not in page
+    def test_real_weights_have_no_column_of_latents(self, comparison, tmp_path):
+        runs = tuple(replace(run, latent_error=None) for run in comparison.runs)
+        rows = self.rows(self.write(replace(comparison, weights="real", runs=runs), tmp_path))
+        assert {len(row) for row in rows} == {5}
 
     def test_it_is_one_file_with_everything_in_it(self, comparison, tmp_path):
         page = self.write(comparison, tmp_path)
@@ -215,11 +257,19 @@ class TestReport:
         }
         assert "http" not in re.sub(r'src="[^"]*"', "", page) and "$" not in page.split("<main>")[0]
 
-    def test_random_weights_are_owned_up_to_and_real_ones_are_not_denied(
-        self, comparison, tmp_path
-    ):
-        assert "These are not real videos" in self.write(comparison, tmp_path)
-        assert "not real" not in self.write(comparison, tmp_path, is_real=True)
+    def test_each_model_says_whose_weights_it_has(self, comparison, tmp_path):
+        said = {
+            weights: self.write(replace(comparison, weights=weights), tmp_path)
+            for weights in ("tiny", "miniature", "real")
+        }
+        assert "This is not a real video" in said["tiny"]
+        assert "trained on moving shapes" in said["miniature"]
+        assert "that were given" in said["real"] and "not a real" not in said["real"]
+
+    def test_a_prompt_is_quoted_where_there_is_one(self, comparison, tmp_path):
+        assert "&ldquo;" not in self.write(comparison, tmp_path)
+        page = self.write(replace(comparison, prompt="one <red> disc"), tmp_path)
+        assert "&ldquo;one &lt;red&gt; disc&rdquo;" in page
 
     def test_what_the_log_says_cannot_become_markup(self, comparison, tmp_path):
         page = self.write(comparison, tmp_path)
@@ -227,11 +277,9 @@ class TestReport:
         assert "colours &amp; more" in page
 
     def test_the_facts_are_valid_json_even_for_equal_videos(self, comparison):
-        from dataclasses import replace
-
-        facts = json.loads(json.dumps(replace(comparison, psnr=math.inf).facts(), allow_nan=False))
-        assert facts["psnr_db"] is None and facts["tokens"] == 5040
-        assert facts["speedup"] == 1.5
+        facts = json.loads(json.dumps(comparison.facts(), allow_nan=False))
+        assert facts["tokens"] == 5040 and facts["methods"]["radial"]["speedup"] == 1.5
+        assert facts["methods"]["psa"]["psnr_db"] is None
 
 
 def test_no_file_of_the_demo_names_a_place_on_a_machine():

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from demo.methods import METHODS, PATCHES, RADIAL, SPARGE, method_workflow
 from demo.workflow import PATCH, Workflow
+from miniature.prompts import PROMPTS
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 SHIPPED = ["wan_t2v_radial", "cogvideox_radial"]
@@ -84,3 +86,32 @@ def test_the_prompt_is_what_leads_into_the_positive_input(shipped):
 def test_a_node_that_is_not_there_is_named():
     with pytest.raises(KeyError, match="0 nodes of KSampler or SamplerCustomAdvanced"):
         _ = Workflow({}).sampler
+
+
+def test_a_miniature_is_told_its_prompt_and_the_empty_one(shipped):
+    sentence = PROMPTS[2].sentence
+    prompted = shipped.with_miniature_prompt(sentence)
+    positive, negative = (prompted.linked_from(name) for name in ("positive", "negative"))
+    assert prompted.nodes[positive]["inputs"] == {"prompt": sentence}
+    assert prompted.nodes[negative]["inputs"] == {"prompt": ""}
+    assert "CLIPLoader" not in {node["class_type"] for node in prompted.nodes.values()}
+
+
+@pytest.mark.parametrize("stem", ["wan_t2v", "cogvideox"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.key)
+def test_every_method_has_a_workflow_that_differs_by_its_node_alone(stem, method):
+    workflow = method_workflow(WORKFLOWS / "api", stem, method)
+    radial = method_workflow(WORKFLOWS / "api", stem, RADIAL)
+    node = workflow.find(method.node)
+    assert [n["class_type"] for n in workflow.nodes.values() if n["class_type"] in PATCHES] == [
+        method.node
+    ]
+    assert links(workflow) == links(radial) and node == radial.find(PATCH)
+
+
+def test_a_node_that_takes_another_s_place_has_its_own_settings():
+    sparge = method_workflow(WORKFLOWS / "api", "cogvideox", SPARGE)
+    donor = Workflow.load(WORKFLOWS / "api" / "wan_t2v_sparge.json")
+    inputs = sparge.nodes[sparge.find(SPARGE.node)]["inputs"]
+    assert inputs.keys() == donor.nodes[donor.find(SPARGE.node)]["inputs"].keys()
+    assert "decay_factor" not in inputs
