@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.twins import Twins
 from .sampling import SAMPLE_OFFSET, SAMPLE_STRIDE, sample_tokens, tokens_per_block
-from .twins import Twins
 
 # Scores held at once, in elements of 4 bytes; there are two such buffers.
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
@@ -89,7 +89,7 @@ def block_importance(
     if scale is None:
         scale = head_dim**-0.5
     found = (twins or Twins()).run(
-        "triton_importance",
+        f"{__package__}.triton_importance",
         q,
         lambda twin: twin.refuses(q, k, tokens_per_q_block, scale),
         lambda twin: twin.importance(
@@ -153,7 +153,7 @@ def token_importance(
     }
     # The twin reads the sample where it is.
     found = (twins or Twins()).run(
-        "triton_importance",
+        f"{__package__}.triton_importance",
         q,
         lambda twin: twin.refuses(q, k, tokens["tokens_per_q_block"], scale),
         lambda twin: twin.importance(

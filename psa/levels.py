@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .twins import Twins
+from ..kernels.twins import Twins
 
 # The order in which levels take blocks: every preset is expanded to all of them.
 LEVEL_ORDER = (1, 2, 4, 8, 0)
@@ -169,7 +169,7 @@ def assign_levels(
     check_level_request(mask_ratios, mask_mode, block_n, tile_n)
     num_k_blocks = importance.shape[-1]
     found = (twins or Twins()).run(
-        "triton_levels",
+        f"{__package__}.triton_levels",
         importance,
         lambda twin: twin.refuses(num_k_blocks),
         lambda twin: twin.levels(

@@ -11,11 +11,11 @@ from torch import Tensor
 from ..kernels import BlockPlan, TokenLayout
 from ..kernels.orders import video_order
 from ..kernels.plan import PYRAMID_LEVELS
+from ..kernels.twins import Twins
 from .importance import token_importance
 from .levels import assign_levels, topk_segments
 from .preset import PsaPreset, SimThresholds
 from .similarity import similarity_cap
-from .twins import Twins
 
 
 @dataclass(frozen=True)

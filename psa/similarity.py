@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .twins import Twins
+from ..kernels.twins import Twins
 
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
 
@@ -59,7 +59,7 @@ def similarity_cap(
             f"{list(k.shape)} and block_n={block_n}"
         )
     found = (twins or Twins()).run(
-        "triton_similarity",
+        f"{__package__}.triton_similarity",
         k,
         lambda twin: twin.refuses(k, block_n),
         lambda twin: twin.cap(k, block_n=block_n, x2=x2, x4=x4, x8=x8),

@@ -1,7 +1,6 @@
 """Triton twin of the levels: one program per row, by selection instead of a sort.
 
-The block that a level ends with is found by its importance, bit by bit from the highest: an
-importance is not negative, so its bits order like integers. A row is read once and stays in
+An importance is not negative, so its bits order like integers. A row is read once and stays in
 registers.
 """
 
@@ -12,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kernels.triton_selection import count_within, largest
 from .levels import (
     CUMULATIVE_SLACK,
     MIN_LEVEL1_SHARE,
@@ -27,32 +27,6 @@ MAX_SLOTS = 5
 
 
 @triton.jit
-def _edge_of_count(bits, wanted):
-    """The bits of the wanted-th largest importance; above all of them if none is wanted."""
-    found = 0
-    for step in tl.range(0, 31):
-        trial = found | (1 << (30 - step))
-        found = tl.where(tl.sum((bits >= trial).to(tl.int32), 0) >= wanted, trial, found)
-    return found
-
-
-@triton.jit
-def _count_within(bits, importance, limit, total, num_k_blocks):
-    """How many of the largest importances add up to no more than the limit."""
-    edge = 0  # of the first one that does not fit
-    for step in tl.range(0, 31):
-        trial = edge | (1 << (30 - step))
-        edge = tl.where(tl.sum(tl.where(bits >= trial, importance, 0.0), 0) > limit, trial, edge)
-    above = bits > edge
-    left = limit - tl.sum(tl.where(above, importance, 0.0), 0)
-    # Of equal blocks at the edge, as many as still fit.
-    value = (bits * 0 + edge).to(tl.float32, bitcast=True)
-    fitting = tl.max(tl.math.floor(left / value).to(tl.int32), 0)
-    count = tl.sum(above.to(tl.int32), 0) + fitting
-    return tl.where(limit >= total, num_k_blocks, tl.minimum(count, num_k_blocks))
-
-
-@triton.jit
 def _threshold_end(
     bits,
     importance,
@@ -65,7 +39,7 @@ def _threshold_end(
     ALIGN: tl.constexpr,
 ):
     """Where a level of a thresholdbound row ends, after one that ended at `end`."""
-    count = _count_within(bits, importance, limit, total, num_k_blocks)
+    count = count_within(bits, importance, limit, total, num_k_blocks)
     length = tl.where(count > 0, tl.maximum(count + 1 - end, 0), 0)
     length = (length + ALIGN - 1) // ALIGN * ALIGN
     room = num_k_blocks - end
@@ -126,11 +100,7 @@ def levels_kernel(
             end = tl.where(slot == 1, end1, end0)
             end = tl.where(slot == 2, end2, tl.where(slot == 3, end3, end))
             end = tl.where(slot == 4, end4, end)
-        edge = _edge_of_count(bits, end)
-        above = bits > edge
-        equal = (bits == edge).to(tl.int32)
-        left = end - tl.sum(above.to(tl.int32), 0)
-        taken = above | ((equal > 0) & (tl.cumsum(equal, 0) <= left))
+        taken = largest(bits, end, False)
         levels = tl.where(taken & (levels < 0), (LEVELS >> (4 * slot)) & 15, levels)
     tl.store(Levels + row * num_k_blocks + block, tl.maximum(levels, 0).to(tl.int8), mask=inside)
 

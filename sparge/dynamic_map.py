@@ -12,8 +12,9 @@ import math
 import torch
 from torch import Tensor
 
+from ..kernels.twins import Twins
 from .statistics import block_statistics
-from .thresholds import Threshold, check_threshold, per_head, topk_counts
+from .thresholds import Counts, Threshold, check_threshold, on_device, per_head, topk_counts
 
 # Scores looked at together: a full sort of them takes under 100 MiB.
 CHUNK_SCORES = 2**22
@@ -31,6 +32,7 @@ def block_map(
     attention_sink: bool = False,
     scale: float | None = None,
     subtract_key_mean: bool = False,
+    twins: Twins | None = None,
 ) -> Tensor:
     """Block map of one attention call.
 
@@ -49,6 +51,7 @@ def block_map(
         subtract_key_mean: subtract the mean key of the sequence first, which leaves the softmax
             as it is and lets self-similarity see what tells keys apart. The published attention
             calls do so before they make their map; the published map on its own does not.
+        twins: what a caller keeps of failures over its calls, on CUDA.
 
     Returns:
         bool [B, H, ceil(N / block_q), ceil(N' / block_k)].
@@ -69,8 +72,9 @@ def block_map(
             check_threshold(name, value, 0.0, 1.0, heads)
 
     mean_key = k.mean(dim=2, keepdim=True, dtype=torch.float32) if subtract_key_mean else None
-    of_q = block_statistics(q, block_q)
-    of_k = block_statistics(k, block_k, mean_key)
+    twins = twins or Twins()
+    of_q = block_statistics(q, block_q, twins=twins)
+    of_k = block_statistics(k, block_k, mean_key, twins)
     similar = per_head(simthreshd1, q.device)
     q_alike = of_q.similarity > similar
     k_alike = of_k.similarity > similar
@@ -79,24 +83,59 @@ def block_map(
     kept = torch.empty(*q_alike.shape, num_k_blocks, dtype=torch.bool, device=q.device)
     q_mean = of_q.mean.float() * (q.shape[-1] ** -0.5 if scale is None else scale)
     k_mean = of_k.mean.float().transpose(-1, -2)
-    k_apart = ~k_alike.unsqueeze(-2)  # [B, H, 1, N]
+    counts = None if topk is None else topk_counts(topk, num_k_blocks)
+    limit = None if cdfthreshd is None else per_head(cdfthreshd, q.device)
     rows = max(1, CHUNK_SCORES // (q.shape[0] * heads * num_k_blocks))
     for first in range(0, num_q_blocks, rows):
-        chunk = slice(first, first + rows)
-        scores = torch.matmul(q_mean[:, :, chunk], k_mean).masked_fill_(k_apart, -torch.inf)
-        if topk is not None:
-            chosen = _highest_count(scores, topk_counts(topk, num_k_blocks))
-        else:
-            assert cdfthreshd is not None
-            chosen = _highest_mass(scores, per_head(cdfthreshd, q.device))
-        kept[:, :, chunk] = chosen.logical_or_(k_apart)
-    kept |= ~q_alike.unsqueeze(-1)
-    if attention_sink:
-        kept[..., 0] = True
+        scores = torch.matmul(q_mean[:, :, first : first + rows], k_mean)
+        _keep_rows(kept, scores, q_alike, k_alike, first, counts, limit, attention_sink, twins)
     return kept
 
 
-def _highest_count(scores: Tensor, counts: int | list[int] | Tensor) -> Tensor:
+def _keep_rows(
+    kept: Tensor,
+    scores: Tensor,
+    q_alike: Tensor,
+    k_alike: Tensor,
+    first: int,
+    counts: Counts | None,
+    limit: float | Tensor | None,
+    attention_sink: bool,
+    twins: Twins,
+) -> None:
+    """Fill the rows of `kept` [B, H, M, N] from `first` on that scores [B, H, rows, N] are for."""
+    done = twins.run(
+        f"{__package__}.triton_select",
+        scores,
+        lambda twin: twin.refuses(scores.shape[-1]),
+        lambda twin: twin.select(
+            scores,
+            q_alike,
+            k_alike,
+            kept,
+            first_row=first,
+            counts=on_device(counts, scores.device),
+            limit=limit,
+            attention_sink=attention_sink,
+        ),
+    )
+    if done:
+        return
+    k_apart = ~k_alike.unsqueeze(-2)  # [B, H, 1, N]
+    scores.masked_fill_(k_apart, -torch.inf)
+    if counts is not None:
+        chosen = _highest_count(scores, counts)
+    else:
+        assert limit is not None
+        chosen = _highest_mass(scores, limit)
+    chunk = slice(first, first + scores.shape[2])
+    chosen |= k_apart
+    kept[:, :, chunk] = chosen | ~q_alike[:, :, chunk, None]
+    if attention_sink:
+        kept[:, :, chunk, 0] = True
+
+
+def _highest_count(scores: Tensor, counts: Counts) -> Tensor:
     """The `counts` highest scores of every row, as a mask; no more is sorted than is kept."""
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     if isinstance(counts, int):
@@ -112,6 +151,7 @@ def _highest_mass(scores: Tensor, limit: float | Tensor) -> Tensor:
     """The highest scores of every row whose softmax sums up to at most `limit`, as a mask."""
     mass, highest = scores.softmax(dim=-1).sort(dim=-1, descending=True)
     limit = limit.unsqueeze(-1) if isinstance(limit, Tensor) else limit
-    within = mass.cumsum_(dim=-1) <= limit
+    # A sum of all may round to more than 1.
+    within = mass.cumsum_(dim=-1).clamp_(max=1.0) <= limit
     within[..., 0] = True
     return torch.zeros_like(within).scatter_(-1, highest, within)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from ..kernels import BlockPlan, TokenLayout
 from ..kernels.orders import video_order
 from ..kernels.plan import BLOCK_SIZES
+from ..kernels.twins import Twins
 from .checkpoint import SpargeCheckpoint
 from .dynamic_map import block_map
 
@@ -34,6 +35,7 @@ class SpargePolicy:
         checkpoint: tuned thresholds per layer and head; they replace topk, cdfthreshd and
             simthreshd1.
         block_m, block_n: tokens per query block and per key block.
+        twins: what failed on which device, for as long as this policy lives.
     """
 
     topk: float = 0.5
@@ -45,6 +47,7 @@ class SpargePolicy:
     checkpoint: SpargeCheckpoint | None = None
     block_m: int = 128
     block_n: int = 64
+    twins: Twins = field(default_factory=Twins, repr=False, compare=False)
 
     name: ClassVar[str] = "sparge"
     is_static: ClassVar[bool] = False
@@ -123,6 +126,7 @@ class SpargePolicy:
             attention_sink=self.attention_sink,
             scale=scale,
             subtract_key_mean=True,
+            twins=self.twins,
         )
         tokens = layout.num_tokens
         if layout.prefix_tokens:

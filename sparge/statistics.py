@@ -7,12 +7,12 @@ of the normalised tokens, so it needs no block x block matrix.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..kernels.twins import Twins
 
 # fp32 elements held at once: 32 MiB a temporary, whatever the sequence length.
 CHUNK_ELEMENTS = 2**23
@@ -31,25 +31,23 @@ class BlockStatistics(NamedTuple):
     similarity: Tensor
 
 
-def block_statistics(x: Tensor, block_size: int, center: Tensor | None = None) -> BlockStatistics:
+def block_statistics(
+    x: Tensor, block_size: int, center: Tensor | None = None, twins: Twins | None = None
+) -> BlockStatistics:
     """Mean and self-similarity of every block of tokens.
 
     Args:
         x: [B, H, N, D], any strides.
         center: fp32 [B, H, 1, D] to subtract from every token first, or None.
+        twins: what a caller keeps of failures over its calls, on CUDA.
     """
-    fused = _fused_block_statistics() if x.is_cuda else None
-    return (fused or torch_block_statistics)(x, block_size, center)
-
-
-@functools.cache
-def _fused_block_statistics() -> Callable[..., BlockStatistics] | None:
-    """The Triton version, or None where Triton is missing or broken."""
-    try:
-        from .triton_map import block_statistics
-    except Exception:  # a broken wheel can raise anything
-        return None
-    return block_statistics
+    found = (twins or Twins()).run(
+        f"{__package__}.triton_map",
+        x,
+        lambda twin: None,
+        lambda twin: twin.block_statistics(x, block_size, center),
+    )
+    return torch_block_statistics(x, block_size, center) if found is None else found
 
 
 def torch_block_statistics(

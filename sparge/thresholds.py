@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 Threshold = float | Sequence[float] | Tensor
+Counts = int | list[int] | Tensor
 
 
 def check_threshold(name: str, value: Threshold, low: float, high: float, heads: int) -> None:
@@ -47,7 +48,14 @@ def per_head(value: Threshold, device: torch.device) -> float | Tensor:
     return value.to(device=device, dtype=torch.float32, non_blocking=True).view(1, -1, 1)
 
 
-def topk_counts(topk: Threshold, num_k_blocks: int) -> int | list[int] | Tensor:
+def on_device(counts: Counts | None, device: torch.device) -> int | Tensor | None:
+    """A number as it is; counts per head as int64 [H] on the device, without a wait."""
+    if isinstance(counts, list):
+        counts = torch.tensor(counts)
+    return counts.to(device, non_blocking=True) if isinstance(counts, Tensor) else counts
+
+
+def topk_counts(topk: Threshold, num_k_blocks: int) -> Counts:
     """Key blocks that `topk` keeps, at least one: a number, or one per head.
 
     A tensor on an accelerator gives an int64 tensor [H] there.

@@ -1,4 +1,4 @@
-"""The Triton statistics: equal to torch in the interpreter, and compiled for every architecture."""
+"""The Triton statistics and selection: equal to torch in the interpreter, and compiled."""
 
 import os
 import subprocess
@@ -10,13 +10,16 @@ import pytest
 GOLDEN = Path(__file__).parents[1] / "golden" / "sparge_maps.npz"
 
 IN_THE_INTERPRETER = """
+import importlib
 import json
 import sys
 
 import numpy as np
 import torch
-from sparse_video_attention.sparge import dynamic_map, statistics
+from sparse_video_attention.kernels.twins import Twins
+from sparse_video_attention.sparge import block_map, dynamic_map, statistics
 from sparse_video_attention.sparge.triton_map import block_statistics
+from sparse_video_attention.sparge.triton_select import select
 
 cases = [  # batch, heads, tokens, head_dim, block, dtype, center
     (1, 2, 256, 64, 128, torch.float32, False),
@@ -36,12 +39,60 @@ for batch, heads, tokens, head_dim, block, dtype, with_center in cases:
     torch.testing.assert_close(found.similarity, truth.similarity, equal_nan=True)
     assert truth.similarity.isnan().sum() == batch * heads * (tokens % block > 0)
 
+class OnTheCpu(Twins):
+    # Twins of these names run here, the others never.
+
+    def __init__(self, *names):
+        self.names = names or ("triton_map", "triton_select")
+        self.used = set()
+
+    def run(self, module, x, refuses, run):
+        name = module.rpartition(".")[2]
+        if name not in self.names:
+            return None
+        twin = importlib.import_module(module)
+        assert refuses(twin) is None
+        self.used.add(name)
+        return run(twin)
+
+
 golden = np.load(sys.argv[1])
-dynamic_map.block_statistics = block_statistics
 for index, case in enumerate(json.loads(str(golden["cases"]))):
     q, k = (torch.from_numpy(golden[f"{name}_{index}"]) for name in "qk")
-    kept = dynamic_map.block_map(q, k, **case)
+    twins = OnTheCpu("triton_map", *["triton_select"] * (index % 2))  # a program takes a while
+    kept = block_map(q, k, **case, twins=twins)
     assert torch.equal(kept, torch.from_numpy(golden[f"map_{index}"])), index
+    assert twins.used == set(twins.names)
+
+# Thresholds per head, several chunks of rows, a sink, heads without a competitor.
+gen = torch.Generator().manual_seed(5)
+q, k = (torch.randn(1, 3, n, 16, generator=gen) * 3 for n in (90, 600))
+q += 2  # queries are alike, and about half of the key blocks
+dynamic_map.CHUNK_SCORES = 3 * 19
+for how in (
+    {"topk": [0.05, 0.5, 1.0], "simthreshd1": [-1.0, 0.031, float("inf")]},
+    {"topk": torch.tensor([0.01, 0.3, 0.9]), "simthreshd1": -1.0, "attention_sink": True},
+    {"cdfthreshd": [0.0, 0.6, 1.0], "simthreshd1": torch.tensor([2.0, 0.031, -1.0])},
+    {"cdfthreshd": 0.9, "simthreshd1": -1.0},
+):
+    how |= {"block_q": 64, "block_k": 32}
+    found, truth = block_map(q, k, **how, twins=OnTheCpu()), block_map(q, k, **how)
+    assert torch.equal(found, truth), how
+    assert 0.1 < truth[:, :, 0].float().mean() < 0.9, how
+
+# Equal scores: as many as asked for, the first of them.
+scores = torch.tensor([[0.0, 1.0, -2.0, 1.0, 0.0, -2.0, 1.0, 0.0, 0.0, -3.0]])[None, None]
+alike = torch.ones(1, 1, 10, dtype=torch.bool)
+for count, expected in ((1, [1]), (2, [1, 3]), (5, [0, 1, 3, 4, 6]), (8, [0, 1, 2, 3, 4, 6, 7, 8])):
+    kept = torch.zeros(1, 1, 1, 10, dtype=torch.bool)
+    select(scores, alike[..., :1], alike, kept, first_row=0, counts=count)
+    assert kept[0, 0, 0].nonzero()[:, 0].tolist() == expected, (count, kept)
+shares = scores.softmax(-1)[0, 0, 0]
+for number, expected in ((1, [1]), (2, [1, 3]), (4, [0, 1, 3, 6])):
+    kept = torch.zeros(1, 1, 1, 10, dtype=torch.bool)
+    limit = float(shares.sort(descending=True).values[:number].sum()) + 1e-4
+    select(scores, alike[..., :1], alike, kept, first_row=0, limit=limit)
+    assert kept[0, 0, 0].nonzero()[:, 0].tolist() == expected, (number, kept)
 print("equal")
 """
 
@@ -85,6 +136,34 @@ def test_compiles_without_spilling(capability, block, head_dim, tmp_path):
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": 8 if block * head_dim >= 8192 else 4},
     )
+    assert_no_spills(triton, compiled, capability, tmp_path)
+
+
+@pytest.mark.parametrize("by_mass", [False, True], ids=["topk", "cdfthreshd"])
+@pytest.mark.parametrize("width", [512, 2048, 8192], ids=lambda width: f"N{width}")
+@pytest.mark.parametrize("capability", [80, 90], ids=["sm80", "sm90"])
+def test_selection_compiles_without_spilling(capability, width, by_mass, tmp_path):
+    triton = pytest.importorskip("triton")
+    from sparse_video_attention.sparge import triton_select
+    from triton.backends.compiler import GPUTarget
+
+    kernel = triton_select.select_kernel
+    constants = {"BY_MASS": by_mass, "PER_HEAD": True, "SINK": True, "WIDTH": width}
+    types = {"Scores": "*fp32", "QAlike": "*i8", "KAlike": "*i8", "Kept": "*i8", "limit": "fp32"}
+    types["Limits"] = "*fp32" if by_mass else "*i64"
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    compiled = triton.compile(
+        triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": triton_select._warps(width)},
+    )
+    assert_no_spills(triton, compiled, capability, tmp_path)
+
+
+def assert_no_spills(triton, compiled, capability, tmp_path):
     ptx = tmp_path / "kernel.ptx"
     ptx.write_text(compiled.asm["ptx"])
     suffix = "a" if capability >= 90 else ""

@@ -1,4 +1,4 @@
-"""Triton twins of the scoring functions: used on CUDA tensors, set aside once one fails.
+"""Triton twins of functions that make plans: used on CUDA tensors, set aside once one fails.
 
 A plan must not depend on a compiler being there: what a twin cannot serve, the torch function
 beside it does.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch import Tensor
 LOGGER = logging.getLogger("sparse_video_attention")
 # Tensor cores that take bf16.
 MIN_CAPABILITY = (8, 0)
+
+
+T = TypeVar("T")
 
 
 class Twins:
@@ -38,12 +41,12 @@ class Twins:
         module: str,
         x: Tensor,
         refuses: Callable[[Any], str | None],
-        run: Callable[[Any], Tensor],
-    ) -> Tensor | None:
+        run: Callable[[Any], T],
+    ) -> T | None:
         """run(module) on x's device, or None where the torch function has to serve the call.
 
         Args:
-            module: of this folder; imported here, since it imports Triton.
+            module: its whole name; imported here, since it imports Triton.
             refuses: (module) -> None, or why it cannot serve this call.
         """
         if not x.is_cuda or (module, x.device) in self._failed:
@@ -51,7 +54,7 @@ class Twins:
         try:
             if torch.cuda.get_device_capability(x.device) < MIN_CAPABILITY:
                 return None
-            twin = importlib.import_module(f".{module}", __package__)
+            twin = importlib.import_module(module)
             if refuses(twin) is not None:
                 return None
             with torch.cuda.device(x.device):
@@ -62,8 +65,8 @@ class Twins:
             reason = f"{type(error).__name__}: {error}"
             if self._failed.setdefault((module, x.device), reason) is reason:
                 LOGGER.warning(
-                    "[sparse_video_attention] psa plans without %s on %s from here on: %s",
-                    module,
+                    "[sparse_video_attention] plans are made without %s on %s from here on: %s",
+                    ".".join(module.split(".")[-2:]),
                     x.device,
                     reason,
                 )

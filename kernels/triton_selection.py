@@ -1,0 +1,63 @@
+"""The largest values of a row by bisection of their bits, for Triton kernels that hold a row whole.
+
+Where the n-th largest value lies is found bit by bit from the highest, one count over the row a
+bit: no sort, and no exchange of values between threads.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_LOWEST = tl.constexpr(-(2**31))
+
+
+@triton.jit
+def ordered_bits(x):
+    """int32 that are ordered as the fp32 values are; -0.0 comes below 0.0."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def edge_of_count(bits, wanted, SIGNED: tl.constexpr):
+    """The wanted-th largest of bits; above all of them if none is wanted.
+
+    SIGNED: some that are wanted may be negative.
+    """
+    found = 0
+    if SIGNED:
+        found = tl.where(tl.sum((bits >= 0).to(tl.int32), 0) >= wanted, 0, _LOWEST)
+    for step in tl.range(0, 31):
+        trial = found | (1 << (30 - step))
+        found = tl.where(tl.sum((bits >= trial).to(tl.int32), 0) >= wanted, trial, found)
+    return found
+
+
+@triton.jit
+def count_within(bits, values, limit, total, length):
+    """How many of the largest values add up to no more than the limit; length if all do.
+
+    bits: of the values, which are not negative, in int32; total: their sum.
+    """
+    edge = 0  # of the first one that does not fit
+    for step in tl.range(0, 31):
+        trial = edge | (1 << (30 - step))
+        edge = tl.where(tl.sum(tl.where(bits >= trial, values, 0.0), 0) > limit, trial, edge)
+    above = bits > edge
+    left = limit - tl.sum(tl.where(above, values, 0.0), 0)
+    # Of equal values at the edge, as many as still fit.
+    value = (bits * 0 + edge).to(tl.float32, bitcast=True)
+    fitting = tl.max(tl.math.floor(left / value).to(tl.int32), 0)
+    count = tl.sum(above.to(tl.int32), 0) + fitting
+    return tl.where(limit >= total, length, tl.minimum(count, length))
+
+
+@triton.jit
+def largest(bits, count, SIGNED: tl.constexpr):
+    """Mask of the count largest; of equal ones the first."""
+    edge = edge_of_count(bits, count, SIGNED)
+    above = bits > edge
+    equal = (bits == edge).to(tl.int32)
+    left = count - tl.sum(above.to(tl.int32), 0)
+    return above | ((equal > 0) & (tl.cumsum(equal, 0) <= left))
