@@ -38,7 +38,7 @@ FLASH4_WHEELS = (
 )
 # Large, and of no use on an NVIDIA machine: the HIP library, and C headers and stubs.
 LEFT_OUT = ("/hip/_C", "/lib/stubs/")
-COMFYUI_FILES = ("node_helpers.py", "comfyui_version.py", "LICENSE")
+COMFYUI_FILES = ("folder_paths.py", "node_helpers.py", "comfyui_version.py", "LICENSE")
 # Larger files that are not code are vocabularies of text encoders.
 MAX_DATA_FILE = 200_000
 PART_BYTES = 52 * 10**6

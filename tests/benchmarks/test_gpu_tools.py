@@ -192,7 +192,7 @@ def test_the_copied_comfyui_samples(pack, comfyui_folder, tmp_path):
     pack.copy_comfyui(comfyui_folder, tmp_path / "comfyui")
     assert pack.megabytes(tmp_path / "comfyui") < 6
     command = [sys.executable, "-m", "benchmarks.end_to_end", "--device", "cpu", "--steps", "1"]
-    command += ["--videos", "128x128x17", "--min-tokens", "0", "--methods", "radial"]
+    command += ["--videos", "128x128x17", "--min-tokens", "0", "--methods", "psa"]
     command += ["--comfyui", str(tmp_path / "comfyui"), "--out", str(tmp_path / "results")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
