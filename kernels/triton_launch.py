@@ -36,9 +36,15 @@ NVIDIA: dict[int, Settings] = {
         (128, "native"): Launch(64, 8, 3),
         (128, "int8"): Launch(64, 8, 3),
     },
+    86: {
+        (64, "native"): Launch(64, 4, 3),
+        (64, "int8"): Launch(64, 8, 3),
+        (128, "native"): Launch(64, 8, 3),
+        (128, "int8"): Launch(64, 8, 3),
+    },
     89: {
         (64, "native"): Launch(64, 4, 3),
-        (64, "int8"): Launch(64, 4, 3),
+        (64, "int8"): Launch(64, 8, 3),
         (64, "fp8"): Launch(64, 8, 3),
         (128, "native"): Launch(64, 8, 3),
         (128, "int8"): Launch(64, 8, 3),
@@ -48,7 +54,8 @@ NVIDIA: dict[int, Settings] = {
         (64, "native"): Launch(64, 8, 3, 128),
         (64, "int8"): Launch(64, 8, 3, 128),
         (64, "fp8"): Launch(64, 8, 3, 128),
-        (128, "native"): Launch(64, 8, 3, 128),
+        # A third buffer would leave room for one program only.
+        (128, "native"): Launch(64, 8, 2, 128),
         (128, "int8"): Launch(128, 8, 3),
         (128, "fp8"): Launch(64, 8, 3),
     },
@@ -56,7 +63,7 @@ NVIDIA: dict[int, Settings] = {
         (64, "native"): Launch(64, 4, 3),
         (64, "int8"): Launch(64, 4, 3),
         (64, "fp8"): Launch(64, 4, 3),
-        (128, "native"): Launch(64, 4, 3),
+        (128, "native"): Launch(64, 4, 2),
         (128, "int8"): Launch(64, 4, 3),
         (128, "fp8"): Launch(64, 8, 3),
     },
@@ -64,12 +71,12 @@ NVIDIA: dict[int, Settings] = {
         (64, "native"): Launch(64, 4, 3),
         (64, "int8"): Launch(64, 8, 3),
         (64, "fp8"): Launch(64, 8, 3),
-        (128, "native"): Launch(64, 8, 2),
+        (128, "native"): Launch(64, 8, 3),
         (128, "int8"): Launch(64, 8, 3),
         (128, "fp8"): Launch(64, 8, 3),
     },
 }
-# By the longest prefix of the architecture's name: gfx90a and gfx942, gfx11.., gfx12...
+# By the longest prefix of the architecture's name: gfx90a, gfx942 and gfx950, gfx11.., gfx12...
 AMD: dict[str, Settings] = {
     "gfx90a": {
         (64, "native"): Launch(64, 8, 2),
@@ -79,9 +86,13 @@ AMD: dict[str, Settings] = {
         (64, "native"): Launch(64, 8, 2),
         (128, "native"): Launch(32, 8, 2),
     },
+    "gfx95": {
+        (64, "native"): Launch(64, 8, 2),
+        (128, "native"): Launch(32, 8, 2),
+    },
     "gfx11": {
         (64, "native"): Launch(32, 8, 1),
-        (128, "native"): Launch(32, 8, 1),
+        (128, "native"): Launch(16, 8, 1),
     },
     "gfx12": {
         (64, "native"): Launch(64, 8, 1),

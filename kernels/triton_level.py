@@ -41,6 +41,16 @@ def segment(bounds, indices, position, num_k_blocks, k_len, BLOCK_N: tl.constexp
 
 
 @triton.jit
+def _block_of(indices, tile, tiles, ROWS: tl.constexpr, TILE_N: tl.constexpr):
+    """The key block that a tile lies in; one per row of the tile where it holds several."""
+    if ROWS >= TILE_N:
+        entry = tile // (ROWS // TILE_N)
+    else:
+        entry = tile * (TILE_N // ROWS) + tl.arange(0, TILE_N) // ROWS
+    return tl.load(indices + entry, mask=tile < tiles, other=0)
+
+
+@triton.jit
 def visit_full_tiles(
     query,
     K,
@@ -69,18 +79,18 @@ def visit_full_tiles(
     KEY_SCALES: tl.constexpr = ROWS < TILE_N
     lanes = tl.arange(0, TILE_N)
     if ROWS >= TILE_N:
-        TILES: tl.constexpr = ROWS // TILE_N
-        start = first * TILES
-        end = last * TILES
+        tiles = (last - first) * (ROWS // TILE_N)
     else:
-        start = 0
-        end = (last - first) // (TILE_N // ROWS)
-    for tile in tl.range(start, end):
+        tiles = (last - first) // (TILE_N // ROWS)
+    indices += first
+    # Read a step ahead: Triton prefetches loads whose addresses are loaded in the same step half
+    # as far, which on GPUs before Hopper is not at all.
+    block = _block_of(indices, 0, tiles, ROWS, TILE_N)
+    for tile in tl.range(0, tiles):
+        next_block = _block_of(indices, tile + 1, tiles, ROWS, TILE_N)
         if ROWS >= TILE_N:
-            block = tl.load(indices + tile // TILES)
-            rows = block * ROWS + tile % TILES * TILE_N + lanes
+            rows = block * ROWS + tile % (ROWS // TILE_N) * TILE_N + lanes
         else:
-            block = tl.load(indices + first + tile * (TILE_N // ROWS) + lanes // ROWS)
             rows = block * ROWS + lanes % ROWS
         keys = tl.load(tile_at(K, rows, stride_kn, HEAD_DIM))
         if FP8_VALUES:
@@ -94,6 +104,7 @@ def visit_full_tiles(
             query, keys, values, acc, row_max, row_sum, scale, key_scale, LOG_LEVEL,
             SHIFT, False, QUANTIZED, KEY_SCALES, FP8_VALUES,
         )  # fmt: skip
+        block = next_block
     return acc, row_max, row_sum
 
 

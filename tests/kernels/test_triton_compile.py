@@ -82,19 +82,34 @@ def spill_limit(arch, precision, levels):
     """Bytes per thread. Pyramid plans spill outside the loops over full tiles."""
     if len(levels) > 1:
         return 96
-    return 8 if arch == 100 and precision == "native" else 0
+    return 16 if arch == 100 and precision == "native" else 0
+
+
+def prefetched_tiles(compiled, tile_n, head_dim):
+    """The fewest tiles of keys or of values that the loops' buffers hold.
+
+    One means that a load waits for the products before it, and they for the load.
+    """
+    ttgir = compiled.asm["ttgir"]
+    assert "async_copy_global_to_local" in ttgir
+    sizes = {f"{tile_n}x{head_dim}", f"{head_dim}x{tile_n}"}
+    buffers = re.findall(r"memdesc<(\d+)x(\d+x\d+)x\w+, #shared\w*, #smem, mutable>", ttgir)
+    held = [int(count) for count, size in buffers if size in sizes]
+    return min(held)
 
 
 def attention_cases():
     for arch in SHARED_MEMORY:
         yield arch, 128, "native", (1,)
+        if arch in (86, 89):
+            yield arch, 64, "int8", (1,)
         if arch == 86:
-            continue  # the settings of 80, with less shared memory
+            continue  # the other settings are those of 80, with less shared memory
         yield arch, 64, "native", (1,)
         yield arch, 128, "int8", (1,)
         if arch >= 89:
             yield arch, 128, "fp8", (1,)
-    yield 80, 128, "native", PYRAMID
+    yield 86, 128, "native", PYRAMID
     yield 90, 128, "native", PYRAMID
     yield 90, 64, "int8", (1,)
     yield 90, 64, "fp8", (1,)
@@ -128,8 +143,8 @@ def test_attention_fits_the_multiprocessor(tmp_path, arch, head_dim, precision, 
     wanted = 2 if launch.num_warps == 4 or launch.maxnreg == 128 else 1
     assert min(by_registers, by_memory) >= wanted
 
+    assert prefetched_tiles(compiled, launch.tile_n, head_dim) >= launch.num_stages - 1
     ptx = compiled.asm["ptx"]
-    assert "cp.async" in ptx, "loads are not prefetched"
     products = PRODUCTS[9 if arch == 90 else 10 if arch == 100 else 8][precision]
     assert all(product in ptx for product in products), "not on the tensor cores"
 
@@ -196,14 +211,22 @@ def test_the_passes_over_q_k_v_do_not_spill(tmp_path, levels):
         )
     for name, kernel in kernels.items():
         warps = 8 if name in ("pool", "blocks") else 4
-        _, stack = resources(compile_for_nvidia(kernel, 90, num_warps=warps), tmp_path)
+        _, stack = resources(compile_for_nvidia(kernel, 89, num_warps=warps), tmp_path)
         assert stack == 0, name
 
 
 @pytest.mark.parametrize(
-    "arch, warp_size, product", [("gfx942", 64, "mfma"), ("gfx1100", 32, "wmma")]
+    "arch, warp_size, product, head_dim",
+    [
+        ("gfx90a", 64, "mfma", 128),
+        ("gfx942", 64, "mfma", 64),
+        ("gfx942", 64, "mfma", 128),
+        ("gfx950", 64, "mfma", 128),
+        ("gfx1100", 32, "wmma", 64),
+        ("gfx1100", 32, "wmma", 128),
+        ("gfx1201", 32, "wmma", 128),
+    ],
 )
-@pytest.mark.parametrize("head_dim", [64, 128])
 def test_compiles_for_amd(arch, warp_size, product, head_dim):
     launch = triton_launch.launch_for(arch, head_dim, "native", 128)
     kernel = attention_source(launch, head_dim=head_dim, dtype="fp16")
@@ -211,7 +234,8 @@ def test_compiles_for_amd(arch, warp_size, product, head_dim):
     compiled = triton.compile(kernel, target=target, options=triton_launch.options(launch))
     assembly = compiled.asm["amdgcn"]
     assert f"v_{product}_f32" in assembly
-    assert int(re.search(r"vgpr_spill_count:\s+(\d+)", assembly)[1]) <= 64
+    assert int(re.search(r"vgpr_spill_count:\s+(\d+)", assembly)[1]) == 0
+    assert compiled.metadata.shared <= 64 * 1024
 
 
 @pytest.mark.parametrize(
