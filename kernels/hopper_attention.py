@@ -203,8 +203,8 @@ def _attend_partition(
     acc = warpgroup_mma(weights, values.index(slot), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
     total = gl.expand_dims(gl.convert_layout(row_sum, gl.SliceLayout(1, OUT)), 1)
-    # No list is empty by contract; a plan made without a check may have one: its rows are 0.
-    query.store(gl.where(total > 0, acc / total, 0.0).to(dtype))
+    # A plan made without a check may have an empty list: its rows are 0. A NaN stays one.
+    query.store(gl.where(total != 0, acc / total, 0.0).to(dtype))
     fence_async_shared()
     for chunk in gl.static_range(CHUNKS):
         tma.async_copy_shared_to_global(

@@ -152,8 +152,8 @@ def attention_kernel(
                     )  # fmt: skip
                 position += 1
 
-    # A row without entries is 0, not 0 / 0.
-    acc = tl.where(row_sum[:, None] > 0, acc / row_sum[:, None], 0.0)
+    # A row without entries is 0, not 0 / 0; a NaN stays one.
+    acc = tl.where(row_sum[:, None] != 0, acc / row_sum[:, None], 0.0)
     if FP8:
         acc *= tl.load(VScale + local_head * HEAD_DIM + dims)[None, :]
     out = tile_at(Out + b * stride_ob + h * stride_oh, q_rows, stride_on, HEAD_DIM)

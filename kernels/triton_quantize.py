@@ -13,6 +13,7 @@ import triton.language as tl
 from .triton_attention import NUM_LOG_LEVELS
 from .triton_pool import group_means, pool_block
 from .triton_softmax import fp8_order
+from .triton_statistics import magnitude
 
 TINY: tl.constexpr = tl.constexpr(1e-30)
 FP8_MAX: tl.constexpr = tl.constexpr(448.0)
@@ -45,7 +46,7 @@ def quantize_queries_kernel(
     rows = tl.program_id(0) * 64 + tl.arange(0, 64)
     at = Q + rows[:, None].to(tl.int64) * stride_qn + dims
     query = tl.load(at, mask=rows[:, None] < q_len, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(query), 1), TINY) / 127.0
+    scale = tl.maximum(tl.max(magnitude(query), 1), TINY) / 127.0
     out = tl.program_id(1).to(tl.int64) * q_len + rows
     query = _to_int8(query / scale[:, None])
     tl.store(Int8Q + out[:, None] * HEAD_DIM + dims, query, mask=rows[:, None] < q_len)
@@ -113,7 +114,7 @@ def _quantize_keys(
                 if STORE:
                     _store_int8(out1, eighths * 8 + j, row, scale1, HEAD_DIM)
                 else:
-                    largest1 = tl.maximum(largest1, tl.abs(row))
+                    largest1 = tl.maximum(largest1, magnitude(row))
             sum2 += row
             if j % 2 == 1:
                 if LEVELS & 2:
@@ -122,7 +123,7 @@ def _quantize_keys(
                     if STORE:
                         _store_int8(out2, groups, means, scale2, HEAD_DIM)
                     else:
-                        largest2 = tl.maximum(largest2, tl.abs(means))
+                        largest2 = tl.maximum(largest2, magnitude(means))
                 sum4 += sum2
                 sum2 = tl.zeros([EIGHTHS, HEAD_DIM], tl.float32)
             if j % 4 == 3:
@@ -132,7 +133,7 @@ def _quantize_keys(
                     if STORE:
                         _store_int8(out4, groups, means, scale4, HEAD_DIM)
                     else:
-                        largest4 = tl.maximum(largest4, tl.abs(means))
+                        largest4 = tl.maximum(largest4, magnitude(means))
                 sum8 += sum4
                 sum4 = tl.zeros([EIGHTHS, HEAD_DIM], tl.float32)
         scale1 = _scale(largest1)
@@ -151,7 +152,7 @@ def _quantize_keys(
         scales += num_k_blocks
     if LEVELS & 8:
         means = group_means(sum8, eighths, tokens_left, 3)
-        scale8 = _scale(tl.abs(means))
+        scale8 = _scale(magnitude(means))
         _store_int8(out8, eighths, means, scale8, HEAD_DIM)
         tl.store(scales, scale8)
         scales += num_k_blocks
@@ -160,7 +161,7 @@ def _quantize_keys(
             groups = tl.arange(0, BLOCK_N >> LOG_LEVEL)
             sums = tl.reshape(sum8, [BLOCK_N >> LOG_LEVEL, 1 << (LOG_LEVEL - 3), HEAD_DIM])
             means = group_means(tl.sum(sums, 1), groups, tokens_left, LOG_LEVEL)
-            scale = _scale(tl.abs(means))
+            scale = _scale(magnitude(means))
             rows = block * (BLOCK_N >> LOG_LEVEL) + groups
             _store_int8(out, rows, means, scale, HEAD_DIM)
             tl.store(scales, scale)

@@ -6,6 +6,15 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def magnitude(x):
+    """|x|, and infinity for NaN, which reductions drop and integers do not have.
+
+    An infinite scale takes it to the output after all.
+    """
+    return tl.where(x == x, tl.abs(x), float("inf"))
+
+
 @triton.jit(do_not_specialize=["first_head", "heads", "k_len", "chunk_tokens"])
 def statistics_kernel(
     K,
@@ -47,7 +56,7 @@ def statistics_kernel(
         if VALUES:
             at = V + tokens * stride_vn + dims[None, :]
             values = tl.load(at, mask=tokens < last, other=0.0).to(tl.float32)
-            largest = tl.maximum(largest, tl.abs(values))
+            largest = tl.maximum(largest, magnitude(values))
     out = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * HEAD_DIM + dims
     tl.store(KSums + out, tl.sum(sums, 0))
     if VALUES:

@@ -122,6 +122,16 @@ def test_a_row_without_a_list_is_zero():
     assert relative_error(out[:, :, 128:], reference_attention(q, k, v, plan)[:, :, 128:]) < 1e-12
 
 
+def test_a_nan_in_the_inputs_is_one_in_the_output():
+    q, k, v = random_inputs(1, 2, 128, 128, 64)
+    q[0, 1, 3, 7] = float("nan")
+    plan = BlockPlan.from_mask(
+        torch.ones(1, 1, dtype=torch.bool), block_m=128, block_n=128, q_len=128, k_len=128
+    )
+    out = model_attention(q, k, v, plan)
+    assert out[0, 1, 3].isnan().all() and out.isnan().sum() == 64
+
+
 BROKEN = {
     "wrong-free-parity": {"_free_parity": lambda step, stages: (step // stages) & 1},
     "never-waits-for-a-free-slot": {"_free_parity": lambda step, stages: step // stages % 2 * 2},

@@ -118,6 +118,20 @@ def test_empty_rows_are_zero_and_rows_of_one_block_are_not(triton_attention):
     assert relative_error(out[:, :, filled], want[:, :, filled]) < tolerance
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_nan_in_the_inputs_is_one_in_the_output(triton_attention, name):
+    """And nowhere else. The 70 keys are one full block and a ragged one."""
+    tensors = dict(zip("qkv", random_inputs(1, 2, 70, 70, 64), strict=True))
+    tensors[name][0, 1, 66, 5] = float("nan")
+    mask = torch.tensor([[True, False], [True, True]])
+    plan = BlockPlan.from_mask(mask, block_m=64, block_n=64, q_len=70, k_len=70)
+    out = triton_attention(*tensors.values(), plan)
+    want = torch.zeros(1, 2, 70, 64, dtype=torch.bool)
+    rows = slice(66, 67) if name == "q" else slice(64, 70)
+    want[0, 1, rows, 5 if name == "v" else slice(None)] = True
+    assert torch.equal(out.isnan(), want)
+
+
 def strided(name, q, k, v):
     """The same numbers in other layouts."""
     if name == "tokens-before-heads":

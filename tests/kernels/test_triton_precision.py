@@ -119,3 +119,15 @@ def test_8_bit_precisions_are_never_chosen_unmeasured(interpreter):
         for precision in ("auto", "native")
     )
     assert torch.equal(auto, native)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_nan_does_not_vanish_in_integers(triton_attention, precision, name):
+    inputs = dict(zip("qkv", hard_inputs(1, 2, 70, 100, 64), strict=True))
+    inputs[name][0, 1, 67, 5] = float("nan")
+    plan = full_plan(70, 100, 64, (1, 2))
+    out = triton_attention(*inputs.values(), plan, precision=precision)
+    assert out[:, 0].isfinite().all(), "another head"
+    seen = out[0, 1, 67] if name == "q" else out[0, 1, :, 5] if name == "v" else out[0, 1]
+    assert not seen.isfinite().any()
