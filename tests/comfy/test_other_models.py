@@ -1,5 +1,7 @@
 """SetAttentionBackend on models that are not video models; the sparse nodes refuse them."""
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,7 +68,73 @@ def run_qwen_image(model, options):
     return model(x, torch.tensor([0.5, 0.5]), context, transformer_options=options)
 
 
-MODELS = {"flux": (flux, run_flux, 4), "qwen_image": (qwen_image, run_qwen_image, 2)}
+def ltxv(ops):
+    from comfy.ldm.lightricks.model import LTXVModel
+
+    return LTXVModel(
+        in_channels=8,
+        cross_attention_dim=128,
+        attention_head_dim=64,
+        num_attention_heads=2,
+        caption_channels=48,
+        num_layers=2,
+        dtype=torch.float32,
+        operations=ops,
+    )
+
+
+def run_ltxv(model, options):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 8, 3, 4, 5, generator=generator)
+    context = torch.randn(2, 7, 48, generator=generator)
+    time = torch.tensor([0.5, 0.5])
+    return model(x, time, context, attention_mask=None, transformer_options=options)
+
+
+def hunyuan_video(ops):
+    from comfy.ldm.hunyuan_video.model import HunyuanVideo
+
+    return HunyuanVideo(
+        in_channels=16,
+        out_channels=16,
+        vec_in_dim=32,
+        context_in_dim=48,
+        hidden_size=128,
+        mlp_ratio=2.0,
+        num_heads=2,
+        depth=1,
+        depth_single_blocks=1,
+        axes_dim=[16, 24, 24],
+        theta=256,
+        patch_size=[1, 2, 2],
+        qkv_bias=True,
+        guidance_embed=False,
+        byt5=False,
+        meanflow=False,
+        use_cond_type_embedding=False,
+        vision_in_dim=None,
+        meanflow_sum=False,
+        dtype=torch.float32,
+        operations=ops,
+    )
+
+
+def run_hunyuan_video(model, options):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 16, 2, 6, 10, generator=generator)
+    context = torch.randn(2, 7, 48, generator=generator)
+    y = torch.randn(2, 32, generator=generator)
+    time = torch.tensor([0.5, 0.5])
+    return model(x, time, context, y=y, transformer_options=options)
+
+
+# How many calls of each length of keys belong to self- and to cross-attention.
+MODELS = {
+    "flux": (flux, run_flux, {30 + 7: 4}, {}),
+    "qwen_image": (qwen_image, run_qwen_image, {30 + 7: 2}, {}),
+    "ltxv": (ltxv, run_ltxv, {60: 2}, {7: 2}),
+    "hunyuan_video": (hunyuan_video, run_hunyuan_video, {30 + 7: 2, 7: 2}, {}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +142,7 @@ def networks(comfyui):
     import comfy.ops
 
     made = {}
-    for name, (make, _, _) in MODELS.items():
+    for name, (make, *_) in MODELS.items():
         torch.manual_seed(0)
         made[name] = make(comfy.ops.manual_cast).eval().requires_grad_(False)
         for parameter in made[name].parameters():
@@ -99,24 +167,24 @@ def patched_options(comfyui, networks):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_backend_computes_every_attention_of_the_model(
+def test_the_backends_compute_every_attention_of_the_model(
     networks, patched_options, monkeypatch, name
 ):
-    calls = []
+    calls = {"flash_attn2": Counter(), "xformers": Counter()}
+    for backend, lengths in calls.items():
 
-    def attend(q, k, v, *, scale, mask):
-        calls.append(q.shape)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        def attend(q, k, v, *, scale, mask, lengths=lengths):
+            lengths[k.shape[2]] += 1
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
-    backend = DenseBackend(
-        "flash_attn2", Constraints(device_types=None, dtypes=None), lambda: Loaded(attend)
-    )
-    monkeypatch.setitem(DENSE_BACKENDS, "flash_attn2", backend)
-    _, run, blocks = MODELS[name]
+        constraints = Constraints(device_types=None, dtypes=None, supports_mask=True)
+        stand_in = DenseBackend(backend, constraints, lambda attend=attend: Loaded(attend))
+        monkeypatch.setitem(DENSE_BACKENDS, backend, stand_in)
+    _, run, in_self, in_cross = MODELS[name]
+    chosen = {"self_attn_1_type": "flash_attn2", "cross_attn_1_type": "xformers"}
     expected = run(networks[name], {})
-    out = run(networks[name], patched_options(name, self_attn_1_type="flash_attn2"))
-    assert len(calls) == blocks
-    assert {shape[2] for shape in calls} == {30 + 7}
+    out = run(networks[name], patched_options(name, **chosen))
+    assert (calls["flash_attn2"], calls["xformers"]) == (in_self, in_cross)
     assert float((out - expected).norm() / expected.norm()) < 1e-5
     assert float(expected.std()) > 0
 
