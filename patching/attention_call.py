@@ -57,9 +57,16 @@ class AttentionCall(NamedTuple):
 _POSITIONAL = AttentionCall._fields[:8]
 
 
-def read_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionCall:
-    """The call behind an override's arguments. Hosts pass some by position, some by keyword."""
+def read_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionCall | None:
+    """The call behind an override's arguments, None if it is made in a way not known here.
+
+    Hosts pass some by position, some by keyword, and may come to wrap q, k and v in something.
+    """
     given = dict(zip(_POSITIONAL, args, strict=False)) | kwargs
+    if not all(isinstance(given.get(name), Tensor) for name in ("q", "k", "v")):
+        return None
+    if not isinstance(given.get("heads"), int):
+        return None
     precision = given.get("attn_precision")
     return AttentionCall(
         q=given["q"],

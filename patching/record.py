@@ -149,10 +149,11 @@ class RunRecord:
         if not self.forwards:
             return f"{where}: the model was not called"
         if not self.calls:
-            return (
+            nothing = (
                 f"{where}: no self-attention call reached this pack; another attention patch "
                 "or an acceleration that skips the model took them all"
             )
+            return "; ".join([nothing, *self.notes])
         sparse = self.sparse()
         if sparse.calls:
             steps = f" on {sparse.steps} of {self.total_steps} steps" if self.total_steps else ""

@@ -74,6 +74,9 @@ class AttentionRouter:
     @torch.compiler.disable
     def __call__(self, func: Override, *args: Any, **kwargs: Any) -> Tensor:
         call = read_call(args, kwargs)
+        if call is None:
+            self._say_unread(args, kwargs)
+            return self._hand_on(func, args, kwargs)
         forward: ForwardState | None = call.transformer_options.get(FORWARD_KEY)
         if not self._acts(call, forward):
             return self._hand_on(func, args, kwargs)
@@ -113,6 +116,18 @@ class AttentionRouter:
         # Models without the forward hook: dense backends still serve their calls.
         options = call.transformer_options
         return SETTINGS_KEY in options and find_router(options.get(OVERRIDE_KEY)) is self
+
+    def _say_unread(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        options = kwargs.get("transformer_options") or {}
+        forward: ForwardState | None = options.get(FORWARD_KEY)
+        if forward is not None and forward.router is self:
+            given = [type(value).__name__ for value in args[:4]] or sorted(kwargs)
+            forward.warn_once(
+                f"calls of attention with {', '.join(given)} are left to ComfyUI: this pack knows "
+                "q, k and v as tensors, then heads"
+            )
+            if forward.run is not None:
+                forward.run.record.note("ComfyUI calls attention in a way not known here")
 
     def _run_dense(
         self,
