@@ -184,6 +184,39 @@ def test_masks_reach_backends_that_take_them(models, patch, mask_shape):
     assert relative_error(out.double(), expected) < 1e-5
 
 
+def test_a_masked_call_passes_over_a_backend_without_masks_and_the_next_call_does_not(
+    models, patch, fake
+):
+    from sparse_video_attention.patching.router import OVERRIDE_KEY
+
+    calls, handed_on = fake("flash_attn2", supports_mask=False), []
+    options = patch(models("wan"), self_attn_1_type="flash_attn2").model_options[
+        "transformer_options"
+    ]
+
+    def func(q, k, v, heads, mask=None, **kwargs):
+        handed_on.append(mask)
+        return q
+
+    q, mask = torch.randn(1, 16, 256), torch.ones(16, 16, dtype=torch.bool)
+    options[OVERRIDE_KEY](func, q, q, q, 2, mask=mask, transformer_options=options)
+    options[OVERRIDE_KEY](func, q, q, q, 2, transformer_options=options)
+    assert len(calls) == 1 and len(handed_on) == 1 and handed_on[0] is mask
+
+
+@pytest.mark.parametrize("on_unavailable", ["fallback", "error"])
+def test_a_library_the_environment_names_is_treated_as_an_input(
+    models, patch, monkeypatch, run_lines, on_unavailable
+):
+    monkeypatch.setenv("DIFFSYNTH_ATTENTION_IMPLEMENTATION", "flash_attention_3")
+    if on_unavailable == "error":
+        with pytest.raises(ValueError, match="'flash_attn3' cannot run here"):
+            patch(models("wan"), on_unavailable=on_unavailable)
+    else:
+        patch(models("wan"))
+        assert sum("flash_attn3 falls back to ComfyUI's own choice" in s for s in run_lines()) == 3
+
+
 def test_other_models_and_grouped_heads_are_served_without_the_forward_hook(models, patch, fake):
     """Models that are not video models have no tokens to read: lengths alone tell the sites."""
     from sparse_video_attention.patching.router import OVERRIDE_KEY
@@ -229,6 +262,8 @@ def test_a_missing_library_falls_back_or_stops_as_asked(models, patch, sample, r
     patched = patch(model, self_attn_1_type="flash_attn3")
     assert any("flash_attn3 falls back to ComfyUI's own choice" in s for s in run_lines())
     assert torch.equal(sample(patched), sample(model))
+    (reason,) = run_history(patched).latest.notes
+    assert "flash_attn_3 is not installed; to install it, " in reason and reason in run_lines()[-1]
     with pytest.raises(ValueError, match="self_attn_1_type 'flash_attn3' cannot run here"):
         patch(model, self_attn_1_type="flash_attn3", on_unavailable="error")
 
