@@ -37,6 +37,11 @@ def model(load_model):
 
 
 @pytest.fixture(scope="module")
+def cogvideox(load_model):
+    return load_model("cogvideox")
+
+
+@pytest.fixture(scope="module")
 def conditioning():
     generator = torch.Generator().manual_seed(2)
     positive, negative = torch.randn(2, 1, 20, 4096, generator=generator)
@@ -101,6 +106,25 @@ def test_sparse_where_expected_in_either_order(unpatched, patched_run, name):
         assert record.layouts == [f"{grid}" for grid in companion.grids]
         assert relative_error(out, unpatched(name)) > 1e-4
     assert relative_error(runs[0][0], runs[1][0]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["EasyCache", "context-windows-uniform", "ConditioningSetArea", "batch-of-two-prompts"],
+)
+def test_layers_of_cogvideox_that_have_to_be_counted(cogvideox, conditioning, install_band, name):
+    companion = COMPANIONS[name]
+    alone = companions.run_ksampler(companion.model(cogvideox), companion, conditioning)
+    settings = {"reach": 10**6, "dense_layers": (1,), "dense_timesteps": 0}
+    patched = install_band(companion.model(cogvideox), **settings)
+    out = companions.run_ksampler(patched, companion, conditioning)
+    assert relative_error(out, alone) < 1e-4
+    record = run_history(patched).latest
+    layers = [call.layer for call in record.calls]
+    assert layers == [0, 1, 2] * record.forwards
+    assert {call.layer for call in record.calls if call.reason is None} == {0, 2}
+    assert record.layouts == [f"{grid} (20 before)" for grid in companion.grids]
+    assert not record.notes
 
 
 def test_the_model_itself_is_as_it_was(load_model, model, unpatched, patched_run, conditioning):
