@@ -16,13 +16,10 @@ from .triton_launch import Launch, architecture, launch_for, options
 from .triton_scratch import Scratch, strides
 
 INTERPRETED = not isinstance(attention_kernel, triton.runtime.JITFunction)
-# Offsets inside a tile are 32-bit: at most 128 rows of this stride.
-MAX_ROW_STRIDE = 2**23
 
 
-def _addressable(x: Tensor) -> Tensor:
-    """x, or a copy of it if its rows are not contiguous or lie too far apart."""
-    return x if x.stride(3) == 1 and x.stride(2) < MAX_ROW_STRIDE else x.contiguous()
+def _with_contiguous_rows(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def forward(call: KernelCall) -> Tensor:
@@ -39,7 +36,8 @@ def forward(call: KernelCall) -> Tensor:
     out = call.q.new_empty(batch, q_len, heads, head_dim).transpose(1, 2)
     if out.numel() == 0:
         return out
-    call = replace(call, q=_addressable(call.q), k=_addressable(call.k), v=_addressable(call.v))
+    q, k, v = (_with_contiguous_rows(x) for x in (call.q, call.k, call.v))
+    call = replace(call, q=q, k=k, v=v)
     launch = launch_for(architecture(call.q.device), head_dim, call.precision, call.plan.block_m)
     assert launch is not None, "the kernel refuses what has no settings"
     scratch = Scratch(call)

@@ -14,8 +14,10 @@ from .triton_pool import pool_kernel
 from .triton_quantize import quantize_blocks_kernel, quantize_queries_kernel
 from .triton_statistics import statistics_kernel
 
-# Upper limit of the scratch memory of a call, unless one head needs more.
+# Upper limits of the scratch memory of a call, unless one head needs more: in bytes, and for
+# plans without pooled levels as a share of q, k, v and the output.
 SCRATCH_BYTES = 256 * 2**20
+BINARY_SHARE = 0.1
 MAX_GRID_Y = 65535
 # Tokens per partial sum of the mean key.
 CHUNK_TOKENS = 1024
@@ -49,8 +51,14 @@ class Scratch:
 
         k_dtype = torch.int8 if self.quantized else k.dtype
         per_head = self.v_rows * k.element_size() + self.k_rows * k_dtype.itemsize + fp8_rows
-        per_head = max(1, (per_head + q_rows) * head_dim)
-        self.group = max(1, min(heads, MAX_GRID_Y, SCRATCH_BYTES // per_head))
+        per_head = max(1, (per_head + q_rows) * head_dim + q_rows * torch.float32.itemsize)
+        limit = SCRATCH_BYTES
+        if plan.levels == (1,):
+            inputs_and_output = 2 * (call.q.numel() + k.numel()) * k.element_size()
+            limit = min(limit, int(BINARY_SHARE * inputs_and_output))
+        most = max(1, min(heads, MAX_GRID_Y, limit // per_head))
+        # Groups of equal size: a small last one would leave most of a GPU idle.
+        self.group = -(-heads // -(-heads // most))
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return k.new_empty(self.group, *shape, dtype=dtype)
