@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..sparge import SpargeCheckpoint, SpargePolicy, load_checkpoint
+from ..sparge.policy import PUBLISHED_BLOCKS
+from ..third_party import spas_sage_attn
 from .choice import make_choice
 from .install import describe_model
 from .layout import WAN
@@ -83,6 +87,14 @@ def _load(model: Any, name: str) -> SpargeCheckpoint | None:
     return checkpoint
 
 
+def _block_size(kernel: str, device: torch.device) -> tuple[int, int]:
+    """Query and key tokens per block: SpargeAttn's own where it is asked for, since it takes no
+    other; else the published ones."""
+    if kernel == spas_sage_attn.BACKEND.name and device.type == "cuda":
+        return spas_sage_attn.block_size_on(device)
+    return PUBLISHED_BLOCKS
+
+
 def sparge_choice(
     model: Any,
     *,
@@ -104,6 +116,8 @@ def sparge_choice(
     Raises:
         ValueError: an input is not allowed or the checkpoint does not fit, in one sentence.
     """
+    checkpoint = _load(model, sparge_ckpt)
+    block_m, block_n = _block_size(shared.get("kernel", "auto"), model.load_device)
     policy = SpargePolicy(
         topk=topk,
         simthreshd1=simthreshd1,
@@ -111,6 +125,8 @@ def sparge_choice(
         attention_sink=attention_sink,
         block_order=block_order,
         skipped_blocks=skipped_blocks,
-        checkpoint=_load(model, sparge_ckpt),
+        checkpoint=checkpoint,
+        block_m=block_m,
+        block_n=block_n,
     )
     return make_choice(model, policy, **shared)

@@ -16,6 +16,7 @@ from .dynamic_map import block_map
 
 SKIPPED_BLOCKS = ("drop", "pool")
 BLOCK_ORDERS = ("raster", "Gilbert")
+PUBLISHED_BLOCKS = (128, 64)
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class SpargePolicy:
     block_order: str = "raster"
     skipped_blocks: str = "drop"
     checkpoint: SpargeCheckpoint | None = None
-    block_m: int = 128
-    block_n: int = 64
+    block_m: int = PUBLISHED_BLOCKS[0]
+    block_n: int = PUBLISHED_BLOCKS[1]
     twins: Twins = field(default_factory=Twins, repr=False, compare=False)
 
     name: ClassVar[str] = "sparge"
@@ -83,6 +84,8 @@ class SpargePolicy:
             parts = [kept, f"simthreshd1 {self.simthreshd1:g}"]
         parts += ["attention sink"] if self.attention_sink else []
         parts += [f"{self.block_order} order"] if self.block_order != "raster" else []
+        blocks = self.block_m, self.block_n
+        parts += [f"blocks {self.block_m}x{self.block_n}"] if blocks != PUBLISHED_BLOCKS else []
         parts += ["skipped blocks pooled"] if self.skipped_blocks == "pool" else []
         return f"sparge ({', '.join(parts)})"
 

@@ -23,9 +23,14 @@ _MAX_ELEMENTS = 2**31 - 1
 _NO_SECOND_SKIP = 50
 
 
-def block_size(call: KernelCall) -> tuple[int, int]:
-    is_hopper = torch.cuda.get_device_capability(call.q.device) == (9, 0)
+def block_size_on(device: torch.device) -> tuple[int, int]:
+    """Query and key tokens per block of its kernel for a GPU."""
+    is_hopper = torch.cuda.get_device_capability(device) == (9, 0)
     return (64, 128) if is_hopper else (128, 64)
+
+
+def block_size(call: KernelCall) -> tuple[int, int]:
+    return block_size_on(call.q.device)
 
 
 def _too_large(call: KernelCall) -> str | None:

@@ -120,3 +120,42 @@ def test_a_replaced_checkpoint_is_read_again(comfyui, checkpoint_folder):
     first = PatchSpargeAttention.fingerprint_inputs(sparge_ckpt="tuned.pt")
     write_checkpoint(checkpoint_folder / "tuned.pt", "wan", 8, 2)
     assert PatchSpargeAttention.fingerprint_inputs(sparge_ckpt="tuned.pt") != first
+
+
+@pytest.mark.parametrize(
+    ("kernel", "capability", "blocks"),
+    [
+        ("spas_sage_attn", (9, 0), (64, 128)),
+        ("spas_sage_attn", (8, 9), (128, 64)),
+        ("auto", (9, 0), (128, 64)),
+    ],
+    ids=str,
+)
+def test_maps_have_the_block_size_of_spargeattn_where_it_is_asked_for(
+    models, monkeypatch, kernel, capability, blocks
+):
+    """Its Hopper kernel takes 64 x 128 alone, into which 128 x 64 does not split."""
+    from sparse_video_attention.kernels import TokenLayout
+    from sparse_video_attention.patching.sparge_choice import sparge_choice
+    from sparse_video_attention.third_party.plan_blocks import conversion_refused
+    from sparse_video_attention.third_party.spas_sage_attn import block_size_on
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    model = models("wan").clone()
+    model.load_device = torch.device("cuda", 0)
+    policy = sparge_choice(
+        model,
+        sparge_ckpt="none",
+        topk=0.5,
+        simthreshd1=-0.1,
+        cdfthreshd=0.0,
+        attention_sink=False,
+        block_order="raster",
+        skipped_blocks="drop",
+        kernel=kernel,
+    ).policy
+    assert (policy.block_m, policy.block_n) == blocks
+    q = torch.randn(1, 2, 300, 64, generator=torch.Generator().manual_seed(0))
+    plan = policy.plan(q, q, TokenLayout(3, 10, 10), layer=0, scale=0.1)
+    taken = conversion_refused(plan, *block_size_on(model.load_device)) is None
+    assert taken == (kernel == "spas_sage_attn")

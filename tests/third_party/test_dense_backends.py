@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sparse_video_attention.third_party import DENSE_BACKENDS, available
+from sparse_video_attention.third_party import DENSE_BACKENDS, available, torch_sdpa
 
 from .conftest import exact, tokens_first
 
@@ -209,6 +209,15 @@ def test_torch_takes_everything(memory, qkv):
     close(backend.run(q, k, v, scale=0.3, mask=mask), exact(q, k, v, 0.3, mask))
     grouped = exact(q, k[:, :2].repeat_interleave(2, 1), v[:, :2].repeat_interleave(2, 1))
     close(backend.run(q, k[:, :2], v[:, :2]), grouped)
+
+
+def test_torch_is_asked_for_cudnn_first():
+    from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
+
+    with torch_sdpa._kernel_order(torch.device("cuda")):
+        order = _cur_sdpa_kernel_backends(with_priority=True)
+    names = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+    assert order[:4] == [getattr(SDPBackend, name) for name in names]
 
 
 WHEELS = {
