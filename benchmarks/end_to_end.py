@@ -14,7 +14,7 @@ import json
 import logging
 import statistics
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -25,11 +25,13 @@ from sparse_video_attention.patching import (
     run_history,
 )
 from sparse_video_attention.patching.record import RunRecord
+from sparse_video_attention.third_party import DENSE_BACKENDS
 
 from .attention import RESULTS
+from .end_to_end_row import EndToEndRow
 from .environment import command_line, default_device, device_name, header, slug
 from .measure import DTYPES
-from .node_defaults import NODES, always_sparse, default_choice
+from .node_defaults import NODES, always_sparse, default_choice, self_attention_by
 from .wan_model import INPUTS, SIZES, Sampled, Video, build, layers_that_fit, sample, start_comfyui
 
 DEFAULT_MODEL = {"cuda": "wan14b", "cpu": "tiny"}
@@ -38,49 +40,6 @@ DEFAULT_DTYPE = {"cuda": "bf16", "cpu": "fp32"}
 # What WAN 2.1 was published with.
 SCHEDULE_STEPS = 50
 DENSE = "dense"
-
-
-@dataclass(frozen=True)
-class EndToEndRow:
-    """One node, or dense attention, on one video.
-
-    Attributes:
-        layers, model_layers: those measured, and those the published model has.
-        parameters: the method and its settings, as the log says them; ComfyUI's own for dense.
-        kernel, density: of the sparse calls.
-        precision: asked for.
-        step_seconds: of every timed step; step_s is their median.
-        attention_s: self-attention inside a step, dense layers included; None where not known.
-        speedup: of a sparse step over a dense one.
-        schedule_steps, dense_steps: of a full run with the node's defaults.
-        schedule_s: that run, extrapolated; schedule_speedup: the dense one over it.
-        latent_rel_l2: difference of the latent to the dense run's. Weights are random: it says
-            that the run is sound, not how a video would look.
-        notes: what the pack had to say about the run.
-    """
-
-    model: str
-    video: str
-    layout: str
-    tokens: int
-    layers: int
-    model_layers: int
-    dtype: str
-    method: str
-    parameters: str
-    precision: str
-    kernel: str
-    density: float
-    step_seconds: list[float]
-    step_s: float
-    attention_s: float | None
-    speedup: float
-    schedule_steps: int
-    dense_steps: int
-    schedule_s: float
-    schedule_speedup: float
-    latent_rel_l2: float
-    notes: list[str]
 
 
 def _attention_seconds(record: RunRecord) -> float:
@@ -128,7 +87,7 @@ def _sparse_row(
 def _print_row(row: EndToEndRow) -> None:
     attention = "" if row.attention_s is None else f", self-attention {row.attention_s:.2f} s"
     print(
-        f"  {row.method:14} {row.step_s:8.3f} s a step{attention}, {row.speedup:.2f}x; "
+        f"  {row.method:24} {row.step_s:8.3f} s a step{attention}, {row.speedup:.2f}x; "
         f"{row.schedule_steps} steps with {row.dense_steps} dense: {row.schedule_s:.0f} s "
         f"(extrapolated), {row.schedule_speedup:.2f}x; density {row.density:.3f}, {row.kernel}",
         flush=True,
@@ -143,6 +102,7 @@ class EndToEnd:
     def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
         kind = "cuda" if device.type == "cuda" else "cpu"
         self.steps: int = arguments.steps
+        self.backends: list[str] = arguments.backends
         self.schedule_steps: int = arguments.schedule_steps
         self.min_tokens: int | None = arguments.min_tokens
         self.dtype_name: str = arguments.dtype or DEFAULT_DTYPE[kind]
@@ -152,45 +112,70 @@ class EndToEnd:
         self.layers: int = arguments.layers or layers_that_fit(self.size, dtype, device)
         self.model = build(self.comfy, self.size, self.layers, dtype, device)
 
-    def dense(self, video: Video) -> tuple[EndToEndRow, torch.Tensor]:
-        """The row of dense attention, as ComfyUI chooses it, and its latent."""
-        sampled = sample(self.comfy, self.model, video, self.steps + 1)
-        step_s = statistics.median(sampled.step_seconds)
+    def dense(self, video: Video) -> tuple[list[EndToEndRow], torch.Tensor]:
+        """Rows of dense attention, ComfyUI's own first, and the latent of that."""
+        named = {DENSE: self.model}
+        for backend in self.backends:
+            reason = DENSE_BACKENDS[backend].unavailable()
+            if reason is not None:
+                print(f"  {DENSE} {backend} is left out: {reason}")
+                continue
+            settings = AttentionSettings(dense=self_attention_by(backend))
+            named[f"{DENSE} {backend}"] = install(self.model, settings)
+        runs = {
+            name: sample(self.comfy, model, video, self.steps + 1) for name, model in named.items()
+        }
+        step_s = {name: statistics.median(found.step_seconds) for name, found in runs.items()}
+        best = min(step_s, key=step_s.__getitem__)
         frames, height, width = video.latent
-        row = EndToEndRow(
-            model=self.size.name,
-            video=video.name,
-            layout=f"{frames}x{height // 2}x{width // 2}",
-            tokens=frames * (height // 2) * (width // 2),
-            layers=self.layers,
-            model_layers=self.size.layers,
-            dtype=self.dtype_name,
-            method=DENSE,
-            parameters="ComfyUI's own attention",
-            precision="native",
-            kernel=DENSE,
-            density=1.0,
-            step_seconds=sampled.step_seconds,
-            step_s=step_s,
-            attention_s=None,
-            speedup=1.0,
-            schedule_steps=self.schedule_steps,
-            dense_steps=self.schedule_steps,
-            schedule_s=self.schedule_steps * step_s,
-            schedule_speedup=1.0,
-            latent_rel_l2=0.0,
-            notes=[],
-        )
-        return row, sampled.latent
+        latent = runs[DENSE].latent
+        rows = [
+            EndToEndRow(
+                model=self.size.name,
+                video=video.name,
+                layout=f"{frames}x{height // 2}x{width // 2}",
+                tokens=frames * (height // 2) * (width // 2),
+                layers=self.layers,
+                model_layers=self.size.layers,
+                dtype=self.dtype_name,
+                method=name,
+                parameters="ComfyUI's own attention" if name == DENSE else name,
+                precision="native",
+                kernel=name,
+                density=1.0,
+                step_seconds=found.step_seconds,
+                step_s=step_s[name],
+                attention_s=None,
+                best_dense=best,
+                speedup=step_s[best] / step_s[name],
+                schedule_steps=self.schedule_steps,
+                dense_steps=self.schedule_steps,
+                schedule_s=self.schedule_steps * step_s[name],
+                schedule_speedup=step_s[best] / step_s[name],
+                latent_rel_l2=float((found.latent - latent).norm() / latent.norm()),
+                notes=[],
+            )
+            for name, found in runs.items()
+        ]
+        return rows, latent
 
     def sparse(
         self, dense: EndToEndRow, latent: torch.Tensor, video: Video, method: str, precision: str
     ) -> EndToEndRow:
-        """The row of a node with its defaults, in a precision."""
+        """The row of a node with its defaults, in a precision.
+
+        Args:
+            dense: the fastest dense row.
+            latent: what errors are taken against.
+        """
         choice = replace(default_choice(self.model, method), precision=precision)
         if self.min_tokens is not None:
             choice = replace(choice, min_tokens=self.min_tokens)
-        patched = install(self.model, AttentionSettings(sparse=always_sparse(choice)))
+        backend = dense.method.removeprefix(DENSE).strip()
+        settings = AttentionSettings(
+            sparse=always_sparse(choice), dense=self_attention_by(backend) if backend else None
+        )
+        patched = install(self.model, settings)
         sampled = sample(self.comfy, patched, video, self.steps + 1)
         history = run_history(patched)
         assert history is not None and history.latest is not None, "the pack records every run"
@@ -235,8 +220,10 @@ def run(arguments: argparse.Namespace) -> Path:
                 f"{bench.dtype_name}, {video.name}",
                 flush=True,
             )
-            dense, latent = bench.dense(video)
-            keep(dense)
+            dense_rows, latent = bench.dense(video)
+            for row in dense_rows:
+                keep(row)
+            dense = min(dense_rows, key=lambda row: row.step_s)
             for precision, method in itertools.product(arguments.precisions, arguments.methods):
                 try:
                     keep(bench.sparse(dense, latent, video, method, precision))
@@ -262,6 +249,13 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 else")
     result.add_argument("--methods", nargs="+", choices=NODES, default=NODES)
+    result.add_argument(
+        "--backends",
+        nargs="+",
+        choices=DENSE_BACKENDS,
+        default=(),
+        help="dense backends to measure beside ComfyUI's own choice",
+    )
     result.add_argument(
         "--precisions",
         nargs="+",

@@ -1,4 +1,4 @@
-"""What the sparse nodes choose with their defaults, without ComfyUI's node classes."""
+"""What the nodes choose, the sparse ones with their defaults, without ComfyUI's node classes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from sparse_video_attention.patching import SparseChoice, make_choice
 from sparse_video_attention.patching.psa_choice import psa_choice
+from sparse_video_attention.patching.settings import AttentionSite, DenseChoice
 from sparse_video_attention.patching.sparge_choice import sparge_choice
 from sparse_video_attention.radial_attn import RadialPolicy
 
@@ -42,3 +43,8 @@ def always_sparse(choice: SparseChoice) -> SparseChoice:
     """The choice with no dense steps; its dense layers stay."""
     schedule = replace(choice.schedule, dense_timesteps=0, fits_warmup=False)
     return replace(choice, schedule=schedule)
+
+
+def self_attention_by(backend: str) -> DenseChoice:
+    """What Set Attention Backend chooses for self-attention alone."""
+    return DenseChoice(((AttentionSite.SELF, backend),))

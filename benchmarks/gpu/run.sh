@@ -65,7 +65,7 @@ tests() {
     local many=()
     [ -z "$DRY" ] && "$python" -c "import xdist" 2>/dev/null && many=(-n 8)
     OMP_NUM_THREADS=2 gpu_tests 400 tests "${many[@]}" -m "gpu and not slow" tests/kernels tests/psa tests/sparge \
-        tests/third_party tests/benchmarks --deselect tests/kernels/test_hopper.py
+        tests/third_party tests/patching tests/benchmarks --deselect tests/kernels/test_hopper.py
 }
 
 pack() {
@@ -91,7 +91,7 @@ methods() {
 }
 
 end_to_end() {
-    local size=()
+    local size=(--backends comfy_kitchen_int8)
     [ -n "$DRY" ] && size=(--videos 128x128x17 --steps 1 --min-tokens 0)
     limit 570 end_to_end "$python" -m benchmarks.end_to_end "${on_cpu[@]}" "${results[@]}" \
         "${size[@]}"

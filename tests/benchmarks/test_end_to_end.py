@@ -25,6 +25,7 @@ def run(comfyui, comfyui_folder, tmp_path_factory):
     """What a run of the command wrote, and the global generator before and after."""
     out = tmp_path_factory.mktemp("results")
     arguments = ["--device", "cpu", "--videos", VIDEO, "--steps", "2", "--min-tokens", "0"]
+    arguments += ["--backends", "torch_sdpa", "xformers"]
     before = torch.get_rng_state()
     main([*arguments, "--comfyui", str(comfyui_folder), "--out", str(out)])
     after = torch.get_rng_state()
@@ -43,7 +44,8 @@ def tiny(comfyui):
 
 
 def test_every_node_has_a_row_that_ran_sparse(rows):
-    assert list(rows) == ["dense", *NODES]
+    # xformers is not there.
+    assert list(rows) == ["dense", "dense torch_sdpa", *NODES]
     for row in rows.values():
         assert row["layout"] == LAYOUT and row["tokens"] == 720
         assert (row["layers"], row["model_layers"]) == (2, 2)
@@ -56,8 +58,17 @@ def test_every_node_has_a_row_that_ran_sparse(rows):
         assert 0 < rows[name]["attention_s"] < rows[name]["step_s"]
 
 
+def test_speedups_are_over_the_fastest_dense_attention(rows):
+    steps = {name: row["step_s"] for name, row in rows.items() if name.startswith("dense")}
+    best = min(steps, key=steps.get)
+    for row in rows.values():
+        assert row["best_dense"] == best
+        assert row["speedup"] == pytest.approx(steps[best] / row["step_s"])
+    assert rows["dense torch_sdpa"]["latent_rel_l2"] < 1e-4
+
+
 def test_the_schedule_counts_the_dense_steps_of_the_defaults(rows):
-    dense = rows["dense"]
+    dense = rows[rows["radial"]["best_dense"]]
     assert dense["schedule_s"] == pytest.approx(50 * dense["step_s"])
     # A quarter of the steps; 15 is the published warm-up of the PSA presets.
     assert {name: rows[name]["dense_steps"] for name in NODES} == {
@@ -76,7 +87,7 @@ def test_the_schedule_counts_the_dense_steps_of_the_defaults(rows):
 def test_the_command_and_the_inputs_are_written_without_paths(run):
     written, _ = run
     expected = f"python -m benchmarks.end_to_end --device cpu --videos {VIDEO} --steps 2"
-    assert written["command"] == f"{expected} --min-tokens 0"
+    assert written["command"] == f"{expected} --min-tokens 0 --backends torch_sdpa xformers"
     assert "Random weights" in written["inputs"]
     assert str(REPOSITORY) not in json.dumps(written)
 
