@@ -181,7 +181,12 @@ class Sampled:
 
 
 def sample(comfy: Any, model: Any, video: Video, steps: int) -> Sampled:
-    """Euler steps without guidance, one forward each, from a fixed seed."""
+    """Euler steps without guidance, one forward each, from a fixed seed.
+
+    Raises:
+        RuntimeError: ComfyUI moved weights during the run, so its times are not those of a GPU
+            that holds the model.
+    """
     generator = torch.Generator().manual_seed(7)
     context = torch.randn(1, TEXT_TOKENS, TEXT_WIDTH, generator=generator)
     channels = model.model.latent_format.latent_channels
@@ -207,5 +212,7 @@ def sample(comfy: Any, model: Any, video: Video, steps: int) -> Sampled:
         disable_pbar=True,
         callback=on_step,
     )
+    if getattr(model.model, "model_lowvram", False):
+        raise RuntimeError("ComfyUI kept a part of the weights off the GPU; use fewer --layers")
     seconds = [end - start for start, end in zip(ends, ends[1:], strict=False)]
     return Sampled(latent, seconds)

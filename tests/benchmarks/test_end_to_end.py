@@ -206,6 +206,6 @@ def test_wan_of_real_width_on_a_gpu():
         method, kernel, precision = name.split()
         expected = kernel if precision == "native" else f"{kernel} {precision}"
         assert run["kernels"] == [expected] and run["calls"] >= 2, (name, run)
-        assert run["error"] <= {"native": 0.01, "int8": 0.03}[precision], (name, run)
+        assert run["error"] <= {"native": 0.02, "int8": 0.05}[precision], (name, run)
         if method == "radial":
             assert run["density"] == pytest.approx(0.3438, abs=1e-3)
