@@ -6,6 +6,8 @@ import math
 import re
 from dataclasses import dataclass
 
+from .step import same_level
+
 MAX_TIMESTEPS = 100
 _LAYER_OR_RANGE = re.compile(r"(-?[0-9]{1,6})(?:\s*-\s*(-?[0-9]{1,6}))?")
 
@@ -71,7 +73,7 @@ class NoiseBounds:
     """Sigmas between which sparse attention may act: high where it starts, low where it ends."""
 
     start_sigma: float = math.inf
-    end_sigma: float = 0.0
+    end_sigma: float = -math.inf
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class Schedule:
             ("start_percent", self.start_percent),
             ("end_percent", self.end_percent),
         ):
-            if not isinstance(percent, (int, float)) or not 0.0 <= percent <= 1.0:
+            if type(percent) not in (int, float) or not 0.0 <= percent <= 1.0:
                 raise ValueError(f"{name} {percent!r}: allowed are 0.0 to 1.0")
         if self.start_percent > self.end_percent:
             raise ValueError(
@@ -159,8 +161,9 @@ class Schedule:
         if self.bounded_by_noise:
             if sigma is None or bounds is None:
                 return "the noise schedule is unknown, so percents cannot be placed"
-            if sigma > bounds.start_sigma:
+            # A bound may be the very level of a step, which the sampler has rounded.
+            if sigma > bounds.start_sigma and not same_level(sigma, bounds.start_sigma):
                 return f"before start_percent {self.start_percent:g}"
-            if sigma <= bounds.end_sigma:
+            if sigma < bounds.end_sigma or same_level(sigma, bounds.end_sigma):
                 return f"after end_percent {self.end_percent:g}"
         return None

@@ -40,10 +40,11 @@ class RadialPolicy:
             ("skipped_blocks", self.skipped_blocks, SKIPPED_BLOCKS),
             ("family", self.family, FAMILIES),
         ):
-            if value not in allowed:
+            # 128.0 equals 128, but is no number of tokens.
+            if type(value) not in (int, str) or value not in allowed:
                 choices = ", ".join(str(choice) for choice in allowed)
                 raise ValueError(f"{name} must be one of {choices}; got {value!r}")
-        numeric = isinstance(self.decay_factor, (int, float))
+        numeric = type(self.decay_factor) in (int, float)
         if not numeric or not 0.0 <= self.decay_factor <= MAX_DECAY_FACTOR:
             raise ValueError(
                 f"decay_factor must be between 0.0 and {MAX_DECAY_FACTOR}; "

@@ -60,7 +60,8 @@ class SpargePolicy:
             ("block_m", self.block_m, BLOCK_SIZES),
             ("block_n", self.block_n, BLOCK_SIZES),
         ):
-            if choice not in allowed:
+            # 128.0 equals 128, but is no number of tokens.
+            if type(choice) not in (int, str) or choice not in allowed:
                 choices = ", ".join(str(option) for option in allowed)
                 raise ValueError(f"{name} must be one of {choices}; got {choice!r}")
         for name, value, low in (
@@ -70,7 +71,7 @@ class SpargePolicy:
         ):
             if value is None and name == "cdfthreshd":
                 continue
-            if not isinstance(value, (int, float)) or not low <= value <= 1.0:
+            if type(value) not in (int, float) or not low <= value <= 1.0:
                 raise ValueError(f"{name} must be between {low:g} and 1; got {value!r}")
 
     def describe(self) -> str:

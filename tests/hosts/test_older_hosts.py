@@ -38,7 +38,8 @@ def test_the_core_of_the_suite_passes(archive, tmp_path):
         [sys.executable, "-m", "pytest", *options, *core_of(host)],
         cwd=REPOSITORY,
         # Not the parent's place among parallel test processes.
-        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+        env={"OMP_NUM_THREADS": "1"}
+        | {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
         | {"COMFYUI_PATH": str(host)},
         capture_output=True,
         text=True,
