@@ -135,8 +135,8 @@ def launch_for(arch: int | str, head_dim: int, precision: str, block_m: int) -> 
     launch = (settings_for(arch) or {}).get((head_dim, precision))
     if launch is None or block_m == 128:
         return launch
-    # Four warps are the least that Hopper's and Blackwell's products take; three such programs
-    # share a multiprocessor at 168 registers.
+    # Four warps are the least that Hopper's and Blackwell's products take. Of such programs three
+    # share a multiprocessor at 168 registers, and two where head_dim 128 takes the memory.
     return replace(launch, num_warps=4, maxnreg=168 if launch.maxnreg else 0)
 
 
