@@ -49,7 +49,7 @@ RECIPES: dict[str, Recipe] = {
         family="cogvideox",
         dim=256,
         ffn_dim=1024,
-        num_layers=6,
+        num_layers=5,
         stages=(
             Stage(4000, clips=64, frames=5, height=16, width=24),
             Stage(3000, clips=32, frames=9, height=24, width=40),

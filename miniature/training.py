@@ -19,6 +19,7 @@ from .noise import spread_out, weighted_loss
 from .parallel import Workers, gather_gradients, replicas
 from .prompts import text_features
 from .recipe import Recipe
+from .seeds import private_seed
 from .video_set import VideoSet
 
 # Clips of a step have numbers of their own.
@@ -81,7 +82,7 @@ class Training:
     def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What this step trains on: (noisy, target, timestep, context)."""
         recipe, stage = self.recipe, self.recipe.stage_at(self.step)
-        generator = torch.Generator().manual_seed((recipe.seed << 32) + self.step)
+        generator = torch.Generator().manual_seed(private_seed("noise", recipe.seed, self.step))
         clips = VideoSet(recipe.seed, stage.frames, stage.height, stage.width)
         first = self.step * _CLIPS_PER_STEP
         drawn = [clips.clip(first + index) for index in range(stage.clips)]

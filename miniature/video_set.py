@@ -8,9 +8,7 @@ from torch import Tensor
 
 from .prompts import Prompt
 from .scene import Draw, draw_prompt, draw_scene, render
-
-# Two clips share a private seed only after this many.
-_CLIPS_PER_SEED = 1 << 40
+from .seeds import private_seed
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class VideoSet:
         Args:
             prompt: what to show, None for a random choice.
         """
-        draw = Draw(self.seed * _CLIPS_PER_SEED + index)
+        draw = Draw(private_seed("clip", self.seed, index))
         chosen = draw_prompt(draw)
         scene = draw_scene(chosen if prompt is None else prompt, draw)
         start = draw.uniform(0.0, 16.0)

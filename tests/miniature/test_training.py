@@ -1,0 +1,238 @@
+"""Training: what a step learns from, what it does, and that it can be stopped anywhere."""
+
+import argparse
+
+import pytest
+import torch
+
+from miniature import train as train_module
+from miniature.muon import Muon, orthogonalise
+from miniature.noise import (
+    TIMESTEPS,
+    flow_matching,
+    spread_out,
+    v_prediction,
+    weighted_loss,
+    zero_terminal_alphas,
+)
+from miniature.recipe import Recipe, Stage
+from miniature.training import Training, save_state
+
+TOY = Recipe(
+    family="wan",
+    dim=128,
+    ffn_dim=64,
+    num_layers=1,
+    stages=(
+        Stage(4, clips=3, frames=2, height=8, width=8),
+        Stage(4, clips=2, frames=3, height=8, width=12),
+    ),
+    warmup=2,
+    cooldown=3,
+    ema_steps=4,
+)
+COGVIDEOX = Recipe("cogvideox", 64, 256, 1, TOY.stages, warmup=2, cooldown=3, ema_steps=4)
+
+
+def trained(recipe, steps, **options):
+    training = Training(recipe, **options)
+    for _ in range(steps):
+        training.losses.append(float(training.run_step()))
+    return training
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+class TestInterruption:
+    @pytest.mark.parametrize("recipe", [TOY, COGVIDEOX], ids=lambda recipe: recipe.family)
+    @pytest.mark.parametrize("at", [2, 5], ids=["first-stage", "second-stage"])
+    def test_a_run_that_goes_on_is_the_run_that_never_stopped(self, recipe, at, tmp_path):
+        whole = trained(recipe, recipe.steps)
+        save_state(trained(recipe, at), tmp_path / "state.pt")
+        # Numbers drawn elsewhere in between must not matter.
+        torch.manual_seed(99)
+        torch.rand(10)
+        resumed = Training(recipe)
+        resumed.load(torch.load(tmp_path / "state.pt", weights_only=True))
+        while resumed.step < recipe.steps:
+            resumed.losses.append(float(resumed.run_step()))
+        assert resumed.losses == whole.losses
+        assert same(resumed.model.state_dict(), whole.model.state_dict())
+        assert same(resumed.average, whole.average)
+
+    def test_the_command_goes_on_where_it_was_stopped(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(train_module.RECIPES, "toy", TOY)
+
+        def run(minutes):
+            options = argparse.Namespace(
+                recipe="toy",
+                device="cpu",
+                precision=None,
+                workers=1,
+                compile=False,
+                minutes=minutes,
+                save_every=1e9,
+                output=tmp_path,
+            )
+            return train_module.train(options)
+
+        assert run(0.0).step == 1
+        assert run(0.0).step == 2
+        finished = run(None)
+        assert finished.step == TOY.steps and len(finished.losses) == TOY.steps
+        assert same(finished.model.state_dict(), trained(TOY, TOY.steps).model.state_dict())
+        assert (tmp_path / "toy" / "loss.png").stat().st_size > 0
+
+    def test_a_state_of_another_size_is_refused(self, tmp_path):
+        from dataclasses import replace
+
+        state = trained(TOY, 1).state()
+        with pytest.raises(ValueError, match="another size"):
+            Training(replace(TOY, num_layers=2)).load(state)
+
+    def test_training_leaves_the_global_generator_alone(self):
+        torch.manual_seed(3)
+        expected = torch.rand(2)
+        torch.manual_seed(3)
+        trained(TOY, 2)
+        assert torch.equal(torch.rand(2), expected)
+
+
+class TestSteps:
+    def test_the_loss_falls(self):
+        from dataclasses import replace
+
+        stages = (Stage(40, clips=4, frames=2, height=8, width=8),)
+        losses = trained(replace(TOY, stages=stages, cooldown=0), 40).losses
+        assert sum(losses[-10:]) < 0.75 * sum(losses[:10])
+
+    def test_workers_share_a_step_and_change_nothing_but_rounding(self):
+        alone, together = trained(TOY, 5), trained(TOY, 5, workers=2)
+        assert together.losses == pytest.approx(alone.losses, rel=1e-4)
+        for name, weight in alone.model.state_dict().items():
+            assert torch.allclose(weight, together.model.state_dict()[name], atol=2e-3), name
+
+    def test_no_worker_is_refused(self):
+        with pytest.raises(ValueError, match="workers 0: at least 1"):
+            Training(TOY, workers=0)
+
+    def test_words_stay_as_they_are(self):
+        before, after = (trained(TOY, steps).model.state_dict() for steps in (0, 3))
+        assert torch.equal(after["text_embedding.0.weight"], before["text_embedding.0.weight"])
+        assert not torch.equal(after["text_embedding.2.weight"], before["text_embedding.2.weight"])
+
+    def test_the_average_is_a_moving_mean_that_forgets_the_start(self):
+        training = Training(TOY)
+        name = "blocks.0.ffn.0.weight"
+        expected = training.model.state_dict()[name].clone()
+        for step in range(5):
+            training.run_step()
+            keep = min(0.75, (1 + step) / (10 + step))
+            expected = keep * expected + (1 - keep) * training.model.state_dict()[name]
+        assert torch.allclose(training.average[name], expected, atol=1e-6)
+
+    def test_some_clips_lose_their_prompt(self):
+        from dataclasses import replace
+
+        from miniature.prompts import text_features
+
+        stage = Stage(1, clips=100, frames=1, height=2, width=2)
+        *_, context = Training(replace(TOY, stages=(stage,), dropped_prompts=0.3)).batch()
+        empty = (context == text_features(None)).flatten(1).all(1).float().mean()
+        assert 0.2 < float(empty) < 0.4
+
+    def test_stages_follow_each_other_and_rates_rise_and_fall(self):
+        assert [TOY.stage_at(step).frames for step in range(8)] == [2] * 4 + [3] * 4
+        rates = [TOY.learning_rate(step) for step in range(8)]
+        assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 2 / 3, 1 / 3])
+        with pytest.raises(ValueError, match="step 8: the recipe has 8"):
+            TOY.stage_at(8)
+
+
+class TestMuon:
+    @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 48, 16), (2, 16, 48)], ids=str)
+    def test_singular_values_go_to_about_one_and_vectors_stay(self, shape):
+        matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+        done = orthogonalise(matrices)
+        turned = u.mT @ done @ vh.mT
+        values = turned.diagonal(dim1=-2, dim2=-1)
+        # Small ones take more steps.
+        tenth = (
+            torch.linalg.svdvals(matrices) > 0.1 * torch.linalg.matrix_norm(matrices, 2)[:, None]
+        )
+        assert values[tenth].min() > 0.5 and values.max() < 1.3
+        assert (turned - torch.diag_embed(values)).abs().max() < 1e-3
+
+    def test_momentum_is_nesterov_s_and_every_element_moves_alike(self):
+        generator = torch.Generator().manual_seed(1)
+        weight = torch.nn.Parameter(torch.zeros(32, 16))
+        gradients = [torch.randn(32, 16, generator=generator) for _ in range(2)]
+        muon = Muon([weight], lr=0.1, momentum=0.9)
+        buffer, expected = torch.zeros(32, 16), torch.zeros(32, 16)
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            muon.step()
+            buffer = 0.9 * buffer + 0.1 * gradient
+            expected -= 0.1 * 2**0.5 * orthogonalise(0.1 * gradient + 0.9 * buffer)
+        assert torch.allclose(weight, expected, atol=1e-5)
+
+    def test_weights_decay_by_their_share(self):
+        weight = torch.nn.Parameter(torch.ones(8, 8))
+        weight.grad = torch.zeros(8, 8)
+        Muon([weight], lr=0.1, weight_decay=0.5).step()
+        assert torch.allclose(weight, torch.tensor(0.95))
+
+
+class TestNoise:
+    def test_positions_cover_the_range_evenly(self):
+        positions = spread_out(10, torch.Generator().manual_seed(0))
+        assert sorted((positions * 10).int().tolist()) == list(range(10))
+
+    @pytest.mark.comfy
+    @pytest.mark.parametrize("family", ["wan", "cogvideox"])
+    def test_a_model_that_meets_the_target_gives_comfyui_the_video(self, family, comfyui):
+        import comfy.model_sampling as sampling
+        from comfy.supported_models import WAN21_T2V, CogVideoX_T2V
+
+        generator = torch.Generator().manual_seed(2)
+        video, noise = torch.randn(2, 4, 16, 2, 3, 3, generator=generator).unbind(0)
+        position = torch.tensor([0.01, 0.4, 0.83, 0.99])
+        if family == "wan":
+
+            class Sampling(sampling.ModelSamplingDiscreteFlow, sampling.CONST):
+                pass
+
+            model_config, make = WAN21_T2V, flow_matching(8.0)
+        else:
+
+            class Sampling(sampling.ModelSamplingDiscrete, sampling.V_PREDICTION_DDPM):
+                pass
+
+            model_config, make = CogVideoX_T2V, v_prediction()
+        theirs = Sampling(type("Config", (), {"sampling_settings": model_config.sampling_settings}))
+        example = make(video, noise, position)
+        if family == "wan":
+            # Its schedule has these levels at these positions.
+            sigma = theirs.sigma(position * TIMESTEPS)
+            expected = theirs.noise_scaling(sigma, noise, video)
+            assert torch.allclose(example.noisy, expected, atol=1e-5)
+        else:
+            sigma = theirs.sigmas[example.timestep.long()]
+        assert torch.allclose(theirs.timestep(sigma).float(), example.timestep, atol=1e-3)
+        denoised = theirs.calculate_denoised(sigma, example.target, example.noisy)
+        assert torch.allclose(denoised, video, atol=1e-4)
+
+    def test_the_last_timestep_of_cogvideox_is_noise_alone(self):
+        alphas = zero_terminal_alphas()
+        assert alphas[-1] == 0 and (alphas.diff() < 0).all() and 0.99 < alphas[0] < 1
+
+    def test_the_loss_weighs_what_shows_and_what_does_not(self):
+        generator = torch.Generator().manual_seed(3)
+        basis = torch.linalg.qr(torch.randn(16, 16, generator=generator))[0]
+        error = torch.randn(2, 16, 2, 3, 3, generator=generator)
+        parts = torch.einsum("bcthw,cs->sbthw", error, basis)
+        expected = parts[:3].square().mean() + 0.2 * parts[3:].square().mean()
+        assert weighted_loss(error, basis[:, :3], 0.2) == pytest.approx(float(expected), rel=1e-5)
