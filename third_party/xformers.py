@@ -7,10 +7,15 @@ from torch import Tensor
 
 from .backend import DenseBackend, Loaded, token_major
 from .constraints import Constraints
-from .library import Library
+from .library import Library, LibraryUnusable
 
 
 def load() -> Loaded:
+    import xformers
+
+    # It imports without its compiled part too, and then refuses every call.
+    if not getattr(xformers, "_has_cpp_library", True):
+        raise LibraryUnusable("the installed xformers is built for another torch or CUDA release")
     from xformers.ops import memory_efficient_attention
 
     def attend(
@@ -37,7 +42,7 @@ BACKEND = DenseBackend(
     load=load,
     library=Library(
         package="xformers.ops",
-        linux="pip install xformers, in the release made for your torch version",
-        windows="pip install xformers, in the release made for your torch version",
+        linux="pip install xformers, in the release made for your torch and CUDA",
+        windows="pip install xformers, in the release made for your torch and CUDA",
     ),
 )

@@ -277,6 +277,13 @@ def test_flash_attention_2_is_not_there_where_only_version_4_is(broken_wheel):
     assert "install" not in no_gpu_here
 
 
+def test_xformers_without_its_compiled_part_is_a_reason(stand_in):
+    stand_in("xformers", _has_cpp_library=False)
+    stand_in("xformers.ops", memory_efficient_attention=None)
+    reason = replace(DENSE_BACKENDS["xformers"]).unavailable()
+    assert "is built for another torch or CUDA release; to install it, pip install x" in reason
+
+
 def test_a_library_is_called_with_the_tensors_device_current(backend, qkv, calls, monkeypatch):
     """Triton and the Python DSLs launch on the current device: the first, in a multi-GPU run."""
     current = []
