@@ -38,9 +38,15 @@ def noise_bounds(schedule: Schedule, model_patcher: Any) -> NoiseBounds:
     if not schedule.bounded_by_noise:
         return NoiseBounds()
     sampling = model_patcher.get_model_object("model_sampling")
+
+    def level(percent: float) -> float:
+        return float(sampling.percent_to_sigma(percent))
+
+    # From the start on and up to the end there is no bound, also for samplers that add noise.
+    whole = NoiseBounds()
     return NoiseBounds(
-        float(sampling.percent_to_sigma(schedule.start_percent)),
-        float(sampling.percent_to_sigma(schedule.end_percent)),
+        level(schedule.start_percent) if schedule.start_percent > 0.0 else whole.start_sigma,
+        level(schedule.end_percent) if schedule.end_percent < 1.0 else whole.end_sigma,
     )
 
 

@@ -16,6 +16,11 @@ RELATIVE_TOLERANCE = 1e-4
 MAX_CHURN = 2**0.5 - 1
 
 
+def same_level(sigma: float, other: float) -> bool:
+    """Whether two noise levels are one but for rounding."""
+    return math.isclose(sigma, other, rel_tol=RELATIVE_TOLERANCE)
+
+
 def churned_levels(sample_sigmas: Sequence[float], options: Mapping[str, Any]) -> list[float]:
     """Where each step starts: at its sigma, or above it in a sampler that first adds noise.
 
@@ -62,12 +67,12 @@ def denoising_step(
         return None
     starts = sample_sigmas[:-1] if starts is None else starts
     ends = sample_sigmas[1:]
-
-    def is_at(level: float) -> bool:
-        return math.isclose(sigma, level, rel_tol=RELATIVE_TOLERANCE)
-
-    exact = [i for i in range(steps) if is_at(sample_sigmas[i]) or is_at(starts[i])]
-    exact += [steps] if is_at(sample_sigmas[steps]) else []
+    exact = [
+        i
+        for i in range(steps)
+        if same_level(sigma, sample_sigmas[i]) or same_level(sigma, starts[i])
+    ]
+    exact += [steps] if same_level(sigma, sample_sigmas[steps]) else []
     spans = zip(starts, ends, strict=True)
     inside = [i for i, span in enumerate(spans) if min(span) < sigma < max(span)]
     found = exact or inside

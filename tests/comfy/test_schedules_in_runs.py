@@ -276,6 +276,26 @@ def test_percents_bound_the_noise_of_every_evaluation(model, install_band, sampl
     assert len(set(said)) == 3
 
 
+@pytest.mark.parametrize("steps", [4, 8, 20])
+@pytest.mark.parametrize("percents", [(0.25, 0.75), (0.5, 1.0), (0.0, 0.5)])
+def test_a_percent_that_is_the_level_of_a_step_begins_and_ends_with_it(
+    model, install_band, sample, steps, percents
+):
+    start, end = percents
+    bounds = {"start_percent": start, "end_percent": end}
+    run = Run(install_band(model, dense_layers=(), dense_timesteps=0, **bounds))
+    sample(run.model, shape=LATENT, steps=steps, cfg=1.0)
+    # The scheduler "simple" takes equal parts of the noise schedule.
+    assert run.sparse == [start <= step / steps < end for step in range(steps)]
+
+
+def test_added_noise_is_not_before_the_start(model, install_band, custom):
+    patched = install_band(model, dense_layers=(), dense_timesteps=0, end_percent=0.9)
+    run = custom(patched, [1.0, 0.8, 0.5, 0.2, 0.0], "euler", s_churn=100.0)
+    assert run.sigmas[0] > 1.4
+    assert run.reasons == [None, None, None, "after end_percent 0.9"]
+
+
 @pytest.mark.parametrize("name", ["restarts", "equal-neighbours", "rising"])
 def test_percents_hold_on_sigmas_that_do_not_fall(model, install_band, custom, name):
     bounds = {"start_percent": 0.7, "end_percent": 0.95}
