@@ -159,3 +159,54 @@ def test_maps_have_the_block_size_of_spargeattn_where_it_is_asked_for(
     plan = policy.plan(q, q, TokenLayout(3, 10, 10), layer=0, scale=0.1)
     taken = conversion_refused(plan, *block_size_on(model.load_device)) is None
     assert taken == (kernel == "spas_sage_attn")
+
+
+@pytest.mark.parametrize(
+    ("heads", "layers", "said"),
+    [
+        (30, 30, None),
+        (48, 42, "it has 30 layers (CogVideoX) where this model has 42"),
+        (48, 30, "it has 30 heads a layer (CogVideoX) where this model has 48"),
+    ],
+    ids=["2B", "5B", "30x48"],
+)
+def test_the_published_checkpoint_is_for_cogvideox_2b_alone(comfyui, golden, heads, layers, said):
+    """Sizes alone: 2B is the model that SpargeAttn's authors tuned it for."""
+    import comfy.model_patcher
+    import comfy.ops
+    from comfy.ldm.cogvideo.model import CogVideoXTransformer3DModel
+    from sparse_video_attention.nodes.sparge import PatchSpargeAttention
+
+    with torch.device("meta"):
+        network = CogVideoXTransformer3DModel(
+            num_attention_heads=heads,
+            attention_head_dim=64,
+            num_layers=layers,
+            time_embed_dim=64,
+            text_embed_dim=64,
+            device="meta",
+            operations=comfy.ops.disable_weight_init,
+        )
+    base = torch.nn.Module()
+    base.diffusion_model = network
+    cpu = torch.device("cpu")
+    model = comfy.model_patcher.ModelPatcher(base, cpu, cpu)
+    path = str(golden / "sparge_cogvideox_2b.pt")
+    if said is not None:
+        with pytest.raises(ValueError) as refusal:
+            PatchSpargeAttention.execute(model, sparge_ckpt=path)
+        assert said in str(refusal.value) and path in str(refusal.value)
+        assert "sparse_video_attention" not in model.model_options["transformer_options"]
+        return
+    patched = PatchSpargeAttention.execute(model, sparge_ckpt=path).result[0]
+    options = patched.model_options["transformer_options"]
+    checkpoint = options["sparse_video_attention"].sparse.policy.checkpoint
+    assert (len(checkpoint), checkpoint.num_heads) == (30, 30)
+    stored = torch.load(path, weights_only=True)
+    for layer in (0, 17, 29):
+        name = f"transformer_blocks.{layer}.attn1.inner_attention."
+        sim, cdf = checkpoint.on_device(cpu)[layer]
+        is_sparse = stored[name + "is_sparse"]
+        assert torch.equal(cdf, stored[name + "cdfthreshd"].float())
+        assert torch.equal(sim[is_sparse], stored[name + "simthreshd1"][is_sparse].float())
+        assert bool((sim[~is_sparse] == float("inf")).all())
