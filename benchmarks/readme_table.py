@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .tables import Result, duration, ratio, spread, table
+from .markdown import duration, ratio, spread, table
+from .tables import Result
 
 # The mask of radial attention, and a density that the dynamic methods reach.
 WANTED_DENSITY = 0.2

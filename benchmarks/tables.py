@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from . import gpu_tables
+from .markdown import duration, ratio, spread, table
 from .stages import STAGES
 
 Result = dict[str, Any]
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; columns after the first are right-aligned."""
-    lines = [f"| {' | '.join(head)} |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join(lines)
-
-
-def duration(ms: float | None) -> str:
-    """Three digits, in the unit that suits."""
-    if ms is None:
-        return ""
-    return f"{ms:.3g} ms" if ms < 999.5 else f"{ms / 1000:.3g} s"
-
-
-def spread(ms: float | None, ms_spread: float | None) -> str:
-    """Half the distance from the 20th to the 80th percentile, in percent of the median."""
-    if ms is None or ms_spread is None:
-        return ""
-    return f"{duration(ms)} ± {50 * ms_spread / ms:.0f} %"
-
-
-def ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}x"
 
 
 def _number(value: float | None, digits: str) -> str:
@@ -111,6 +88,11 @@ def methods(result: Result) -> str:
         )
         parts.append(_calls([row for row in rows if row["equal_to"] is None]))
         parts.append(_equal_density(rows))
+    if result["repeats"]:
+        parts.append(
+            "Shares are of the call. Importance, levels, similarity cap and lists make the plan; "
+            "in 8 bits, pooling includes quantisation."
+        )
     return "\n\n".join(part for part in parts if part)
 
 
@@ -224,6 +206,8 @@ KINDS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "methods": ("Whole calls of the methods", methods),
     "method_errors": ("Errors of the methods at the models' sizes", methods),
     "end_to_end": ("Denoising steps in ComfyUI", end_to_end),
+    "profile": ("What bounds the kernels", gpu_tables.profile),
+    "tune": ("Launch settings", gpu_tables.tune),
 }
 
 

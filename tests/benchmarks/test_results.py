@@ -7,8 +7,9 @@ import re
 import pytest
 
 from benchmarks import results
+from benchmarks.markdown import duration, spread
 from benchmarks.results import BEGIN, END, devices, report, with_speed_table
-from benchmarks.tables import any_rows, duration, section, spread
+from benchmarks.tables import any_rows, section
 
 HEADER = {"device": "GPU X", "threads": None, "driver": "1.2", "torch": "2", "triton": "3"}
 HEADER |= {"commit": "0123456789abcdef", "date": "2026-01-02"}
@@ -208,3 +209,39 @@ def test_method_tables_have_the_stages_and_the_equal_densities():
     text = section("method_errors", errors)[1]
     assert cells(text)[0] == ["method", "kernel", "density", "error"]
     assert not re.search(r"\bms\b", text)
+
+
+def test_tuning_shows_the_fastest_settings_beside_the_tables_own():
+    case = {"head_dim": 64, "dtype": "bf16", "precision": "int8", "blocks": "128x128"}
+    case |= {"levels": "mask", "tile_n": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 0}
+    rows = [
+        case | {"is_current": True, "ms": 3.0, "ms_spread": 0.3, "active_tflops": 100.0},
+        case | {"is_current": False, "ms": 2.0, "ms_spread": 0.2, "active_tflops": 150.0}
+        | {"num_warps": 4, "maxnreg": 168},
+        case | {"is_current": False, "ms": None, "ms_spread": None, "active_tflops": None},
+    ]  # fmt: skip
+    _, line = cells(section("tune", {"what": "Settings.", "rows": rows})[1])
+    assert line[0] == "64, bf16, int8, 128x128, mask" and line[1] == "2 of 3"
+    assert line[2] == "64 keys, 4 warps, 3 stages, 168 registers"
+    assert line[3:5] == ["2 ms ± 5 %", "150"] and line[-1] == "1.50x"
+
+
+def test_a_profile_shows_rates_over_the_cards_own_ceilings():
+    row = {"shape": "big", "tokens": 1000, "heads": 2, "head_dim": 128, "dtype": "bfloat16"}
+    row |= {"kernel": "triton", "density": 0.2, "ms": 50.0, "ms_spread": 1.0}
+    row |= {"active_tflops": 450.0, "of_matrix_ceiling": 0.57, "of_copy_ceiling": 0.02}
+    row |= {"l2_tb_s": 3.5, "exponentials_t_s": 0.9}
+    ceilings = [{"name": "bf16", "rate": 789.4, "reason": None}]
+    ceilings += [{"name": "int8", "rate": None, "reason": "no"}]
+    ceilings += [{"name": "copy", "rate": 3.01, "reason": None}]
+    counters = {"triton": {"Speed: Compute (SM) Throughput (%)": "71", "Other: Thing (x)": "1"}}
+    counters |= {"hopper": "ncu: nothing\ncame"}
+    result = {"rows": [row], "ceilings": ceilings, "counters": counters}
+    title, text = section("profile", result)
+    assert title == "What bounds the kernels"
+    assert "bf16 789 TFLOPS; copy 3.01 TB/s." in text
+    found = cells(text)
+    assert found[1][:5] == ["triton", "0.200", "50 ms ± 1 %", "450", "57%"]
+    assert found[1][5:] == ["3.5 TB/s", "0.9e12/s", "2% of a copy"]
+    assert found[2:] == [["counter", "value"], ["Compute (SM) Throughput (%)", "71"]]
+    assert "ncu, hopper: ncu: nothing came" in text
