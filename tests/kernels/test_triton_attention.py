@@ -161,6 +161,27 @@ def test_any_strides(triton_attention, name):
     assert relative_error(out, want) < triton_attention.tolerance[torch.float32]
 
 
+@pytest.mark.parametrize(
+    "shape, strides",
+    [
+        # The strides fit an int32; the last sample, head or token lies past its end.
+        pytest.param((3, 1, 34, 64), (2**30 + 64, 64, 128), id="samples"),
+        pytest.param((1, 3, 34, 64), (64, 2**30 + 64, 128), id="heads"),
+        pytest.param((1, 1, 34, 64), (64, 64, 2**26), id="tokens"),
+    ],
+)
+@pytest.mark.parametrize("precision, tolerance", [("native", 1e-3), ("fp8", 0.1)])
+def test_elements_farther_apart_than_an_int32_counts(
+    interpreter, tmp_path, shape, strides, precision, tolerance
+):
+    q, k, v = random_inputs(shape[0], shape[1], 34, 34, 64, dtype=torch.float16)
+    levels = torch.tensor([[1, 2]], dtype=torch.int8)
+    plan = BlockPlan.from_levels(levels, block_m=64, block_n=32, q_len=34, k_len=34)
+    paths = [str(tmp_path / name) for name in "qkv"]
+    out = interpreter.call("far_apart:attend", paths, q, k, v, plan, strides, precision)
+    assert relative_error(out, reference_attention(q, k, v, plan)) < tolerance
+
+
 @pytest.mark.parametrize("extents", [(1, 3), (2, 1), (2, 3)], ids=str)
 def test_every_sample_and_head_follows_its_own_plan(triton_attention, extents):
     q, k, v = random_inputs(2, 3, 64, 320, 64)

@@ -121,6 +121,17 @@ def test_8_bit_precisions_are_never_chosen_unmeasured(interpreter):
     assert torch.equal(auto, native)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_equal_keys_give_the_mean_value(triton_attention, precision):
+    """Without the mean key nothing is left of them but rounding, and a scale of almost zero."""
+    q, k, v = hard_inputs(1, 2, 20, 70, 64)
+    k = k[:, :, :1].expand_as(k)
+    out = triton_attention(q, k, v, full_plan(20, 70, 64), precision=precision)
+    want = v.double().mean(2, keepdim=True).expand_as(v[:, :, :20])
+    errors = (out - want).flatten(0, 2).norm(dim=0) / v.flatten(0, 2).norm(dim=0)
+    assert errors.max() < 0.1 * PROMISED[precision]
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_nan_does_not_vanish_in_integers(triton_attention, precision, name):
