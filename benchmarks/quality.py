@@ -1,0 +1,224 @@
+"""python -m benchmarks.quality: miniatures' sparse videos against their dense ones."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from miniature.prompts import PROMPTS
+from miniature.weights import weights_path
+
+from .attention import RESULTS
+from .environment import command_line, default_device, device_name, header, slug
+from .quality_metrics import Distance, find_lpips, psnr, ssim
+from .quality_plot import draw
+from .quality_sampling import Miniature, Result, Shot
+from .quality_settings import GRIDS, Setting, settings
+from .quality_summary import directions, summarise
+from .wan_model import start_comfyui
+
+FAMILIES = ("wan", "cogvideox")
+SIZES = ("9x24x40",)
+FLOOR = "dense in bf16"
+Row = dict[str, Any]
+
+
+def parse_size(text: str) -> tuple[int, int, int]:
+    """FRAMESxHEIGHTxWIDTH of a latent.
+
+    Raises:
+        ValueError: it is not that, or the sides are odd.
+    """
+    sides = [int(part) for part in text.split("x") if part.isascii() and part.isdigit()]
+    if len(sides) != 3 or text.count("x") != 2 or min(sides) < 1 or sides[1] % 2 or sides[2] % 2:
+        raise ValueError(
+            f"size {text!r}: a latent is FRAMESxHEIGHTxWIDTH with even sides, such as 9x24x40"
+        )
+    return sides[0], sides[1], sides[2]
+
+
+def find_weights(family: str, given: list[str] | None) -> Path | None:
+    """Trained weights of a family: given as FAMILY=FILE, or in the repository; None if neither.
+
+    Raises:
+        ValueError: a given one is not written so, or not there.
+    """
+    for text in given or ():
+        name, equals, path = text.partition("=")
+        if not equals or name not in FAMILIES:
+            raise ValueError(f"weights {text!r}: write them as wan=FILE or cogvideox=FILE")
+        if not Path(path).is_file():
+            raise ValueError(f"weights {text!r}: there is no such file")
+        if name == family:
+            return Path(path)
+    own = weights_path(family)
+    return own if own.is_file() else None
+
+
+class Comparing:
+    """Rows against one dense video."""
+
+    def __init__(self, family: str, shot: Shot, dense: Result, lpips: Distance | None) -> None:
+        self._dense, self._lpips = dense, lpips
+        self._same = {
+            "family": family,
+            "size": "x".join(map(str, shot.size)),
+            "tokens": shot.size[0] * (shot.size[1] // 2) * (shot.size[2] // 2),
+            "seed": shot.seed,
+            "prompt": shot.prompt.sentence,
+            "dense_seconds": dense.seconds,
+        }
+
+    def row(self, method: str, curve: str, label: str, result: Result) -> Row:
+        """What a sparse video, or a dense one in another precision, came to."""
+        reference, video = self._dense.video, result.video
+        closeness = psnr(reference, video)
+        return self._same | {
+            "method": method,
+            "curve": curve,
+            "label": label,
+            "psnr_db": None if math.isinf(closeness) else closeness,
+            "ssim": ssim(reference, video),
+            "lpips": None if self._lpips is None else self._lpips(reference, video),
+            "density": result.density,
+            "sparse_calls": result.sparse_calls,
+            "dense_calls": result.dense_calls,
+            "kernels": list(result.kernels),
+            "seconds": result.seconds,
+        }
+
+
+def _measure(
+    arguments: argparse.Namespace,
+    comfy: Any,
+    family: str,
+    weights: Path,
+    write: Callable[..., None],
+) -> None:
+    lpips = find_lpips()
+    exact = Miniature(comfy, family, weights, torch.float32)
+    rounded = Miniature(comfy, family, weights, torch.bfloat16)
+    is_cpu = exact.model.load_device.type == "cpu"
+    grid: list[Setting] = settings(family, arguments.grid)
+    how = {"steps": arguments.steps, "guidance": arguments.guidance}
+    shots = [
+        Shot(PROMPTS[prompt], seed, parse_size(size))
+        for size in arguments.sizes
+        for prompt in arguments.prompts
+        for seed in arguments.seeds
+    ]
+    # Most CPUs emulate bf16: one floor per size says enough there.
+    floors = {shot.size: shot for shot in reversed(shots)}.values() if is_cpu else shots
+    with tqdm(total=len(shots) * (len(grid) + 1) + len(floors), desc=family, unit="video") as bar:
+        for shot in shots:
+            comparing = Comparing(family, shot, exact.sample(shot, setting=None, **how), lpips)
+            bar.update()
+            if shot in floors:
+                floor = rounded.sample(shot, setting=None, **how)
+                write(comparing.row("dense", "floor", FLOOR, floor))
+                bar.update()
+            for setting in grid:
+                result = exact.sample(shot, setting=setting, **how)
+                write(comparing.row(setting.method, setting.curve, setting.label, result))
+                bar.update()
+
+
+def _print_summary(rows: list[Row]) -> None:
+    for summary in summarise(rows):
+        spread = f" +- {summary.psnr_spread:.1f}" if summary.samples > 1 else ""
+        print(
+            f"{summary.family} {summary.size}  {summary.psnr:5.1f}{spread} dB  "
+            f"SSIM {summary.ssim:.3f}  density {summary.density:.2f}  {summary.label}"
+        )
+    for direction in directions(summarise(rows)):
+        if direction.compared:
+            print(f"{direction.claim}: in {direction.held} of {direction.compared} comparisons")
+
+
+def run(arguments: argparse.Namespace) -> Path:
+    """Measure what was asked for; returns the JSON file.
+
+    Raises:
+        ValueError: an argument is not allowed, or there are no weights.
+    """
+    for size in arguments.sizes:
+        parse_size(size)
+    found = {family: find_weights(family, arguments.weights) for family in arguments.families}
+    present = {family: path for family, path in found.items() if path is not None}
+    if not present:
+        raise ValueError(
+            "there are no trained weights in miniature/weights; train some (miniature/README.md) "
+            "or give them with --weights wan=FILE"
+        )
+    device = torch.device(arguments.device) if arguments.device else default_device()
+    comfy = start_comfyui(arguments.comfyui, device)
+    folder = Path(arguments.out) / slug(device_name(device))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "quality.json"
+    rows: list[Row] = []
+    result: dict[str, Any] = {
+        "header": header(device),
+        "command": command_line("quality", arguments.given),
+        "steps": arguments.steps,
+        "guidance": arguments.guidance,
+        "rows": rows,
+    }
+
+    def write(row: Row) -> None:
+        # After every video: a long run that is cut short leaves what it has.
+        rows.append(row)
+        result["directions"] = [asdict(d) for d in directions(summarise(rows))]
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    for family, weights in present.items():
+        _measure(arguments, comfy, family, weights, write)
+    _print_summary(rows)
+    print(f"wrote {path}\nwrote {draw(result, folder / 'quality.png')}")
+    return path
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    numbers: dict[str, Any] = {"type": int, "nargs": "+", "metavar": "N"}
+    result.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
+    result.add_argument(
+        "--weights", nargs="+", metavar="FAMILY=FILE", help="default: those of the repository"
+    )
+    result.add_argument(
+        "--sizes", nargs="+", default=SIZES, metavar="FxHxW", help="of the latent (%(default)s)"
+    )
+    result.add_argument("--seeds", default=[0, 1], help="(default: %(default)s)", **numbers)
+    result.add_argument(
+        "--prompts", default=[0, 3], help="of miniature.prompts (default: %(default)s)", **numbers
+    )
+    result.add_argument("--steps", type=int, default=12)
+    result.add_argument("--guidance", type=float, default=3.0)
+    result.add_argument("--grid", choices=GRIDS, default="small")
+    result.add_argument("--device", help="default: the first GPU, or cpu")
+    result.add_argument("--comfyui", help="ComfyUI's folder (default: COMFYUI_PATH, or .comfyui/)")
+    result.add_argument(
+        "--out", default=RESULTS, help="folder for the results; default: benchmarks/results"
+    )
+    return result
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parser().parse_args(argv)
+    arguments.given = argv
+    try:
+        run(arguments)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Quality over density as a picture: a panel per model and size, a curve per method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .quality_summary import Summary, summarise
+
+MARKERS = {"radial": "s", "psa": "^", "sparge": "o"}
+
+
+def draw(result: dict[str, Any], path: Path) -> Path:
+    """Draw a result as quality.py writes it; bars are the spread over seeds and prompts.
+
+    Returns:
+        the path it was written to.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    summaries = [summary for summary in summarise(result["rows"]) if summary.method in MARKERS]
+    panels: dict[tuple[str, str], list[Summary]] = {}
+    for summary in summaries:
+        panels.setdefault((summary.family, summary.size), []).append(summary)
+    floors = {(s.family, s.size): s for s in summarise(result["rows"]) if s.method == "dense"}
+    figure = Figure(figsize=(7.6, 0.8 + 4.8 * max(1, len(panels))), layout="constrained")
+    FigureCanvasAgg(figure)
+    header = result["header"]
+    figure.suptitle(f"{header['device']}, torch {header['torch']}, {header['date']}")
+    for position, (key, group) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(len(panels), 1, position)
+        family, size = key
+        axes.set_title(f"{family} miniature, latent {size}", fontsize=10)
+        _draw_panel(axes, group)
+        if key in floors:
+            floor = floors[key].psnr
+            axes.axhline(floor, color="0.5", linestyle=":", label=floors[key].label)
+        axes.set_xlabel("density of sparse calls")
+        axes.set_ylabel("PSNR against dense, dB")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _draw_panel(axes: Any, group: list[Summary]) -> None:
+    for number, curve in enumerate(dict.fromkeys(summary.curve for summary in group)):
+        points = sorted((s.density, s.psnr, s.psnr_spread) for s in group if s.curve == curve)
+        method = next(summary.method for summary in group if summary.curve == curve)
+        density, psnr, spread = zip(*points, strict=True)
+        axes.errorbar(
+            density,
+            psnr,
+            yerr=spread,
+            color=f"C{number % 10}",
+            marker=MARKERS[method],
+            linewidth=1,
+            capsize=2,
+            label=curve,
+        )

@@ -1,0 +1,130 @@
+"""The settings whose quality is measured: nodes' inputs, grouped into curves over density."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from sparse_video_attention.patching import SparseChoice, make_choice
+from sparse_video_attention.patching.psa_choice import psa_choice
+from sparse_video_attention.patching.sparge_choice import sparge_choice
+from sparse_video_attention.psa import load_presets
+from sparse_video_attention.radial_attn import RadialPolicy
+
+METHODS = ("radial", "psa", "sparge")
+GRIDS = ("small", "full")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run a method.
+
+    Attributes:
+        method: "radial", "psa" or "sparge".
+        curve: settings of one curve differ by one dial alone.
+        own: inputs of the method's own.
+        schedule: inputs that all methods share.
+    """
+
+    method: str
+    curve: str
+    own: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The method and what differs from its defaults."""
+        said = {**self.own, **self.schedule}
+        return " ".join([self.method, *(f"{name}={value}" for name, value in said.items())])
+
+    def choice(self, model: Any) -> SparseChoice:
+        """What the method's node would install on a MODEL, at any length.
+
+        Raises:
+            ValueError: an input is not allowed.
+        """
+        if self.method == "radial":
+            schedule: dict[str, Any] = {"dense_layers": "0", "min_tokens": 0} | self.schedule
+            return make_choice(model, RadialPolicy(**self.own), **schedule)
+        if self.method == "psa":
+            preset = {"preset": "auto", "warmup_steps": -1, "config_file": ""}
+            chosen: dict[str, Any] = preset | {"min_tokens": 0} | self.own | self.schedule
+            return psa_choice(model, **chosen)
+        published: dict[str, Any] = {
+            "sparge_ckpt": "none",
+            "topk": 0.5,
+            "simthreshd1": -0.1,
+            "cdfthreshd": 0.0,
+            "attention_sink": False,
+            "block_order": "raster",
+            "skipped_blocks": "drop",
+            "dense_layers": "0",
+            "min_tokens": 0,
+        }
+        return sparge_choice(model, **(published | self.own | self.schedule))
+
+
+def _radial(full: bool) -> Iterator[Setting]:
+    decays = (0.05, 0.1, 0.2, 0.5, 1.0) if full else (0.05, 0.2, 1.0)
+    for skipped in ("drop", "pool"):
+        for block in (64, 128):
+            for decay in decays:
+                own = {"block_size": block, "decay_factor": decay, "skipped_blocks": skipped}
+                yield Setting("radial", f"radial {block} {skipped}", own)
+
+
+def _psa(family: str) -> Iterator[Setting]:
+    wanted = "cog" if family == "cogvideox" else "wan"
+    for section, presets in load_presets().items():
+        if section.lower().startswith(wanted):
+            for name, preset in presets.items():
+                if preset.type == "psa":
+                    own = {"preset": f"{section}/{name}"}
+                    yield Setting("psa", f"psa {preset.mask_mode}", own)
+
+
+def _sparge(full: bool) -> Iterator[Setting]:
+    shares = (0.1, 0.2, 0.3, 0.5, 0.7) if full else (0.2, 0.5)
+    for order in ("raster", "Gilbert"):
+        for skipped in ("drop", "pool"):
+            for share in shares:
+                own = {"topk": share, "block_order": order, "skipped_blocks": skipped}
+                # Of a miniature's blocks few are alike; without this nearly all would be kept.
+                own["simthreshd1"] = -1.0
+                yield Setting("sparge", f"sparge {order} {skipped}", own)
+    yield Setting("sparge", "sparge published", {"topk": 0.5})
+    if full:
+        for threshold in (0.3, 0.6, 0.9):
+            own = {"cdfthreshd": threshold, "simthreshd1": -1.0}
+            yield Setting("sparge", "sparge by sum", own)
+
+
+def _schedules(full: bool) -> Iterator[Setting]:
+    """One method with other steps and layers dense."""
+    base = Setting("sparge", "", {"topk": 0.2, "simthreshd1": -1.0})
+    for steps in (0, 1, 2, 4, 8) if full else (0, 4):
+        yield replace(base, curve="dense_timesteps", schedule={"dense_timesteps": steps})
+    for layers in ("", "0", "1", "-1", "0, -1") if full else ("", "0", "-1"):
+        yield replace(base, curve="dense_layers", schedule={"dense_layers": layers})
+    if full:
+        for steps in (0, 1, 2):
+            yield replace(base, curve="last_dense", schedule={"last_dense_timesteps": steps})
+        for precision in ("native", "int8"):
+            yield replace(base, curve="precision", schedule={"precision": precision})
+
+
+def settings(family: str, grid: str) -> list[Setting]:
+    """All of them.
+
+    Args:
+        family: "wan" or "cogvideox".
+        grid: "small" or "full".
+
+    Raises:
+        ValueError: another grid.
+    """
+    if grid not in GRIDS:
+        raise ValueError(f"grid {grid!r}: allowed are {', '.join(GRIDS)}")
+    full = grid == "full"
+    return [*_radial(full), *_psa(family), *_sparge(full), *_schedules(full)]

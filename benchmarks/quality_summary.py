@@ -1,0 +1,139 @@
+"""What a quality measurement says: means with spread, and whether known directions hold."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One setting at one size, over seeds and prompts.
+
+    Attributes:
+        psnr, ssim: means of what is finite.
+        psnr_spread: standard deviation; 0 for one sample.
+    """
+
+    family: str
+    size: str
+    method: str
+    curve: str
+    label: str
+    density: float
+    psnr: float
+    psnr_spread: float
+    ssim: float
+    seconds: float
+    samples: int
+
+
+def summarise(rows: Iterable[Row]) -> list[Summary]:
+    """A summary per family, size and setting, in the order of the rows."""
+    groups: dict[tuple[str, str, str, str], list[Row]] = {}
+    for row in rows:
+        if row["psnr_db"] is not None:
+            key = (row["family"], row["size"], row["curve"], row["label"])
+            groups.setdefault(key, []).append(row)
+    return [
+        Summary(
+            family=family,
+            size=size,
+            method=group[0]["method"],
+            curve=curve,
+            label=label,
+            density=statistics.fmean(row["density"] for row in group),
+            psnr=statistics.fmean(row["psnr_db"] for row in group),
+            psnr_spread=statistics.pstdev(row["psnr_db"] for row in group),
+            ssim=statistics.fmean(row["ssim"] for row in group),
+            seconds=statistics.fmean(row["seconds"] for row in group),
+            samples=len(group),
+        )
+        for (family, size, curve, label), group in groups.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Something published, and how often it was found.
+
+    Attributes:
+        held, compared: pairs of settings for which it holds, and all pairs.
+    """
+
+    claim: str
+    held: int
+    compared: int
+
+
+def _curves(summaries: list[Summary]) -> dict[tuple[str, str, str], list[Summary]]:
+    curves: dict[tuple[str, str, str], list[Summary]] = {}
+    for summary in summaries:
+        curves.setdefault((summary.family, summary.size, summary.curve), []).append(summary)
+    return curves
+
+
+def _density(curves: Iterable[list[Summary]]) -> Direction:
+    held = compared = 0
+    for curve in curves:
+        ordered = sorted(curve, key=lambda summary: summary.density)
+        for sparser, denser in zip(ordered[:-1], ordered[1:], strict=True):
+            if denser.density - sparser.density > 0.01:
+                compared += 1
+                held += denser.psnr > sparser.psnr
+    return Direction("quality falls with density", held, compared)
+
+
+def _pooled(summaries: list[Summary]) -> Direction:
+    dropped = {
+        (s.family, s.size, s.label): s for s in summaries if "skipped_blocks=drop" in s.label
+    }
+    held = compared = 0
+    for summary in summaries:
+        if "skipped_blocks=pool" in summary.label:
+            twin = summary.label.replace("skipped_blocks=pool", "skipped_blocks=drop")
+            other = dropped.get((summary.family, summary.size, twin))
+            if other is not None:
+                compared += 1
+                held += summary.psnr > other.psnr
+    return Direction("pooling skipped blocks is closer than dropping them", held, compared)
+
+
+def _more_dense(summaries: list[Summary], dial: str, amount: Callable[[str], int]) -> Direction:
+    """More of something dense is closer, within the curve that varies it."""
+    held = compared = 0
+    for (_, _, curve), group in _curves(summaries).items():
+        if curve == dial:
+            ordered = sorted(group, key=lambda summary: amount(summary.label))
+            for less, more in zip(ordered[:-1], ordered[1:], strict=True):
+                if amount(more.label) > amount(less.label):
+                    compared += 1
+                    held += more.psnr > less.psnr
+    return Direction(f"more {dial} is closer", held, compared)
+
+
+def _dial(label: str, name: str) -> str:
+    return label.partition(f"{name}=")[2]
+
+
+def directions(summaries: list[Summary]) -> list[Direction]:
+    """What is known of sparse attention, checked on these measurements."""
+
+    def steps(label: str) -> int:
+        return int(_dial(label, "dense_timesteps") or 0)
+
+    def layers(label: str) -> int:
+        return len([part for part in _dial(label, "dense_layers").split(",") if part.strip()])
+
+    by_dial = ("dense_timesteps", "dense_layers", "last_dense", "precision")
+    dials = [group for (_, _, curve), group in _curves(summaries).items() if curve not in by_dial]
+    return [
+        _density(dials),
+        _pooled(summaries),
+        _more_dense(summaries, "dense_timesteps", steps),
+        _more_dense(summaries, "dense_layers", layers),
+    ]

@@ -1,0 +1,175 @@
+"""python -m benchmarks.quality: its numbers, its settings, and what it concludes."""
+
+import argparse
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from benchmarks import quality
+from benchmarks.quality_metrics import psnr, ssim
+from benchmarks.quality_settings import GRIDS, Setting, settings
+from benchmarks.quality_summary import directions, summarise
+from miniature.wan import WanMiniature
+
+
+def noise(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class TestMetrics:
+    def test_psnr_of_a_known_error(self):
+        video = noise(2, 12, 14, 3)
+        assert psnr(video, video + 0.01) == pytest.approx(40.0, abs=1e-3)
+        assert psnr(video, video) == math.inf
+
+    def test_ssim_is_its_definition_at_every_pixel(self):
+        a, b = noise(1, 13, 12, 3), noise(1, 13, 12, 3, seed=1)
+        weights = [math.exp(-((i - 5) ** 2) / 4.5) for i in range(11)]
+        total = sum(weights)
+        values = []
+        for colour in range(3):
+            for top in range(3):
+                for left in range(2):
+                    moments = [0.0] * 5
+                    for i in range(11):
+                        for j in range(11):
+                            w = weights[i] * weights[j] / total**2
+                            x = float(a[0, top + i, left + j, colour])
+                            y = float(b[0, top + i, left + j, colour])
+                            for n, value in enumerate((x, y, x * x, y * y, x * y)):
+                                moments[n] += w * value
+                    x, y, xx, yy, xy = moments
+                    values.append(
+                        (2 * x * y + 1e-4)
+                        * (2 * (xy - x * y) + 9e-4)
+                        / ((x * x + y * y + 1e-4) * (xx - x * x + yy - y * y + 9e-4))
+                    )
+        assert ssim(a, b) == pytest.approx(sum(values) / len(values), abs=1e-6)
+        assert ssim(a, a) == pytest.approx(1.0)
+
+    def test_frames_smaller_than_the_window_are_refused(self):
+        with pytest.raises(ValueError, match="SSIM needs at least 11 pixels"):
+            ssim(noise(1, 8, 20, 3), noise(1, 8, 20, 3))
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize("family", ["wan", "cogvideox"])
+def test_every_setting_is_one_that_the_nodes_accept(family, load_model):
+    model = load_model(family)
+    names = set()
+    for grid in GRIDS:
+        found = settings(family, grid)
+        labels = [(setting.curve, setting.label) for setting in found]
+        assert len(set(labels)) == len(labels)
+        assert {setting.method for setting in found} == {"radial", "psa", "sparge"}
+        for setting in found:
+            choice = setting.choice(model)
+            assert choice.policy.name == setting.method and choice.min_tokens == 0
+        names.add(frozenset(labels))
+    small, full = sorted(names, key=len)
+    assert len(full) > len(small)
+
+
+def test_an_unknown_grid_is_named():
+    with pytest.raises(ValueError, match="grid 'huge': allowed are small, full"):
+        settings("wan", "huge")
+
+
+def row(curve, label, density, db, method="radial", seed=0):
+    return {
+        "family": "wan",
+        "size": "9x24x40",
+        "curve": curve,
+        "label": label,
+        "method": method,
+        "density": density,
+        "psnr_db": db,
+        "ssim": 0.9,
+        "seconds": 2.0,
+        "seed": seed,
+    }
+
+
+class TestSummary:
+    def test_seeds_become_a_mean_and_a_spread_and_equal_videos_are_left_out(self):
+        rows = [row("c", "a", 0.2, db, seed=n) for n, db in enumerate((20.0, 24.0))]
+        (summary,) = summarise([*rows, row("c", "a", 0.2, None)])
+        assert (summary.psnr, summary.psnr_spread, summary.samples) == (22.0, 2.0, 2)
+
+    def test_directions_count_what_holds_and_what_does_not(self):
+        rows = [
+            row("radial drop", "decay=0.1 skipped_blocks=drop", 0.2, 20.0),
+            row("radial drop", "decay=0.5 skipped_blocks=drop", 0.4, 26.0),
+            row("radial drop", "decay=0.9 skipped_blocks=drop", 0.6, 25.0),
+            row("radial pool", "decay=0.1 skipped_blocks=pool", 0.2, 21.0),
+            row("radial pool", "decay=0.5 skipped_blocks=pool", 0.4, 25.5),
+            row("dense_timesteps", "sparge dense_timesteps=0", 0.2, 15.0),
+            row("dense_timesteps", "sparge dense_timesteps=4", 0.2, 25.0),
+            row("dense_layers", "sparge dense_layers=", 0.2, 18.0),
+            row("dense_layers", "sparge dense_layers=0", 0.2, 17.0),
+            row("dense_layers", "sparge dense_layers=0, -1", 0.2, 19.0),
+        ]
+        found = {d.claim: (d.held, d.compared) for d in directions(summarise(rows))}
+        assert found == {
+            "quality falls with density": (2, 3),
+            "pooling skipped blocks is closer than dropping them": (1, 2),
+            "more dense_timesteps is closer": (1, 1),
+            "more dense_layers is closer": (1, 2),
+        }
+
+
+class TestArguments:
+    @pytest.mark.parametrize("text", ["9x24", "9x24x41", "0x24x40", "9x24x40x1", "big"])
+    def test_a_size_that_is_none_is_named(self, text):
+        with pytest.raises(ValueError, match=f"size '{text}'"):
+            quality.parse_size(text)
+
+    @pytest.mark.parametrize(
+        ("text", "why"), [("mochi=a", "write them as"), ("wan=/nowhere", "there is no such file")]
+    )
+    def test_weights_that_are_none_are_named(self, text, why):
+        with pytest.raises(ValueError, match=why):
+            quality.find_weights("wan", [text])
+
+    def test_without_trained_weights_it_says_how_to_get_some(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(quality, "weights_path", lambda family: tmp_path / "none")
+        with pytest.raises(SystemExit, match="no trained weights in miniature/weights; train"):
+            quality.main(["--families", "wan"])
+
+
+@pytest.mark.comfy
+def test_a_measurement_compares_with_the_dense_video_of_the_same_seed(
+    comfyui, tmp_path, monkeypatch
+):
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: 0.15 * torch.randn(weight.shape, generator=generator)
+        for name, weight in WanMiniature(128, 64, 2).state_dict().items()
+    }
+    save_file(weights, tmp_path / "wan.safetensors")
+    everything = Setting(
+        "sparge", "all", {"topk": 1.0, "simthreshd1": -1.0}, {"dense_timesteps": 0}
+    )
+    little = Setting("sparge", "few", {"topk": 0.1, "simthreshd1": -1.0}, {"dense_timesteps": 0})
+    monkeypatch.setattr(quality, "settings", lambda family, grid: [everything, little])
+    given = ["--families", "wan", "--weights", f"wan={tmp_path / 'wan.safetensors'}"]
+    given += ["--sizes", "4x16x24", "--seeds", "3", "4", "--prompts", "0", "--steps", "2"]
+    arguments = quality.parser().parse_args([*given, "--device", "cpu", "--out", str(tmp_path)])
+    assert isinstance(arguments, argparse.Namespace)
+    arguments.given = given
+    path = quality.run(arguments)
+    result = json.loads(path.read_text(encoding="utf-8"))
+    rows = {(r["seed"], r["curve"]): r for r in result["rows"]}
+    assert rows.keys() == {(3, "floor"), (3, "all"), (3, "few"), (4, "all"), (4, "few")}
+    for seed in (3, 4):
+        whole, few = rows[seed, "all"], rows[seed, "few"]
+        # Two steps with cond and uncond in one batch; layer 0 is dense.
+        assert (whole["sparse_calls"], whole["dense_calls"]) == (2, 2)
+        assert whole["density"] == pytest.approx(1.0) and few["density"] < 0.5
+        assert whole["psnr_db"] is None or whole["psnr_db"] > 70
+        assert few["psnr_db"] < 60 and few["ssim"] < 1
+    assert 20 < rows[3, "floor"]["psnr_db"] < 90
+    assert path.with_suffix(".png").stat().st_size > 0
