@@ -254,10 +254,20 @@ def test_other_patches_after_blocks_are_still_called_and_nothing_is_left(model, 
         seen.append(args["block_index"])
         return args
 
+    left = []
+
+    def look(executor, *args, **kwargs):
+        out = executor(*args, **kwargs)
+        left.append(args[5]["patches"])
+        return out
+
     first = model.clone()
     first.set_model_double_block_patch(theirs)
+    # Added first, so around this pack's own.
+    first.add_wrapper_with_key("diffusion_model", "look", look)
     patched = patch(first)
     out = run(patched)
+    assert left == [{"double_block": [theirs]}] * 2
     assert seen == [*MAIN] * 2
     assert decisions(patched) == forward() * 2
     patches = patched.model_options["transformer_options"]["patches"]
