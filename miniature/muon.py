@@ -70,19 +70,17 @@ class Muon(Optimizer):
                 self._step(weights, group)
 
     def _step(self, weights: list[Tensor], group: dict[str, float]) -> None:
-        updates = []
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
         for weight in weights:
-            assert weight.grad is not None
-            state = self.state[weight]
-            if "momentum" not in state:
-                state["momentum"] = torch.zeros_like(weight)
-            buffer = state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
-            updates.append(weight.grad.lerp(buffer, group["momentum"]))
+            if "momentum" not in self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+        buffers = [self.state[weight]["momentum"] for weight in weights]
+        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+        updates = torch._foreach_lerp(gradients, buffers, group["momentum"])
         rows, columns = weights[0].shape
         # The same change per element of the output, whatever the shape.
         scale = max(1.0, rows / columns) ** 0.5
         parts = torch.stack(updates).tensor_split(min(self._workers.count, len(updates)))
         directions = torch.cat(list(self._workers.map(orthogonalise, parts)))
-        for weight, update in zip(weights, directions, strict=True):
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
-            weight.add_(update, alpha=-group["lr"] * scale)
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, list(directions), alpha=-group["lr"] * scale)

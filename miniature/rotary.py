@@ -6,12 +6,15 @@ in three dimensions).
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 THETA = 10_000.0
 
 
+@lru_cache(maxsize=8)
 def rotation_angles(
     grid: tuple[int, ...],
     axes: tuple[int, ...],

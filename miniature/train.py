@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from .batches import batches
 from .loss_plot import plot_losses
 from .recipes import RECIPES
-from .training import Training, save_state, steps_left
+from .training import Training, save_state
 
 OUTPUT = Path(__file__).resolve().parents[1] / "outputs" / "miniature"
 SMOOTHING = 50
@@ -34,6 +35,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers", type=int, default=1, help="threads that share a step on a CPU (default: 1)"
     )
+    parser.add_argument(
+        "--data-processes",
+        type=int,
+        help="that make clips ahead (default: 0 on a CPU, else all cores but two)",
+    )
     parser.add_argument("--compile", action="store_true", help="compile the blocks")
     parser.add_argument("--minutes", type=float, help="stop after this long (default: at the end)")
     parser.add_argument("--save-every", type=float, default=60.0, metavar="SECONDS")
@@ -44,6 +50,9 @@ def _parser() -> argparse.ArgumentParser:
 def train(options: argparse.Namespace) -> Training:
     """Train until the recipe's end, the given minutes, or an interrupt; the state is saved."""
     precision = options.precision or ("fp32" if options.device == "cpu" else "bf16")
+    processes = options.data_processes
+    if processes is None:
+        processes = 0 if options.device == "cpu" else max(1, (os.cpu_count() or 1) - 2)
     folder = options.output / options.recipe
     path = folder / "state.pt"
     training = Training(
@@ -69,12 +78,13 @@ def train(options: argparse.Namespace) -> Training:
     with tqdm(
         total=training.recipe.steps, initial=training.step, desc=title, unit="step", mininterval=5
     ) as bar:
-        for _ in steps_left(training):
-            before = time.monotonic()
-            loss = float(training.run_step())
+        before = time.monotonic()
+        for batch in batches(training.recipe, training.step, processes):
+            loss = float(training.run_step(batch))
             now = time.monotonic()
             training.losses.append(loss)
             training.seconds += now - before
+            before = now
             recent = [*recent, loss][-SMOOTHING:]
             bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}", refresh=False)
             bar.update()

@@ -5,7 +5,6 @@ So a run that was interrupted goes on exactly as if it had not been.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from .batches import Batch, make_batch
 from .models import family_of, frozen, hidden_matrix, make_model
 from .muon import Muon
-from .noise import spread_out, weighted_loss
+from .noise import weighted_loss
 from .parallel import Workers, gather_gradients, replicas
-from .prompts import text_features
 from .recipe import Recipe
-from .seeds import private_seed
-from .video_set import VideoSet
 
-# Clips of a step have numbers of their own.
-_CLIPS_PER_STEP = 1 << 12
 GRADIENT_NORM = 1.0
 
 
@@ -79,29 +74,14 @@ class Training:
             AdamW(others, lr=self.recipe.vector_lr, betas=(0.9, 0.98), weight_decay=0.0),
         )
 
-    def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What this step trains on: (noisy, target, timestep, context)."""
-        recipe, stage = self.recipe, self.recipe.stage_at(self.step)
-        generator = torch.Generator().manual_seed(private_seed("noise", recipe.seed, self.step))
-        clips = VideoSet(recipe.seed, stage.frames, stage.height, stage.width)
-        first = self.step * _CLIPS_PER_STEP
-        drawn = [clips.clip(first + index) for index in range(stage.clips)]
-        video = self.family.colours.encode(torch.stack([video for _, video in drawn]))
-        dropped = torch.rand(stage.clips, generator=generator) < recipe.dropped_prompts
-        context = torch.stack(
-            [
-                text_features(None if drop else prompt)
-                for (prompt, _), drop in zip(drawn, dropped.tolist(), strict=True)
-            ]
-        )
-        noise = torch.randn(video.shape, generator=generator)
-        example = self.family.noising(video, noise, spread_out(stage.clips, generator))
-        parts = (example.noisy, example.target, example.timestep, context)
-        return tuple(part.to(self.device, non_blocking=True) for part in parts)  # type: ignore[return-value]
+    def run_step(self, batch: Batch | None = None) -> Tensor:
+        """One step of the optimisers; returns its loss, still on the device.
 
-    def run_step(self) -> Tensor:
-        """One step of the optimisers; returns its loss, still on the device."""
-        loss = self._backward(self.batch())
+        Args:
+            batch: this step's, if it has been made already.
+        """
+        batch = make_batch(self.recipe, self.step) if batch is None else batch
+        loss = self._backward(batch.to(self.device))
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
         rate = self.recipe.learning_rate(self.step)
         rates = (self.recipe.matrix_lr, self.recipe.vector_lr)
@@ -114,9 +94,9 @@ class Training:
         self.step += 1
         return loss
 
-    def _backward(self, batch: tuple[Tensor, ...]) -> Tensor:
+    def _backward(self, batch: Batch) -> Tensor:
         """Leave the gradients in the model; returns the loss."""
-        clips = len(batch[0])
+        clips = len(batch.noisy)
         count = min(self._workers.count, clips)
         split = zip(*(part.tensor_split(count) for part in batch), strict=True)
         parts = zip(self._copies[:count], split, strict=True)
@@ -139,8 +119,10 @@ class Training:
     def _average(self) -> None:
         # Short at first, so that the random start is soon forgotten.
         keep = min(1 - 1 / self.recipe.ema_steps, (1 + self.step) / (10 + self.step))
-        for name, weight in self.model.state_dict().items():
-            self.average[name].lerp_(weight, 1 - keep)
+        weights = self.model.state_dict()
+        torch._foreach_lerp_(
+            list(self.average.values()), [weights[name] for name in self.average], 1 - keep
+        )
 
     def state(self) -> dict[str, Any]:
         """All of it, for torch.save."""
@@ -178,8 +160,3 @@ def save_state(training: Training, path: Path) -> None:
     partial = path.with_suffix(".partial")
     torch.save(training.state(), partial)
     partial.replace(path)
-
-
-def steps_left(training: Training) -> Iterator[int]:
-    """Numbers of the steps that are not done."""
-    return iter(range(training.step, training.recipe.steps))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from miniature import train as train_module
+from miniature.batches import batches, make_batch
 from miniature.muon import Muon, orthogonalise
 from miniature.noise import (
     TIMESTEPS,
@@ -72,6 +73,7 @@ class TestInterruption:
                 precision=None,
                 workers=1,
                 compile=False,
+                data_processes=0,
                 minutes=minutes,
                 save_every=1e9,
                 output=tmp_path,
@@ -133,13 +135,27 @@ class TestSteps:
             expected = keep * expected + (1 - keep) * training.model.state_dict()[name]
         assert torch.allclose(training.average[name], expected, atol=1e-6)
 
+    def test_half_precision_takes_nearly_the_same_steps(self):
+        exact, rounded = trained(TOY, 4), trained(TOY, 4, autocast=torch.bfloat16)
+        assert rounded.losses == pytest.approx(exact.losses, rel=0.02)
+        assert rounded.losses != exact.losses
+
+    def test_processes_make_the_same_batches_in_the_same_order(self):
+        made = batches(TOY, 3, processes=2)
+        ahead = [next(made) for _ in range(3)]
+        made.close()
+        for batch, step in zip(ahead, (3, 4, 5), strict=True):
+            for part, expected in zip(batch, make_batch(TOY, step), strict=True):
+                assert torch.equal(part, expected)
+
     def test_some_clips_lose_their_prompt(self):
         from dataclasses import replace
 
         from miniature.prompts import text_features
 
         stage = Stage(1, clips=100, frames=1, height=2, width=2)
-        *_, context = Training(replace(TOY, stages=(stage,), dropped_prompts=0.3)).batch()
+        recipe = replace(TOY, stages=(stage,), dropped_prompts=0.3)
+        context = make_batch(recipe, 0).context
         empty = (context == text_features(None)).flatten(1).all(1).float().mean()
         assert 0.2 < float(empty) < 0.4
 

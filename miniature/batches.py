@@ -1,0 +1,87 @@
+"""What a step of training learns from: a function of the recipe and the number of the step."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .models import family_of
+from .noise import spread_out
+from .prompts import text_features
+from .recipe import Recipe
+from .seeds import private_seed
+from .video_set import VideoSet
+
+# Clips of a step have numbers of their own.
+_CLIPS_PER_STEP = 1 << 12
+# Batches that are made before they are asked for, per process.
+_AHEAD = 2
+
+
+class Batch(NamedTuple):
+    """fp32: what the model gets, [B, C, T, H, W], what it has to say, [B, C, T, H, W], the
+    timesteps, [B], and the text, [B, words, TEXT_WIDTH]."""
+
+    noisy: Tensor
+    target: Tensor
+    timestep: Tensor
+    context: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return Batch(*(part.to(device, non_blocking=True) for part in self))
+
+
+def make_batch(recipe: Recipe, step: int) -> Batch:
+    """The batch of a step."""
+    stage, family = recipe.stage_at(step), family_of(recipe)
+    generator = torch.Generator().manual_seed(private_seed("noise", recipe.seed, step))
+    clips = VideoSet(recipe.seed, stage.frames, stage.height, stage.width)
+    first = step * _CLIPS_PER_STEP
+    drawn = [clips.clip(first + index) for index in range(stage.clips)]
+    video = family.colours.encode(torch.stack([video for _, video in drawn]))
+    dropped = torch.rand(stage.clips, generator=generator) < recipe.dropped_prompts
+    context = [
+        text_features(None if drop else prompt)
+        for (prompt, _), drop in zip(drawn, dropped.tolist(), strict=True)
+    ]
+    noise = torch.randn(video.shape, generator=generator)
+    example = family.noising(video, noise, spread_out(stage.clips, generator))
+    return Batch(example.noisy, example.target, example.timestep, torch.stack(context))
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def batches(recipe: Recipe, start: int, processes: int) -> Iterator[Batch]:
+    """The batches of all steps from `start` on, in order.
+
+    Args:
+        processes: that make them ahead, so that a GPU need not wait; 0 to make each when asked.
+    """
+    if processes == 0:
+        yield from (make_batch(recipe, step) for step in range(start, recipe.steps))
+        return
+    context = get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=_one_thread) as pool:
+        steps = iter(range(start, recipe.steps))
+        waiting: deque[Future[Batch]] = deque(
+            pool.submit(make_batch, recipe, step)
+            for step in itertools.islice(steps, _AHEAD * processes)
+        )
+        try:
+            while waiting:
+                batch = waiting.popleft().result()
+                for step in itertools.islice(steps, 1):
+                    waiting.append(pool.submit(make_batch, recipe, step))
+                yield batch
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
