@@ -6,6 +6,7 @@ A plain sampler beside ComfyUI's, to look at a training run; demos and benchmark
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from .latents import LATENT_CHANNELS
 from .models import family_of, make_model
+from .noise import TIMESTEPS, zero_terminal_alphas
 from .prompts import PROMPTS, Prompt, text_features
 from .recipes import RECIPES
 from .train import OUTPUT
@@ -22,28 +24,48 @@ WAN_SHIFT = 8.0
 PIXELS = 5
 GAP = 2
 
-
-def shifted_sigmas(steps: int, shift: float = WAN_SHIFT) -> Tensor:
-    """Noise levels from 1 to 0, fp32 [steps + 1], as ComfyUI's `simple` scheduler has them."""
-    position = torch.arange(steps, -1, -1) / steps
-    return shift * position / (1 + (shift - 1) * position)
+# (noisy latent, timestep) -> what the model says, with guidance.
+Guided = Callable[[Tensor, float], Tensor]
 
 
-@torch.no_grad()
-def sample_flow(
-    model: nn.Module, noise: Tensor, prompts: list[Prompt], sigmas: Tensor, guidance: float
-) -> Tensor:
-    """Euler steps from noise to latents, [B, C, T, H, W]."""
+def guided(model: nn.Module, prompts: list[Prompt], guidance: float) -> Guided:
+    """A model that is pushed away from what it says without a prompt."""
     context = torch.stack([text_features(prompt) for prompt in prompts])
     empty = text_features(None).expand_as(context)
+
+    @torch.no_grad()
+    def say(x: Tensor, timestep: float) -> Tensor:
+        at = torch.full((len(x),), timestep)
+        said = model(x, at, context)
+        if guidance == 1.0:
+            return said
+        without = model(x, at, empty)
+        return without + guidance * (said - without)
+
+    return say
+
+
+def sample_flow(say: Guided, noise: Tensor, steps: int, shift: float = WAN_SHIFT) -> Tensor:
+    """Euler steps from noise to latents, [B, C, T, H, W], at ComfyUI's `simple` noise levels."""
+    position = torch.arange(steps, -1, -1) / steps
+    sigmas = (shift * position / (1 + (shift - 1) * position)).tolist()
     x = noise
     for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
-        timestep = (1000 * sigma).expand(len(x))
-        velocity = model(x, timestep, context)
-        if guidance != 1.0:
-            without = model(x, timestep, empty)
-            velocity = without + guidance * (velocity - without)
-        x = x + (following - sigma) * velocity
+        x = x + (following - sigma) * say(x, TIMESTEPS * sigma)
+    return x
+
+
+def sample_v(say: Guided, noise: Tensor, steps: int) -> Tensor:
+    """DDIM steps (arXiv 2010.02502, eq. 12, without noise) from noise to latents."""
+    alphas = [*zero_terminal_alphas().tolist(), 1.0]
+    timesteps = torch.linspace(TIMESTEPS - 1, 0, steps + 1).round().long().tolist()[:-1]
+    x = noise
+    # The index past the last is no noise at all.
+    for timestep, following in zip(timesteps, [*timesteps[1:], TIMESTEPS], strict=True):
+        a, b = alphas[timestep], (1 - alphas[timestep] ** 2) ** 0.5
+        v = say(x, timestep)
+        video, remaining = a * x - b * v, b * x + a * v
+        x = alphas[following] * video + (1 - alphas[following] ** 2) ** 0.5 * remaining
     return x
 
 
@@ -68,7 +90,6 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=3, default=(5, 16, 24), metavar="N")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--shift", type=float, default=WAN_SHIFT)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--output", type=Path, help="PNG (default: beside the state)")
@@ -81,8 +102,9 @@ def main() -> None:
     generator = torch.Generator().manual_seed(options.seed)
     prompts = list(PROMPTS[: options.prompts])
     noise = torch.randn(len(prompts), LATENT_CHANNELS, *options.size, generator=generator)
-    sigmas = shifted_sigmas(options.steps, options.shift)
-    latents = sample_flow(model, noise, prompts, sigmas, options.guidance)
+    say = guided(model, prompts, options.guidance)
+    sample = sample_flow if recipe.family == "wan" else sample_v
+    latents = sample(say, noise, options.steps)
     videos = family_of(recipe).colours.decode(latents)
     path = options.output or folder / f"samples_{state['step']}.png"
     contact_sheet(videos, min(options.size[0], 6)).save(path)

@@ -16,7 +16,9 @@ from miniature.noise import (
     weighted_loss,
     zero_terminal_alphas,
 )
+from miniature.prompts import PROMPTS, text_features
 from miniature.recipe import Recipe, Stage
+from miniature.sample import guided, sample_flow, sample_v
 from miniature.training import Training, save_state
 
 TOY = Recipe(
@@ -151,8 +153,6 @@ class TestSteps:
     def test_some_clips_lose_their_prompt(self):
         from dataclasses import replace
 
-        from miniature.prompts import text_features
-
         stage = Stage(1, clips=100, frames=1, height=2, width=2)
         recipe = replace(TOY, stages=(stage,), dropped_prompts=0.3)
         context = make_batch(recipe, 0).context
@@ -252,3 +252,41 @@ class TestNoise:
         parts = torch.einsum("bcthw,cs->sbthw", error, basis)
         expected = parts[:3].square().mean() + 0.2 * parts[3:].square().mean()
         assert weighted_loss(error, basis[:, :3], 0.2) == pytest.approx(float(expected), rel=1e-5)
+
+
+class TestSampling:
+    @pytest.mark.parametrize("steps", [1, 7])
+    @pytest.mark.parametrize("family", ["wan", "cogvideox"])
+    def test_a_model_that_knows_the_video_arrives_at_it(self, family, steps):
+        generator = torch.Generator().manual_seed(4)
+        video, noise = torch.randn(2, 2, 16, 2, 4, 4, generator=generator).unbind(0)
+        levels = []
+
+        def say(x, timestep):
+            levels.append(timestep)
+            if family == "wan":
+                sigma = timestep / TIMESTEPS
+                assert torch.allclose(x, (1 - sigma) * video + sigma * noise, atol=1e-4)
+                return noise - video
+            a = float(zero_terminal_alphas()[timestep])
+            b = (1 - a * a) ** 0.5
+            assert torch.allclose(x, a * video + b * noise, atol=1e-4)
+            return a * noise - b * video
+
+        sample = {"wan": sample_flow, "cogvideox": sample_v}[family]
+        assert torch.allclose(sample(say, noise, steps), video, atol=1e-4)
+        assert len(levels) == steps and levels == sorted(levels, reverse=True)
+
+    def test_guidance_goes_away_from_what_is_said_without_a_prompt(self):
+        prompts = list(PROMPTS[:2])
+        empty = text_features(None)
+
+        class Model(torch.nn.Module):
+            def forward(self, x, timestep, context):
+                assert (timestep == 500).all()
+                prompted = (context != empty).flatten(1).any(1).float()
+                return x * 0 + 1 + prompted[:, None, None, None, None]
+
+        x = torch.zeros(2, 16, 1, 2, 2)
+        assert (guided(Model(), prompts, 1.0)(x, 500.0) == 2).all()
+        assert (guided(Model(), prompts, 3.0)(x, 500.0) == 4).all()
