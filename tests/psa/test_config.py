@@ -349,3 +349,10 @@ def test_unknown_preset_name_names_the_nearest():
 def test_rearrangement_can_be_none(method, preset_file):
     text = preset(PSA + f"use_rearrange: true\nrearrange_method: {method}")
     assert load_presets(preset_file(text))["S"]["p"].token_order is None
+
+
+@pytest.mark.parametrize("sim_mask", [True, False], ids=["cap", "no-cap"])
+def test_an_implementation_that_is_left_out_fits_the_other_fields(sim_mask, preset_file):
+    text = preset(PSA + f"use_sim_mask: {str(sim_mask).lower()}")
+    read = load_presets(preset_file(text))["S"]["p"]
+    assert read.attn_impl == ("old_mask_type" if sim_mask else "new_mask_type")

@@ -143,3 +143,11 @@ def test_refuses(change, message):
     request = {"mask_ratios": {1: [0, 1]}, "mask_mode": "topk", "block_n": 128, "tile_n": 32}
     with pytest.raises(ValueError, match=message):
         assign_levels(torch.ones(1, 1, 1, 4), **request | change)
+
+
+def test_thresholdbound_takes_levels_in_the_order_of_their_bounds():
+    """Level 2 ends at 0.35, so the best two blocks are its; level 1 ends at 0.5, one block on."""
+    importance = torch.tensor([[0.3, 0.2, 0.15, 0.1, 0.1, 0.05, 0.05, 0.05]])
+    ratios = {1: [0.0, 0.5], 2: [0.0, 0.35]}
+    levels = assign_levels(importance, ratios, mask_mode="thresholdbound", block_n=128)
+    assert levels.tolist() == [[2, 2, 1, 0, 0, 0, 0, 0]]

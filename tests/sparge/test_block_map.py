@@ -186,3 +186,10 @@ def test_wrong_thresholds_are_a_sentence(arguments, sentence):
     x = tokens(1, 2, 256, 16, seed=13)
     with pytest.raises(ValueError, match=sentence):
         block_map(x, x, **arguments)
+
+
+def test_a_sum_of_one_keeps_every_block():
+    """Also where the weights of a row add up to a little more, as they do in float32."""
+    gen = torch.Generator().manual_seed(5)
+    q, k = (torch.randn(2, 3, n, 32, generator=gen) * 3 for n in (512, 1024))
+    assert block_map(q, k, block_q=64, block_k=32, simthreshd1=-1.0, cdfthreshd=1.0).all()

@@ -29,7 +29,8 @@ def qk(layout, heads=2, head_dim=32, batch=1, seed=0):
     shape = (batch, heads, layout.num_tokens, head_dim)
     slow = torch.randn(batch, heads, layout.num_tokens // 64 + 1, head_dim, generator=gen)
     slow = slow.repeat_interleave(64, dim=2)[:, :, : layout.num_tokens]
-    return tuple(slow * 2 + torch.randn(shape, generator=gen) for _ in range(2))
+    q, k = (slow * 2 + torch.randn(shape, generator=gen) for _ in range(2))
+    return q, k + 3.0  # a mean key, which a map that keeps it sees in every block
 
 
 def kept(policy, layout, heads=2, layer=0, seed=0):
@@ -44,6 +45,19 @@ def test_plan_is_the_block_map_of_the_call():
     expected = block_map(q, k, simthreshd1=-0.1, topk=0.3, subtract_key_mean=True)
     assert torch.equal(levels, expected.to(levels.dtype))
     assert 0.3 <= expected.float().mean() < 0.7
+
+
+def test_similarity_is_that_of_keys_without_their_mean():
+    """As in the published attention calls: a mean that all keys share says nothing about them."""
+    layout = TokenLayout(8, 16, 16)
+    q, k = qk(layout)
+    q = 5.0 + 0.1 * q  # queries are alike
+    how = {"simthreshd1": 0.85, "topk": 0.3}
+    plan = SpargePolicy(**how).plan(q, k, layout, layer=0, scale=q.shape[-1] ** -0.5)
+    levels = plan.to_levels()
+    expected = block_map(q, k, **how, subtract_key_mean=True)
+    assert torch.equal(levels, expected.to(levels.dtype))
+    assert block_map(q, k, **how).float().mean() < expected.float().mean()
 
 
 def test_topk_decides_the_density_where_all_blocks_are_self_similar():
