@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 
@@ -55,9 +56,7 @@ def ssim(reference: Tensor, other: Tensor) -> float:
 def find_lpips() -> Distance | None:
     """Perceptual distance, where the lpips package and its weights are at hand; else None."""
     try:
-        import lpips
-
-        network = lpips.LPIPS(net="alex", verbose=False)
+        network = importlib.import_module("lpips").LPIPS(net="alex", verbose=False)
     except Exception:  # no package, or its weights could not be had
         return None
 

@@ -18,7 +18,7 @@ from .workflow import Workflow
 API_FORMS = ROOT / "workflows" / "api"
 # WAN's own length at a size that a CPU samples in seconds; enough tokens to be sparse.
 SMALL_SIZE = {"width": 320, "height": 192, "length": 81}
-SMALL_STEPS = 12
+SMALL_STEPS = 10
 # Presets of PSA wait longer than that; radial and Sparge take a quarter of the steps themselves.
 SMALL_WARMUP = SMALL_STEPS // 4
 

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,6 +62,11 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def _arrays(recipe: Recipe, step: int) -> list[np.ndarray]:
+    # Tensors would travel through shared memory, of which containers have little.
+    return [part.numpy() for part in make_batch(recipe, step)]
+
+
 def batches(recipe: Recipe, start: int, processes: int) -> Iterator[Batch]:
     """The batches of all steps from `start` on, in order.
 
@@ -73,15 +79,15 @@ def batches(recipe: Recipe, start: int, processes: int) -> Iterator[Batch]:
     context = get_context("spawn")
     with ProcessPoolExecutor(processes, context, initializer=_one_thread) as pool:
         steps = iter(range(start, recipe.steps))
-        waiting: deque[Future[Batch]] = deque(
-            pool.submit(make_batch, recipe, step)
+        waiting: deque[Future[list[np.ndarray]]] = deque(
+            pool.submit(_arrays, recipe, step)
             for step in itertools.islice(steps, _AHEAD * processes)
         )
         try:
             while waiting:
-                batch = waiting.popleft().result()
+                batch = Batch(*map(torch.from_numpy, waiting.popleft().result()))
                 for step in itertools.islice(steps, 1):
-                    waiting.append(pool.submit(make_batch, recipe, step))
+                    waiting.append(pool.submit(_arrays, recipe, step))
                 yield batch
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

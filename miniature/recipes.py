@@ -13,10 +13,10 @@ RECIPES: dict[str, Recipe] = {
         num_layers=4,
         stages=(
             Stage(600, clips=8, frames=3, height=16, width=24),
-            Stage(900, clips=6, frames=5, height=16, width=24),
-            Stage(500, clips=2, frames=5, height=24, width=40),
-            Stage(300, clips=1, frames=9, height=24, width=40),
-            Stage(100, clips=1, frames=21, height=24, width=40),
+            Stage(1400, clips=6, frames=5, height=16, width=24),
+            Stage(600, clips=2, frames=5, height=24, width=40),
+            Stage(400, clips=1, frames=9, height=24, width=40),
+            Stage(150, clips=1, frames=21, height=24, width=40),
         ),
     ),
     "wan-gpu": Recipe(
@@ -40,8 +40,8 @@ RECIPES: dict[str, Recipe] = {
         num_layers=4,
         stages=(
             Stage(600, clips=8, frames=3, height=16, width=24),
-            Stage(900, clips=6, frames=5, height=16, width=24),
-            Stage(500, clips=2, frames=5, height=24, width=40),
+            Stage(1400, clips=6, frames=5, height=16, width=24),
+            Stage(600, clips=2, frames=5, height=24, width=40),
             Stage(300, clips=1, frames=13, height=24, width=40),
         ),
     ),
