@@ -14,7 +14,7 @@ from .choice import make_choice
 from .config_file import find_config_file
 from .install import describe_model
 from .lightx2v import read_lightx2v
-from .log import log
+from .log import log, shown
 from .psa_choice import AUTO, psa_choice
 from .settings import AttentionSettings, AttentionSite, DenseChoice, SparseChoice
 from .sparge_choice import checkpoint_stamp, sparge_choice
@@ -39,6 +39,8 @@ def check_type(site: AttentionSite, name: str) -> str:
     Raises:
         ValueError: no such type, or a sparse one where there is no video to be sparse over.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"{site.value} {shown(name)}: it is the name of a backend")
     known = _OTHER_NAMES.get(name, name)
     if known in SPARSE_TYPES and site is not AttentionSite.SELF:
         raise ValueError(
@@ -46,7 +48,7 @@ def check_type(site: AttentionSite, name: str) -> str:
             f"only; allowed here are {', '.join(type_names(site))}"
         )
     if known not in type_names(site):
-        raise ValueError(f"{site.value} {name!r}: allowed are {', '.join(type_names(site))}")
+        raise ValueError(f"{site.value} {shown(name)}: allowed are {', '.join(type_names(site))}")
     return known
 
 

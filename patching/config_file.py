@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+from .log import shown
 
 
 def find_config_file(
@@ -20,23 +23,42 @@ def find_config_file(
         None for an empty input.
 
     Raises:
-        ValueError: there is no such file, or it ends in something else.
+        ValueError: there is no such file, it ends in something else, or the name leads out of
+            the folder.
     """
     import folder_paths
 
+    if not isinstance(name, str):
+        raise ValueError(f"config_file {shown(name)}: it is the name of a file")
     # Windows' "Copy as path" puts quotes around it.
     text = name.strip().strip('"').strip()
     if not text:
         return None
-    path = Path(text).expanduser()
+    path = _expanded(Path(text))
     if path.suffix.lower() not in suffixes:
-        raise ValueError(f"config_file {name!r}: allowed are files in {' or '.join(suffixes)}")
+        allowed = " or ".join(suffixes)
+        raise ValueError(f"config_file {shown(name)}: allowed are files in {allowed}")
     folder = Path(folder_paths.models_dir) / folder_name
+    if os.path.normpath(path).startswith(os.pardir):
+        raise ValueError(
+            f"config_file {shown(name)}: a name stays in {folder}; give a full path for a file "
+            "elsewhere"
+        )
     folders = [folder] if bundled is None else [folder, bundled]
     for candidate in [path] if path.is_absolute() else [place / path for place in folders]:
         if _is_file(candidate):
             return candidate
-    raise ValueError(f"config_file {name!r}: no such file; give a full path or a name in {folder}")
+    raise ValueError(
+        f"config_file {shown(name)}: no such file; give a full path or a name in {folder}"
+    )
+
+
+def _expanded(path: Path) -> Path:
+    """With the home directory in place of ~; as it is where nobody has that name."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
 
 
 def _is_file(path: Path) -> bool:

@@ -23,3 +23,9 @@ def one_line(error: BaseException) -> str:
     """An exception as a log line has room for; some libraries raise pages."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
+
+
+def shown(value: object) -> str:
+    """A value as a sentence has room for."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
+from .log import shown
 from .step import same_level
 
 MAX_TIMESTEPS = 100
@@ -22,7 +23,7 @@ def layer_spans(text: str, *, name: str = "dense_layers") -> tuple[tuple[int, in
         ValueError: something is not a layer or a range, or a range runs backwards.
     """
     if not isinstance(text, str):
-        raise ValueError(f'{name} {text!r}: a layer list is text, such as "0" or "0-2, 39"')
+        raise ValueError(f'{name} {shown(text)}: a layer list is text, such as "0" or "0-2, 39"')
     spans = []
     for part in (piece.strip() for piece in text.split(",")):
         if not part:
@@ -30,15 +31,16 @@ def layer_spans(text: str, *, name: str = "dense_layers") -> tuple[tuple[int, in
         match = _LAYER_OR_RANGE.fullmatch(part)
         if match is None:
             raise ValueError(
-                f"{name} {text!r}: {part!r} is not a layer; write numbers and ranges such as "
-                '"0", "0-2, 39" or "-1" for the last layer, or leave it empty for none'
+                f"{name} {shown(text)}: {shown(part)} is not a layer; write numbers and ranges "
+                'such as "0", "0-2, 39" or "-1" for the last layer, or leave it empty for none'
             )
         first = int(match[1])
         last = first if match[2] is None else int(match[2])
         # Only spans on one side of zero can be compared before the model is known.
         if (first < 0) == (last < 0) and last < first:
             raise ValueError(
-                f"{name} {text!r}: the range {part!r} runs backwards; write the smaller layer first"
+                f"{name} {shown(text)}: the range {shown(part)} runs backwards; write the smaller "
+                "layer first"
             )
         spans.append((first, last))
     return tuple(spans)
@@ -55,13 +57,14 @@ def resolve_layers(text: str, num_layers: int, *, name: str = "dense_layers") ->
         for layer in (first, last):
             if not -num_layers <= layer < num_layers:
                 raise ValueError(
-                    f"{name} {text!r}: layer {layer} is outside this model, whose {num_layers} "
-                    f"layers are 0 to {num_layers - 1} (or -{num_layers} to -1 from the end)"
+                    f"{name} {shown(text)}: layer {layer} is outside this model, whose "
+                    f"{num_layers} layers are 0 to {num_layers - 1} (or -{num_layers} to -1 from "
+                    "the end)"
                 )
         start, stop = first % num_layers, last % num_layers
         if stop < start:
             raise ValueError(
-                f"{name} {text!r}: the range {first}-{last} runs backwards in this model of "
+                f"{name} {shown(text)}: the range {first}-{last} runs backwards in this model of "
                 f"{num_layers} layers; write the smaller layer first"
             )
         layers.update(range(start, stop + 1))

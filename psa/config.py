@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -139,6 +140,12 @@ def _read_file(path: str | Path, over: Mapping[str, PsaSection]) -> dict[str, Ps
     return sections
 
 
+@functools.cache
+def _bundled() -> dict[str, PsaSection]:
+    """Read once: ComfyUI asks for the presets' names whenever a prompt is queued."""
+    return _read_file(BUNDLED, {})
+
+
 def load_sections(path: str | Path | None = None) -> dict[str, PsaSection]:
     """Model sections of the bundled presets, with a user's file laid over them.
 
@@ -151,8 +158,7 @@ def load_sections(path: str | Path | None = None) -> dict[str, PsaSection]:
         ValueError: the file cannot be read or something in it is not allowed, naming file, line,
             section, preset, field, value and what is allowed. Nothing is half applied.
     """
-    sections = _read_file(BUNDLED, {})
-    return sections if path is None else _read_file(path, sections)
+    return dict(_bundled()) if path is None else _read_file(path, _bundled())
 
 
 def load_presets(path: str | Path | None = None) -> dict[str, dict[str, PsaPreset]]:
@@ -171,8 +177,9 @@ def find_preset(sections: Mapping[str, PsaSection], name: str) -> tuple[str, Psa
         for section in sections.values()
         for preset, value in section.presets.items()
     }
-    if name not in named:
+    if not isinstance(name, str) or name not in named:
         raise ValueError(
-            f"preset {name!r} does not exist{nearest(name, named)}; presets are {', '.join(named)}"
+            f"preset {shown(name)} does not exist{nearest(name, named)}; presets are "
+            f"{', '.join(named)}"
         )
     return named[name]

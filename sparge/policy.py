@@ -71,7 +71,8 @@ class SpargePolicy:
         ):
             if value is None and name == "cdfthreshd":
                 continue
-            if type(value) not in (int, float) or not low <= value <= 1.0:
+            numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is None or not numeric or not low <= value <= 1.0:
                 raise ValueError(f"{name} must be between {low:g} and 1; got {value!r}")
 
     def describe(self) -> str:
