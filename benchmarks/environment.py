@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+# Changes to these change no measurement.
+NO_CODE = (":!*.md", ":!benchmarks/results", ":!tests", ":!workflows", ":!locales", ":!web")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -82,6 +84,14 @@ def command_line(module: str, arguments: Sequence[str] | None) -> str:
     return shlex.join(["python", "-m", f"benchmarks.{module}", *given])
 
 
+def uncommitted() -> bool | None:
+    """Whether the code differs from its commit, results aside; None where git does not tell."""
+    command = ("git", "status", "--porcelain", "--untracked-files=no", "--", ".", *NO_CODE)
+    if _output_of("git", "rev-parse", "HEAD") is None:
+        return None
+    return _output_of(*command) is not None
+
+
 def header(device: torch.device) -> dict[str, object]:
     """The header of a result file."""
     driver = None
@@ -96,5 +106,6 @@ def header(device: torch.device) -> dict[str, object]:
         "triton": _version("triton"),
         # A copy without its history is told which commit it is.
         "commit": _output_of("git", "rev-parse", "HEAD") or os.environ.get("BENCHMARKED_COMMIT"),
+        "uncommitted": uncommitted(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }

@@ -23,7 +23,7 @@ def spread(ms: float | None, ms_spread: float | None) -> str:
     """Half the distance from the 20th to the 80th percentile, in percent of the median."""
     if ms is None or ms_spread is None:
         return ""
-    return f"{duration(ms)} ± {50 * ms_spread / ms:.0f} %"
+    return f"{duration(ms)} \u00b1 {50 * ms_spread / ms:.0f} %"
 
 
 def ratio(value: float | None) -> str:

@@ -129,6 +129,9 @@ def main() -> None:
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     (target / "commit").write_text(commit.stdout, encoding="utf-8")
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=ROOT, check=False)
+    if changed.returncode:
+        print("there are changes that are not committed; results would name a commit without them")
     print(f".gpu: {megabytes(target):.1f} MB")
     if options.flash4:
         wheels = download(FLASH4_WHEELS, cache / "flash4", options.python)

@@ -101,8 +101,15 @@ def test_a_section_says_where_its_numbers_come_from(folder):
         "From `results/gpu-x/attention.json`: `python -m benchmarks.attention --repeats 9`, "
         "commit 0123456789ab, 2026-01-02, torch 2, triton 3, driver 1.2." in text
     )
-    assert "`python -m benchmarks.end_to_end`, commit 0123456789ab" in text
+    assert "`python -m benchmarks.end_to_end`, commit 0123456789ab, 2026-01-02" in text
     assert "(results/gpu-x/attention.png)" in text and "zoo.png" not in text
+
+
+def test_a_section_says_if_the_code_was_not_the_commits(folder):
+    found = devices(folder)
+    found["gpu-x"]["zoo"]["header"] = HEADER | {"uncommitted": True}
+    text = report(found)
+    assert text.count("commit 0123456789ab with changes not committed, 2026-01-02") == 1
 
 
 def test_the_kernel_table_has_the_numbers_of_the_file():
@@ -115,7 +122,7 @@ def test_the_kernel_table_has_the_numbers_of_the_file():
         "kernel": "fast",
         "blocks": "random",
         "density": "0.200",
-        "time": "6 ms ± 5 %",
+        "time": "6 ms \u00b1 5 %",
         "active TFLOPS": "123",
         "over best dense": "5.00x",
         "error": "2.0e-03",
@@ -134,9 +141,9 @@ def test_the_readme_has_the_fastest_kernel_and_the_fastest_in_8_bits(folder):
     kernels = [row for row in cells(text) if row[0] == "GPU X" and "1000 tokens" in row[1]]
     found = {(row[3], row[5], row[6]) for row in kernels}
     assert found == {
-        ("0.340 (radial)", "fast 12 ms ± 5 %", "2.50x"),
-        ("0.340 (radial)", "fast int8 8 ms ± 5 %", "3.75x"),
-        ("0.200", "fast 6 ms ± 5 %", "5.00x"),
+        ("0.340 (radial)", "fast 12 ms \u00b1 5 %", "2.50x"),
+        ("0.340 (radial)", "fast int8 8 ms \u00b1 5 %", "3.75x"),
+        ("0.200", "fast 6 ms \u00b1 5 %", "5.00x"),
     }
     steps = [row for row in cells(text) if row[1] == "wan, 8x8x1"]
     assert ["GPU X", "wan, 8x8x1", "radial", "4 s", "1.50x", "40 s", "1.50x"] in steps
@@ -185,7 +192,7 @@ def test_durations(ms, text):
 
 
 def test_a_spread_is_half_of_the_two_percentiles_apart():
-    assert spread(200.0, 40.0) == "200 ms ± 10 %" and spread(None, None) == ""
+    assert spread(200.0, 40.0) == "200 ms \u00b1 10 %" and spread(None, None) == ""
 
 
 def test_method_tables_have_the_stages_and_the_equal_densities():
@@ -201,7 +208,7 @@ def test_method_tables_have_the_stages_and_the_equal_densities():
     result |= {"shapes": [shape], "rows": [own, equal]}
     timed, line, head, densities = cells(section("methods", result)[1])
     assert timed[-2:] == ["levels", "kernel"] and line[-2:] == ["20.0%", "80.0%"]
-    assert line[:4] == ["psa a/b", "k", "0.250", "0.1250"] and line[4] == "10 ms ± 5 %"
+    assert line[:4] == ["psa a/b", "k", "0.250", "0.1250"] and line[4] == "10 ms \u00b1 5 %"
     assert head[-1] == "radial" and densities == ["psa a/b", "0.1250 at 0.250", "0.5000 at 0.260"]
 
     errors = copy.deepcopy(result) | {"repeats": 0}
@@ -223,7 +230,7 @@ def test_tuning_shows_the_fastest_settings_beside_the_tables_own():
     _, line = cells(section("tune", {"what": "Settings.", "rows": rows})[1])
     assert line[0] == "64, bf16, int8, 128x128, mask" and line[1] == "2 of 3"
     assert line[2] == "64 keys, 4 warps, 3 stages, 168 registers"
-    assert line[3:5] == ["2 ms ± 5 %", "150"] and line[-1] == "1.50x"
+    assert line[3:5] == ["2 ms \u00b1 5 %", "150"] and line[-1] == "1.50x"
 
 
 def test_a_profile_shows_rates_over_the_cards_own_ceilings():
@@ -241,7 +248,7 @@ def test_a_profile_shows_rates_over_the_cards_own_ceilings():
     assert title == "What bounds the kernels"
     assert "bf16 789 TFLOPS; copy 3.01 TB/s." in text
     found = cells(text)
-    assert found[1][:5] == ["triton", "0.200", "50 ms ± 1 %", "450", "57%"]
+    assert found[1][:5] == ["triton", "0.200", "50 ms \u00b1 1 %", "450", "57%"]
     assert found[1][5:] == ["3.5 TB/s", "0.9e12/s", "2% of a copy"]
     assert found[2:] == [["counter", "value"], ["Compute (SM) Throughput (%)", "71"]]
     assert "ncu, hopper: ncu: nothing came" in text
