@@ -76,8 +76,9 @@ def _closeness(run: SparseRun) -> str:
 
 
 def _bar(seconds: float, longest: float, kind: str) -> str:
+    width = f"calc({BAR_WIDTH} * {seconds / longest:.3f})"
     return (
-        f'<div class="bar"><i class="{kind}" style="width:calc({BAR_WIDTH} * {seconds / longest:.3f})"></i>'
+        f'<div class="bar"><i class="{kind}" style="width:{width}"></i>'
         f"<span>{seconds:.1f} s</span></div>"
     )
 
