@@ -76,6 +76,14 @@ NVIDIA: dict[int, Settings] = {
         (128, "fp8"): Launch(64, 8, 3),
     },
 }
+# For query blocks of 64 rows, where the settings above with four warps would leave memory for one
+# program at a time.
+NVIDIA_64: dict[int, Settings] = {
+    80: {(128, "native"): Launch(32, 4, 3)},
+    86: {(128, "native"): Launch(32, 4, 2), (128, "int8"): Launch(32, 4, 3)},
+    90: {},
+    120: {(128, "native"): Launch(32, 4, 2), (128, "int8"): Launch(32, 4, 3)},
+}
 # By the longest prefix of the architecture's name: gfx90a, gfx942 and gfx950, gfx11.., gfx12...
 AMD: dict[str, Settings] = {
     "gfx90a": {
@@ -122,12 +130,16 @@ def architecture(device: torch.device) -> int | str:
 def settings_for(arch: int | str) -> Settings | None:
     """The table of an architecture, or None if Triton or this file has nothing for it."""
     if isinstance(arch, int):
-        known = [entry for entry in NVIDIA if entry <= arch]
-        return NVIDIA[max(known)] if known else None
+        return _nearest_lower(NVIDIA, arch)
     if arch == "cpu":
         return {(d, p): INTERPRETER for d in HEAD_DIMS for p in ("native", "int8", "fp8")}
     prefixes = [entry for entry in AMD if arch.startswith(entry)]
     return AMD[max(prefixes, key=len)] if prefixes else None
+
+
+def _nearest_lower(table: dict[int, Settings], arch: int) -> Settings | None:
+    known = [entry for entry in table if entry <= arch]
+    return table[max(known)] if known else None
 
 
 def launch_for(arch: int | str, head_dim: int, precision: str, block_m: int) -> Launch | None:
@@ -135,6 +147,9 @@ def launch_for(arch: int | str, head_dim: int, precision: str, block_m: int) -> 
     launch = (settings_for(arch) or {}).get((head_dim, precision))
     if launch is None or block_m == 128:
         return launch
+    special = _nearest_lower(NVIDIA_64, arch) if isinstance(arch, int) else None
+    if special and (head_dim, precision) in special:
+        return special[head_dim, precision]
     # Four warps are the least that Hopper's and Blackwell's products take. Of such programs three
     # share a multiprocessor at 168 registers, and two where head_dim 128 takes the memory.
     return replace(launch, num_warps=4, maxnreg=168 if launch.maxnreg else 0)

@@ -84,7 +84,7 @@ def visit_full_tiles(
         tiles = (last - first) // (TILE_N // ROWS)
     indices += first
     # Read a step ahead: Triton prefetches loads whose addresses are loaded in the same step half
-    # as far, which on GPUs before Hopper is not at all.
+    # as far, which on GPUs without asynchronous products (all but sm_90 and sm_100) is not at all.
     block = _block_of(indices, 0, tiles, ROWS, TILE_N)
     for tile in tl.range(0, tiles):
         next_block = _block_of(indices, tile + 1, tiles, ROWS, TILE_N)

@@ -262,12 +262,24 @@ def test_what_an_architecture_does_not_offer(arch, precision):
     assert triton_launch.launch_for(arch, 128, precision, 128) is None
 
 
-@pytest.mark.parametrize("head_dim, programs", [(64, 3), (128, 2)])
-def test_query_blocks_of_64_rows(tmp_path, head_dim, programs):
-    launch = triton_launch.launch_for(90, head_dim, "native", 64)
-    kernel = attention_source(launch, head_dim=head_dim, dtype="bf16", block_m=64)
-    compiled = compile_for_nvidia(kernel, 90, **triton_launch.options(launch))
+@pytest.mark.parametrize(
+    "arch, head_dim, precision, programs",
+    [
+        (80, 128, "native", 3),
+        (86, 128, "native", 2),
+        (86, 128, "int8", 2),
+        (90, 64, "native", 3),
+        (90, 128, "native", 2),
+        (120, 128, "native", 2),
+    ],
+)
+def test_query_blocks_of_64_rows(tmp_path, arch, head_dim, precision, programs):
+    launch = triton_launch.launch_for(arch, head_dim, precision, 64)
+    kernel = attention_source(
+        launch, head_dim=head_dim, precision=precision, dtype="bf16", block_m=64
+    )
+    compiled = compile_for_nvidia(kernel, arch, **triton_launch.options(launch))
     registers, stack = resources(compiled, tmp_path)
     assert stack == 0
-    assert "wgmma.mma_async" in compiled.asm["ptx"]
-    assert programs_at_a_time(90, registers, compiled.metadata.shared, launch) >= programs
+    assert PRODUCTS[9 if arch == 90 else 8][precision][0] in compiled.asm["ptx"]
+    assert programs_at_a_time(arch, registers, compiled.metadata.shared, launch) >= programs
