@@ -1,6 +1,7 @@
 """The pack as ComfyUI's own loader and validation take it, on this version and on older ones."""
 
 import asyncio
+import re
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,18 @@ def test_inputs_are_judged_when_a_prompt_is_queued(host, load, node, inputs, sai
     valid, errors, _ = asyncio.run(execution.validate_inputs("prompt", prompt, "2", {}))
     assert valid == (said is None)
     assert said is None or said in " ".join(f"{e['message']} {e['details']}" for e in errors)
+
+
+def test_the_oldest_version_is_the_same_wherever_it_is_told():
+    from sparse_video_attention.nodes.host import OLDEST_COMFYUI
+
+    from devtools.older_hosts import OLDEST
+
+    oldest = ".".join(map(str, OLDEST_COMFYUI))
+    assert OLDEST.version == oldest
+    asked = re.findall(r'requires-comfyui = ">=(.+)"', (REPOSITORY / "pyproject.toml").read_text())
+    assert asked == [oldest]
+    assert f"ComfyUI {oldest} or newer" in (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
