@@ -22,6 +22,9 @@ SMALL_STEPS = 10
 # Presets of PSA wait longer than that; radial and Sparge take a quarter of the steps themselves.
 SMALL_WARMUP = SMALL_STEPS // 4
 
+# What large models are sampled with drives a miniature's colours out of range.
+MINIATURE_GUIDANCE = 3.0
+
 
 def _link_or_copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -54,6 +57,7 @@ def small_workflows(
     def small(workflow: Workflow, method: Method) -> Workflow:
         if weights == "miniature":
             workflow = workflow.with_miniature_prompt(family.prompt.sentence)
+            workflow = workflow.setting(cfg=MINIATURE_GUIDANCE)
         else:
             workflow = workflow.with_seeded_conditioning(family.text_tokens, seed=1)
         return (
