@@ -26,6 +26,7 @@ class Row:
         mask: "none" for dense, "radial", "random", or "own" where the kernel chose the blocks.
         density: part of the blocks computed.
         ms, ms_spread: median, and 80th minus 20th percentile.
+        samples_ms: every timing, in order.
         active_tflops: of the blocks computed.
         best_dense, best_dense_ms: the fastest dense baseline of this shape and dtype in this run.
         speedup: best_dense_ms / ms.
@@ -45,6 +46,7 @@ class Row:
     density: float
     ms: float
     ms_spread: float
+    samples_ms: tuple[float, ...]
     active_tflops: float
     best_dense: str | None
     best_dense_ms: float | None
@@ -200,6 +202,7 @@ def _timed(
             density=1.0 if m.contender.kind == "dense" else m.call.plan.density(),
             ms=timings[m.name].ms,
             ms_spread=timings[m.name].ms_spread,
+            samples_ms=timings[m.name].samples_ms,
             active_tflops=m.active_flops(shape) / timings[m.name].ms / 1e9,
             best_dense=best_dense,
             best_dense_ms=best_ms,

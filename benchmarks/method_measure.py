@@ -39,6 +39,7 @@ class MethodRow:
         density_difference: its density minus that preset's.
         rel_l2: error of the output against dense attention of the same run, all tokens.
         call_ms, ms_spread: of the whole call, median, and 80th minus 20th percentile.
+        samples_ms: every timing of the whole call, in order.
         stages_ms: of the call that took call_ms; they sum to it.
         shares: the stages as parts of the call.
         call_over_kernel: call_ms over the stage "kernel".
@@ -60,6 +61,7 @@ class MethodRow:
     density_difference: float | None = None
     call_ms: float | None = None
     ms_spread: float | None = None
+    samples_ms: list[float] | None = None
     stages_ms: dict[str, float] | None = None
     shares: dict[str, float] | None = None
     call_over_kernel: float | None = None
@@ -206,6 +208,7 @@ def timed_row(row: MethodRow, samples: list[Sample], dense_ms: float) -> MethodR
         row,
         call_ms=call_ms,
         ms_spread=spread * 1e3,
+        samples_ms=[round(sum(found.values()) * 1e3, 6) for found in samples],
         stages_ms=stages_ms,
         shares={stage: ms / call_ms for stage, ms in stages_ms.items()},
         call_over_kernel=call_ms / stages_ms["kernel"],

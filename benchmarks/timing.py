@@ -17,17 +17,19 @@ class Timing:
     Attributes:
         ms: median.
         ms_spread: 80th minus 20th percentile.
+        samples_ms: every sample, in order.
     """
 
     ms: float
     ms_spread: float
+    samples_ms: tuple[float, ...] = ()
 
 
 def summarise(samples_ms: list[float]) -> Timing:
     """Median and spread of some samples."""
     quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     low, middle, high = torch.tensor(samples_ms, dtype=torch.float64).quantile(quantiles).tolist()
-    return Timing(middle, high - low)
+    return Timing(middle, high - low, tuple(round(sample, 6) for sample in samples_ms))
 
 
 def time_calls(
@@ -54,10 +56,10 @@ def _gpu_timing(call: Callable[[], object], repeats: int) -> Timing:
     from triton.testing import do_bench
 
     once = do_bench(call, warmup=1, rep=1, return_mode="median")
-    low, middle, high = do_bench(
-        call, warmup=max(25, once), rep=max(100, 5 * repeats * once), quantiles=[0.2, 0.5, 0.8]
+    samples = do_bench(
+        call, warmup=max(25, once), rep=max(100, 5 * repeats * once), return_mode="all"
     )
-    return Timing(middle, high - low)
+    return summarise(list(samples))
 
 
 def synchronize(device: torch.device) -> None:

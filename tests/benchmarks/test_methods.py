@@ -156,6 +156,7 @@ def test_times_of_a_method_add_up(run, rows, shape_name, name):
     row = rows[shape_name, name]
     assert sum(row["shares"].values()) == pytest.approx(1.0)
     assert sum(row["stages_ms"].values()) == pytest.approx(row["call_ms"])
+    assert sorted(row["samples_ms"])[1] == pytest.approx(row["call_ms"], abs=1e-5)
     assert row["call_ms"] / row["stages_ms"]["kernel"] == pytest.approx(row["call_over_kernel"])
     for stage, share in row["shares"].items():
         assert share * row["call_ms"] == pytest.approx(row["stages_ms"][stage])
