@@ -114,42 +114,31 @@ def quarter(steps):
     return max(1, steps // 4)
 
 
-ALL_SAMPLERS = [
+SAMPLERS = [
     "euler",
-    "euler_cfg_pp",
     "euler_ancestral",
     "heun",
     "heunpp2",
     "exp_heun_2_x0",
     "dpm_2",
     "dpm_2_ancestral",
-    "lms",
     "dpm_fast",
     "dpm_adaptive",
     "dpmpp_2s_ancestral",
     "dpmpp_sde",
     "dpmpp_2m",
-    "dpmpp_3m_sde",
     "ddpm",
     "lcm",
-    "ipndm",
-    "deis",
     "res_multistep",
-    "res_multistep_ancestral",
-    "gradient_estimation",
     "er_sde",
-    "seeds_2",
     "seeds_3",
-    "sa_solver",
     "sa_solver_pece",
-    "ddim",
     "uni_pc",
-    "uni_pc_bh2",
 ]
 
 
-@pytest.mark.parametrize("sampler", ALL_SAMPLERS)
-def test_dense_steps_of_every_sampler(model, install_band, sample, comfyui, sampler):
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_dense_steps_of_each_kind_of_sampler(model, install_band, sample, comfyui, sampler):
     steps, first, last = 6, 2, 1
     patched = install_band(model, dense_layers=(), dense_timesteps=first, last_dense_timesteps=last)
     run = Run(patched)
@@ -276,7 +265,7 @@ def test_percents_bound_the_noise_of_every_evaluation(model, install_band, sampl
     assert len(set(said)) == 3
 
 
-@pytest.mark.parametrize("steps", [4, 8, 20])
+@pytest.mark.parametrize("steps", [4, 8])
 @pytest.mark.parametrize("percents", [(0.25, 0.75), (0.5, 1.0), (0.0, 0.5)])
 def test_a_percent_that_is_the_level_of_a_step_begins_and_ends_with_it(
     model, install_band, sample, steps, percents
