@@ -12,7 +12,7 @@ from sparse_video_attention.patching.router import OVERRIDE_KEY
 
 pytestmark = pytest.mark.comfy
 
-LAYERS, STEPS = 4, 4
+LAYERS, STEPS = 4, 2
 
 
 class Container:
@@ -89,6 +89,25 @@ def model(load_model):
     return load_model("wan")
 
 
+@pytest.fixture(scope="module")
+def run(sample):
+    """run(model): the latent of two steps."""
+    return lambda model: sample(model, steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def dense(model, run):
+    return run(model)
+
+
+@pytest.fixture(scope="module")
+def banded(model, install_band, run):
+    """(MODEL with band attention, its latent, how many of its self-attention calls are dense)."""
+    patched = install_band(model)
+    out = run(patched)
+    return patched, out, sum(run_history(patched).latest.dense_reasons().values())
+
+
 def under_newer_host(patched, pass_on):
     clone = patched.clone()
     options = clone.model_options["transformer_options"]
@@ -97,36 +116,33 @@ def under_newer_host(patched, pass_on):
 
 
 @pytest.mark.parametrize("pass_on", [by_position, by_keyword, with_preference])
-def test_tensors_are_served_and_every_keyword_is_handed_on(model, install_band, sample, pass_on):
-    patched = install_band(model)
-    expected = sample(patched)
-    dense = sum(run_history(patched).latest.dense_reasons().values())
+def test_tensors_are_served_and_every_keyword_is_handed_on(banded, run, pass_on):
+    patched, expected, dense_calls = banded
     newer, host = under_newer_host(patched, pass_on)
-    assert torch.equal(sample(newer), expected)
+    assert torch.equal(run(newer), expected)
     assert run_history(newer).latest.sparse().calls == (LAYERS - 1) * (STEPS - 1)
     preferred = "sage" if pass_on is with_preference else None
-    assert host.computed == [preferred] * (dense + LAYERS * STEPS)
+    assert host.computed == [preferred] * (dense_calls + LAYERS * STEPS)
 
 
 @pytest.mark.parametrize("pass_on", [in_containers, in_keyword_containers, with_heads_of_each])
 def test_a_call_it_cannot_read_is_computed_by_the_host_and_said_once(
-    model, install_band, sample, run_lines, pass_on
+    banded, dense, run, run_lines, pass_on
 ):
-    newer, host = under_newer_host(install_band(model), pass_on)
-    assert torch.equal(sample(newer), sample(model))
+    newer, host = under_newer_host(banded[0], pass_on)
+    assert torch.equal(run(newer), dense)
     assert len(host.computed) == 2 * LAYERS * STEPS
     assert sum("are left to ComfyUI" in line for line in run_lines()) == 1
     assert "ComfyUI calls attention in a way not known here" in run_lines()[-1]
 
 
 @pytest.mark.parametrize("pass_on", [by_keyword, with_preference, in_containers])
-def test_a_dense_backend_serves_or_hands_on(model, sample, pass_on, comfyui):
+def test_a_dense_backend_serves_or_hands_on(model, dense, run, pass_on):
     from sparse_video_attention.nodes.backend import SetAttentionBackend
 
     chosen = SetAttentionBackend.execute(model, self_attn_1_type="torch_sdpa").result[0]
     newer, host = under_newer_host(chosen, pass_on)
-    error = sample(newer) - sample(model)
-    assert float(error.norm()) < 1e-4 * float(sample(model).norm())
+    assert float((run(newer) - dense).norm()) < 1e-4 * float(dense.norm())
     served = 0 if pass_on is in_containers else LAYERS * STEPS
     assert len(host.computed) == 2 * LAYERS * STEPS - served
 
@@ -142,7 +158,7 @@ def set_model_optimized_attention(model, attention):
 
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_the_models_own_attention_computes_what_stays_dense(
-    comfyui, model, install_band, sample, run_lines, order
+    model, banded, install_band, run, run_lines, order
 ):
     from comfy.ldm.modules.attention import attention_basic
 
@@ -159,10 +175,10 @@ def test_the_models_own_attention_computes_what_stays_dense(
     else:
         patched = install_band(model)
         set_model_optimized_attention(patched, attention)
-    out = sample(patched)
+    out = run(patched)
     record = run_history(patched).latest
     assert record.sparse().calls == (LAYERS - 1) * (STEPS - 1)
     assert len(calls) == sum(record.dense_reasons().values()) + LAYERS * STEPS
-    expected = sample(install_band(model))
+    expected = banded[1]
     assert float((out - expected).norm()) < 1e-4 * float(expected.norm())
     assert any("had replaced this pack's" in line for line in run_lines()) == (order == "after")
