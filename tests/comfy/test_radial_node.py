@@ -1,5 +1,6 @@
 """PatchRadialAttention in a real ComfyUI: what it changes, and above all what it does not."""
 
+import math
 import threading
 
 import pytest
@@ -218,7 +219,8 @@ def test_a_split_schedule_counts_steps_per_sampler_and_percents_over_all(models,
     sampling = by_percent.get_model_object("model_sampling")
     start = sampling.percent_to_sigma(0.5)
     whole = run_sigmas(by_percent, sample, steps=6)
-    expected = [sigma <= start for sigma in whole]
+    # Half of six steps is the level of the fourth, but for rounding.
+    expected = [sigma < start or math.isclose(sigma, start, rel_tol=1e-4) for sigma in whole]
     first = run_sigmas(by_percent, sample, steps=6, last_step=3)
     second = run_sigmas(by_percent, sample, steps=6, start_step=3)
     assert True in expected and False in expected
