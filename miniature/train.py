@@ -93,6 +93,7 @@ def train(options: argparse.Namespace) -> Training:
                 break
             if now - saved > options.save_every:
                 save_state(training, path)
+                plot_losses(training, folder / "loss.png")
                 saved = time.monotonic()
     for number, handler in handlers.items():
         signal.signal(number, handler)
