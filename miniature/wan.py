@@ -44,7 +44,9 @@ class _Attention(nn.Module):
         def heads(y: Tensor) -> Tensor:
             return y.unflatten(2, (-1, HEAD_DIM)).transpose(1, 2)
 
-        q, k = heads(self.norm_q(self.q(x))), heads(self.norm_k(self.k(context)))
+        # Norms are exact also where products are in half precision.
+        q = heads(self.norm_q(self.q(x).float()))
+        k = heads(self.norm_k(self.k(context).float()))
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
         out = F.scaled_dot_product_attention(q, k, heads(self.v(context)))
