@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from .command import add_places, run_command
 from .environment import command_line, default_device, device_name, header, slug
 from .masks import RADIAL, parse_density
 from .measure import DTYPES, Row, Skipped, measure
@@ -20,7 +21,6 @@ from .shapes import DEFAULT_SHAPES, QUICK_SHAPES, SHAPES, find_shape
 
 DEFAULT_DTYPES = {"cuda": ("bf16",), "cpu": ("fp32", "bf16")}
 DEFAULT_DENSITIES = {"cuda": ("1", "0.5", "0.34", RADIAL, "0.2", "0.1"), "cpu": (RADIAL, "0.2")}
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def _print_rows(rows: list[Row]) -> None:
@@ -120,20 +120,12 @@ def parser() -> argparse.ArgumentParser:
         "--repeats", type=int, help="times each call is timed; default: 5, or 1 with --quick"
     )
     result.add_argument("--quick", action="store_true", help="one small shape, timed once")
-    result.add_argument("--device", help="default: the first GPU, or cpu")
-    result.add_argument(
-        "--out", default=RESULTS, help="folder for the results; default: benchmarks/results"
-    )
+    add_places(result)
     return result
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parser().parse_args(argv)
-    arguments.given = argv
-    try:
-        run(arguments)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    run_command(parser(), run, argv)
 
 
 if __name__ == "__main__":

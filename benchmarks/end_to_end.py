@@ -27,7 +27,7 @@ from sparse_video_attention.patching import (
 from sparse_video_attention.patching.record import RunRecord
 from sparse_video_attention.third_party import DENSE_BACKENDS
 
-from .attention import RESULTS
+from .command import add_places, run_command
 from .end_to_end_row import EndToEndRow
 from .environment import command_line, default_device, device_name, header, slug
 from .measure import DTYPES
@@ -276,21 +276,13 @@ def parser() -> argparse.ArgumentParser:
         "--min-tokens", type=int, help="where sparse attention begins; default: the nodes' own"
     )
     result.add_argument("--comfyui", help="folder with ComfyUI's main.py; default: COMFYUI_PATH")
-    result.add_argument("--device", help="default: the first GPU, or cpu")
-    result.add_argument(
-        "--out", default=RESULTS, help="folder for the results; default: benchmarks/results"
-    )
+    add_places(result)
     return result
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parser().parse_args(argv)
-    arguments.given = argv
     logging.getLogger("sparse_video_attention").setLevel(logging.WARNING)
-    try:
-        run(arguments)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    run_command(parser(), run, argv)
 
 
 if __name__ == "__main__":

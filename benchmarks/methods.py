@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from sparse_video_attention.kernels.registry import PRECISIONS
 
-from .attention import RESULTS
+from .command import add_places, run_command
 from .environment import command_line, default_device, device_name, header, slug
 from .grids import DEFAULT_GRID_SHAPES, GRID_SHAPES, find_grid_shape
 from .measure import DTYPES
@@ -160,20 +160,12 @@ def parser() -> argparse.ArgumentParser:
         help="on a CPU that other programs use too: count processor time instead of wall time; "
         "with OMP_NUM_THREADS=1 that is what one free core would take",
     )
-    result.add_argument("--device", help="default: the first GPU, or cpu")
-    result.add_argument(
-        "--out", default=RESULTS, help="folder for the results; default: benchmarks/results"
-    )
+    add_places(result)
     return result
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parser().parse_args(argv)
-    arguments.given = argv
-    try:
-        run(arguments)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    run_command(parser(), run, argv)
 
 
 if __name__ == "__main__":

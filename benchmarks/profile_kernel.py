@@ -19,8 +19,8 @@ import torch
 from sparse_video_attention.kernels import BlockPlan
 from sparse_video_attention.kernels.registry import KernelCall, kernels, unavailable_reason
 
-from .attention import RESULTS
 from .ceilings import Ceiling, ceilings
+from .command import add_places, run_command
 from .contenders import plan_for
 from .environment import command_line, default_device, device_name, header, slug
 from .masks import BLOCK_SIZE, block_mask
@@ -142,6 +142,18 @@ def _print_row(row: ProfileRow) -> None:
     )
 
 
+def _run(arguments: argparse.Namespace) -> None:
+    device = torch.device(arguments.device) if arguments.device else default_device()
+    arguments.shape = arguments.shape or DEFAULT_SHAPE["cuda" if device.type == "cuda" else "cpu"]
+    if not arguments.only_launch:
+        run(arguments, device)
+        return
+    call = make_call(find_shape(arguments.shape), arguments.dtype, arguments.density, device)
+    for _ in range(2):
+        _launch(call, arguments.only_launch)
+    synchronize(device)
+
+
 def run(arguments: argparse.Namespace, device: torch.device) -> Path:
     """Measure what was asked for; returns the JSON file."""
     kind = "cuda" if device.type == "cuda" else "cpu"
@@ -223,29 +235,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--only-launch", metavar="KERNEL", help="launch it twice: what ncu is given"
     )
-    result.add_argument("--device", help="default: the first GPU, or cpu")
-    result.add_argument(
-        "--out", default=RESULTS, help="folder for the results; default: benchmarks/results"
-    )
+    add_places(result)
     return result
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parser().parse_args(argv)
-    arguments.given = argv
-    device = torch.device(arguments.device) if arguments.device else default_device()
-    arguments.shape = arguments.shape or DEFAULT_SHAPE["cuda" if device.type == "cuda" else "cpu"]
-    try:
-        if arguments.only_launch:
-            shape = find_shape(arguments.shape)
-            call = make_call(shape, arguments.dtype, arguments.density, device)
-            for _ in range(2):
-                _launch(call, arguments.only_launch)
-            synchronize(device)
-        else:
-            run(arguments, device)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    run_command(parser(), _run, argv)
 
 
 if __name__ == "__main__":

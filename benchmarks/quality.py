@@ -16,7 +16,7 @@ from tqdm import tqdm
 from miniature.prompts import PROMPTS
 from miniature.weights import weights_path
 
-from .attention import RESULTS
+from .command import add_places, run_command
 from .environment import command_line, default_device, device_name, header, slug
 from .quality_metrics import Distance, find_lpips, psnr, ssim
 from .quality_plot import draw
@@ -203,21 +203,13 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--steps", type=int, default=12)
     result.add_argument("--guidance", type=float, default=3.0)
     result.add_argument("--grid", choices=GRIDS, default="small")
-    result.add_argument("--device", help="default: the first GPU, or cpu")
     result.add_argument("--comfyui", help="ComfyUI's folder (default: COMFYUI_PATH, or .comfyui/)")
-    result.add_argument(
-        "--out", default=RESULTS, help="folder for the results; default: benchmarks/results"
-    )
+    add_places(result)
     return result
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parser().parse_args(argv)
-    arguments.given = argv
-    try:
-        run(arguments)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    run_command(parser(), run, argv)
 
 
 if __name__ == "__main__":

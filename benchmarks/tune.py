@@ -26,7 +26,7 @@ from sparse_video_attention.kernels.registry import KernelCall
 from sparse_video_attention.kernels.triton_launch import Launch, architecture, launch_for
 from torch import Tensor
 
-from .attention import RESULTS
+from .command import add_places, run_command
 from .environment import command_line, default_device, device_name, header, slug
 from .launch_space import LEVELS, STAGES, TILES, Case, as_source, candidates
 from .masks import random_block_mask
@@ -245,20 +245,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--tiles", nargs="+", type=int, choices=TILES, default=TILES)
     result.add_argument("--stages", nargs="+", type=int, default=STAGES)
     result.add_argument("--repeats", type=int, default=3)
-    result.add_argument("--device", help="default: the first GPU, or cpu")
-    result.add_argument(
-        "--out", default=RESULTS, help="folder for the results; default: benchmarks/results"
-    )
+    add_places(result)
     return result
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parser().parse_args(argv)
-    arguments.given = argv
-    try:
-        run(arguments)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    run_command(parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,36 @@
+"""What the command lines of all benchmarks share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """The options that say where to measure and where to leave the results."""
+    parser.add_argument("--device", help="default: the first GPU, or cpu")
+    parser.add_argument(
+        "--out", default=RESULTS, help="folder for the results; default: benchmarks/results"
+    )
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace], object],
+    argv: list[str] | None,
+) -> None:
+    """Parse and run; a wrong argument ends the program with one sentence.
+
+    Args:
+        argv: as typed, None for the process's own; `run` finds it as `given`, for the results'
+            header.
+    """
+    arguments = parser.parse_args(argv)
+    arguments.given = argv
+    try:
+        run(arguments)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
