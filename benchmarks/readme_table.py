@@ -12,7 +12,7 @@ from .tables import Result
 WANTED_DENSITY = 0.2
 NO_GPU = (
     "No GPU is in this table yet: the kernels have been checked in Triton's interpreter and "
-    "compiled for every architecture from Turing to Blackwell, but not yet timed on a card. "
+    "compiled for every architecture from Ampere to Blackwell, but not yet timed on a card. "
     "`python -m benchmarks.attention` does that on yours, beside every dense library it finds."
 )
 
