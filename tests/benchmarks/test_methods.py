@@ -317,9 +317,13 @@ def test_processor_time_leaves_waiting_out():
         with clock.stage("kernel"):
             time.sleep(0.2)
 
-    for read_clock, seconds in ((time.perf_counter, 0.2), (time.process_time, 0.0)):
+    def seconds(read_clock):
         (sample,) = sample_calls({"call": call}, CPU, 1, read_clock)["call"]
-        assert sample["kernel"] == pytest.approx(seconds, abs=0.1)
+        return sample["kernel"]
+
+    # Bounds that a busy machine cannot break: it only lets sleepers sleep longer.
+    assert seconds(time.perf_counter) > 0.19
+    assert seconds(time.process_time) < 0.1
 
 
 def test_grids_fit_the_shapes_and_wrong_ones_are_named():
