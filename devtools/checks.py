@@ -67,6 +67,8 @@ def _run_tests(environment: Environment, arguments: Sequence[str], quick: bool) 
     # other on a busy machine make the suite many times slower. Files stay whole, since their
     # servers and checkpoints are shared.
     command += [f"--numprocesses={min(os.cpu_count() or 1, MOST_PROCESSES)}", "--dist=loadfile"]
+    # xdist would leave files of few tests for the end, and some of those take longest.
+    command += ["--no-loadscope-reorder"]
     if without:
         command += ["-m", " and ".join(f"not {mark}" for mark in without)]
     env = {"OMP_NUM_THREADS": "1"} | os.environ | {"COMFYUI_PATH": str(environment.comfyui)}
