@@ -24,7 +24,7 @@ OLDEST_PYTHON = (3, 10)
 TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"]
 TOOLS = [
     "pytest",
-    "pytest-xdist",
+    "pytest-xdist>=3.7",  # --no-loadscope-reorder
     "hypothesis",
     "ruff",
     "mypy",
