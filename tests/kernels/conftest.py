@@ -7,6 +7,9 @@ import pytest
 import torch
 from sparse_video_attention.kernels import block_sparse_attention
 
+# Its asserts then say what was compared, as those of tests do.
+pytest.register_assert_rewrite(f"{__package__}.torch_ways")
+
 
 def _load(name):
     spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
