@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import BlockPlan, TokenLayout
+from .forward_order import ForwardOrder, may_reorder_whole_forward
 from .layout import ForwardTokens, countable_layers, read_tokens
 from .log import log, one_line
 from .plans import TokenOrder
@@ -31,6 +32,7 @@ class ForwardState:
         dense_reason: why every call of this forward is dense, None if the layers decide.
         plan: of a static policy.
         order: the policy's token order, None if it keeps the tokens in place.
+        whole: that order where the whole forward is in it, None where each call is reordered.
         counted_layers: layers of a model whose calls can be counted where the host does not say
             which layer it is at, 0 for others.
         run: None outside a sampling run.
@@ -47,6 +49,7 @@ class ForwardState:
     step: int | None = None
     plan: BlockPlan | None = None
     order: TokenOrder | None = None
+    whole: ForwardOrder | None = None
     calls: list[CallRecord] = field(default_factory=list)
     calls_counted: int = 0
 
@@ -64,6 +67,10 @@ class ForwardState:
     def from_vace_block(self, layer: int | None) -> bool:
         """Whether a VACE block that has to stay dense makes this call; ask once per call."""
         return self.vace is not None and self.vace.made(layer)
+
+    def order_of_call(self, layer: int) -> TokenOrder | None:
+        """The order that a layer's q, k and v still have to be brought into."""
+        return None if self.whole is not None and self.whole.covers(layer) else self.order
 
     def warn_once(self, warning: str) -> None:
         """Log a warning, once per run."""
@@ -118,6 +125,18 @@ def _prepare_sparse(
         state.plan.density()  # read here, once per plan: it waits for the device
 
 
+def _reorder_whole_forward(
+    state: ForwardState, model: Any, options: dict[str, Any]
+) -> ForwardOrder | None:
+    if state.order is None or (state.run is not None and state.run.order_per_call):
+        return None
+    if not may_reorder_whole_forward(model, options, state.router):
+        return None
+    whole = ForwardOrder(state.order, len(model.blocks))
+    whole.listen(options)
+    return whole
+
+
 def _decide(
     state: ForwardState,
     model: nn.Module,
@@ -141,12 +160,19 @@ def _decide(
 
 @torch.compiler.disable
 def begin_forward(
-    model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    *,
+    order_per_call: bool = False,
 ) -> dict[str, Any] | None:
     """Decide what this forward does and leave it in transformer_options.
 
     Kept out of compiled graphs: what is decided here differs between forwards that
     torch.compile takes for equal, since hosts drop its guards on transformer_options.
+
+    Args:
+        order_per_call: reorder tokens for each attention call, not for the whole forward.
 
     Returns:
         The transformer_options to hand to end_forward, None if there is nothing to do.
@@ -159,6 +185,8 @@ def begin_forward(
     state = ForwardState(router, settings.sparse, countable_layers(model), options.get(RUN_KEY))
     try:
         _decide(state, model, options, args, kwargs)
+        if state.dense_reason is None and not order_per_call:
+            state.whole = _reorder_whole_forward(state, model, options)
     except Exception as error:  # a sampling run must not end for this
         state.dense_reason = one_line(error)
         state.warn_once(f"a forward fell back to dense attention: {state.dense_reason}")
@@ -170,14 +198,37 @@ def begin_forward(
     return options
 
 
+def _reorder_per_call_from_now_on(state: ForwardState) -> None:
+    said = (
+        "another patch changes the model's blocks during a forward, which was run again: tokens "
+        "are reordered per attention call"
+    )
+    state.warn_once(said)
+    if state.run is not None:
+        state.run.order_per_call = True
+        state.run.record.note(said)
+
+
 @torch.compiler.disable
-def end_forward(options: dict[str, Any] | None) -> None:
-    """Take the forward's state out of transformer_options and keep its record."""
+def end_forward(options: dict[str, Any] | None, *, completed: bool) -> bool:
+    """Take the forward's state out of transformer_options and keep its record.
+
+    Args:
+        completed: the forward has not raised.
+
+    Returns:
+        Whether the forward's result can be used; if not, begin another.
+    """
     if options is None:
-        return
+        return True
     state: ForwardState | None = options.pop(FORWARD_KEY, None)
     if state is not None and state.vace is not None:
         state.vace.stop(options)
+    if state is not None and state.whole is not None:
+        state.whole.stop(options)
+        if completed and state.whole.is_interrupted:
+            _reorder_per_call_from_now_on(state)
+            return False
     if state is not None and state.run is not None:
         if state.counted_layers and state.calls_counted % state.counted_layers:
             state.run.record.note(
@@ -186,12 +237,25 @@ def end_forward(options: dict[str, Any] | None) -> None:
             )
         layout = None if state.tokens is None else str(state.tokens.layout)
         state.run.record.add_forward(layout, state.calls)
+    return True
+
+
+def _forward(
+    executor: Any, args: Sequence[Any], kwargs: dict[str, Any], **how: bool
+) -> tuple[Any, bool]:
+    """(what the model returns, whether it can be used)."""
+    options = begin_forward(executor.class_obj, args, kwargs, **how)
+    try:
+        out = executor(*args, **kwargs)
+    except BaseException:
+        end_forward(options, completed=False)
+        raise
+    return out, end_forward(options, completed=True)
 
 
 def diffusion_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """DIFFUSION_MODEL wrapper: the model's forward between begin_forward and end_forward."""
-    options = begin_forward(executor.class_obj, args, kwargs)
-    try:
-        return executor(*args, **kwargs)
-    finally:
-        end_forward(options)
+    out, usable = _forward(executor, args, kwargs)
+    if not usable:
+        out, _ = _forward(executor, args, kwargs, order_per_call=True)
+    return out

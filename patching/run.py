@@ -18,12 +18,17 @@ RUN_KEY = "sparse_video_attention_run"
 
 
 class RunState:
-    """State of one run, shared by its forwards. It lives in the run's own transformer_options."""
+    """State of one run, shared by its forwards. It lives in the run's own transformer_options.
+
+    Attributes:
+        order_per_call: tokens cannot stay in a method's order for a whole forward.
+    """
 
     def __init__(self, record: RunRecord, bounds: NoiseBounds | None) -> None:
         self.record = record
         self.bounds = bounds
         self.reasserted = False
+        self.order_per_call = False
         self.steps = SamplerSteps()
 
     def step(self, sigma: float, sample_sigmas: Tensor) -> tuple[int | None, int]:
