@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from .environment import command_line, default_device, device_name, header, slug
 from .quality_metrics import Distance, find_lpips, psnr, ssim
 from .quality_plot import draw
 from .quality_sampling import Miniature, Result, Shot
-from .quality_settings import GRIDS, Setting, settings
+from .quality_settings import GRIDS, STEPS, Setting, settings
 from .quality_summary import directions, summarise
 from .wan_model import start_comfyui
 
@@ -70,7 +71,7 @@ class Comparing:
         self._dense, self._lpips = dense, lpips
         self._same = {
             "family": family,
-            "size": "x".join(map(str, shot.size)),
+            "size": shot.size_name,
             "tokens": shot.size[0] * (shot.size[1] // 2) * (shot.size[2] // 2),
             "seed": shot.seed,
             "prompt": shot.prompt.sentence,
@@ -98,28 +99,28 @@ class Comparing:
 
 def _measure(
     arguments: argparse.Namespace,
-    comfy: Any,
-    family: str,
-    weights: Path,
-    write: Callable[..., None],
+    pair: tuple[Miniature, Miniature],
+    shots: list[Shot],
+    write: Callable[[Row], None],
 ) -> None:
+    """Every setting on every shot of one size.
+
+    Args:
+        pair: the miniature in fp32 and in bf16.
+    """
+    exact, rounded = pair
     lpips = find_lpips()
-    exact = Miniature(comfy, family, weights, torch.float32)
-    rounded = Miniature(comfy, family, weights, torch.bfloat16)
-    is_cpu = exact.model.load_device.type == "cpu"
-    grid: list[Setting] = settings(family, arguments.grid)
+    device = exact.model.load_device.type
+    grid: list[Setting] = settings(exact.family, arguments.grid, eight_bit=device == "cuda")
     how = {"steps": arguments.steps, "guidance": arguments.guidance}
-    shots = [
-        Shot(PROMPTS[prompt], seed, parse_size(size))
-        for size in arguments.sizes
-        for prompt in arguments.prompts
-        for seed in arguments.seeds
-    ]
-    # Most CPUs emulate bf16: one floor per size says enough there.
-    floors = {shot.size: shot for shot in reversed(shots)}.values() if is_cpu else shots
-    with tqdm(total=len(shots) * (len(grid) + 1) + len(floors), desc=family, unit="video") as bar:
+    # Most CPUs emulate bf16: one floor says enough there.
+    floors = shots[:1] if device == "cpu" else shots
+    videos = len(shots) * (len(grid) + 1) + len(floors)
+    name = f"{exact.family} {shots[0].size_name}"
+    with tqdm(total=videos, desc=name, unit="video") as bar:
         for shot in shots:
-            comparing = Comparing(family, shot, exact.sample(shot, setting=None, **how), lpips)
+            dense = exact.sample(shot, setting=None, **how)
+            comparing = Comparing(exact.family, shot, dense, lpips)
             bar.update()
             if shot in floors:
                 floor = rounded.sample(shot, setting=None, **how)
@@ -143,8 +144,8 @@ def _print_summary(rows: list[Row]) -> None:
             print(f"{direction.claim}: in {direction.held} of {direction.compared} comparisons")
 
 
-def run(arguments: argparse.Namespace) -> Path:
-    """Measure what was asked for; returns the JSON file.
+def run(arguments: argparse.Namespace) -> list[Path]:
+    """Measure what was asked for; returns the JSON files, one per family and size.
 
     Raises:
         ValueError: an argument is not allowed, or there are no weights.
@@ -162,27 +163,48 @@ def run(arguments: argparse.Namespace) -> Path:
     comfy = start_comfyui(arguments.comfyui, device)
     folder = Path(arguments.out) / slug(device_name(device))
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "quality.json"
-    rows: list[Row] = []
-    result: dict[str, Any] = {
-        "header": header(device),
-        "command": command_line("quality", arguments.given),
-        "steps": arguments.steps,
-        "guidance": arguments.guidance,
-        "rows": rows,
-    }
+    written = []
+    for family, weights in present.items():
+        pair = (
+            Miniature(comfy, family, weights, torch.float32),
+            Miniature(comfy, family, weights, torch.bfloat16),
+        )
+        for size in arguments.sizes:
+            shots = [
+                Shot(PROMPTS[prompt], seed, parse_size(size))
+                for prompt in arguments.prompts
+                for seed in arguments.seeds
+            ]
+            path = folder / f"quality_{family}_{size}_{arguments.steps}steps.json"
+            result: dict[str, Any] = {
+                "header": header(device),
+                "command": command_line("quality", arguments.given),
+                "weights": weights_facts(weights),
+                "steps": arguments.steps,
+                "guidance": arguments.guidance,
+                "rows": [],
+            }
+            _measure(arguments, pair, shots, _writer(result, path))
+            _print_summary(result["rows"])
+            print(f"wrote {path}\nwrote {draw(result, path.with_suffix('.png'))}")
+            written.append(path)
+    return written
 
+
+def weights_facts(weights: Path) -> dict[str, Any]:
+    """Which weights a measurement was made with."""
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    return {"name": weights.name, "sha256": digest}
+
+
+def _writer(result: dict[str, Any], path: Path) -> Callable[[Row], None]:
     def write(row: Row) -> None:
         # After every video: a long run that is cut short leaves what it has.
-        rows.append(row)
-        result["directions"] = [asdict(d) for d in directions(summarise(rows))]
+        result["rows"].append(row)
+        result["directions"] = [asdict(d) for d in directions(summarise(result["rows"]))]
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-    for family, weights in present.items():
-        _measure(arguments, comfy, family, weights, write)
-    _print_summary(rows)
-    print(f"wrote {path}\nwrote {draw(result, folder / 'quality.png')}")
-    return path
+    return write
 
 
 def parser() -> argparse.ArgumentParser:
@@ -200,7 +222,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--prompts", default=[0, 3], help="of miniature.prompts (default: %(default)s)", **numbers
     )
-    result.add_argument("--steps", type=int, default=12)
+    result.add_argument("--steps", type=int, default=STEPS)
     result.add_argument("--guidance", type=float, default=3.0)
     result.add_argument("--grid", choices=GRIDS, default="small")
     result.add_argument("--comfyui", help="ComfyUI's folder (default: COMFYUI_PATH, or .comfyui/)")

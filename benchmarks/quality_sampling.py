@@ -32,6 +32,10 @@ class Shot:
     seed: int
     size: tuple[int, int, int]
 
+    @property
+    def size_name(self) -> str:
+        return "x".join(map(str, self.size))
+
 
 @dataclass(frozen=True)
 class Result:

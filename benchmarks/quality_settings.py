@@ -13,7 +13,11 @@ from sparse_video_attention.psa import load_presets
 from sparse_video_attention.radial_attn import RadialPolicy
 
 METHODS = ("radial", "psa", "sparge")
-GRIDS = ("small", "full")
+STEPS = 12
+QUARTER = STEPS // 4
+# First and last denoising steps that stay dense, of few.
+FEW_DENSE = ((0, 0), (1, 0), (2, 0), (1, 1))
+GRIDS = ("small", "full", "few_steps")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Setting:
     def label(self) -> str:
         """The method and what differs from its defaults."""
         said = {**self.own, **self.schedule}
+        if not said:
+            return f"{self.method} at its defaults"
         return " ".join([self.method, *(f"{name}={value}" for name, value in said.items())])
 
     def choice(self, model: Any) -> SparseChoice:
@@ -74,14 +80,21 @@ def _radial(full: bool) -> Iterator[Setting]:
                 yield Setting("radial", f"radial {block} {skipped}", own)
 
 
-def _psa(family: str) -> Iterator[Setting]:
+def _psa_presets(family: str) -> Iterator[tuple[str, str]]:
+    """("section/preset", its mask_mode)."""
     wanted = "cog" if family == "cogvideox" else "wan"
     for section, presets in load_presets().items():
         if section.lower().startswith(wanted):
             for name, preset in presets.items():
                 if preset.type == "psa":
-                    own = {"preset": f"{section}/{name}"}
-                    yield Setting("psa", f"psa {preset.mask_mode}", own)
+                    yield f"{section}/{name}", preset.mask_mode
+
+
+def _psa(family: str) -> Iterator[Setting]:
+    for preset, mask_mode in _psa_presets(family):
+        # The same layers and steps dense as for the other methods' curves.
+        schedule = {"dense_layers": "0", "warmup_steps": QUARTER}
+        yield Setting("psa", f"psa {mask_mode}", {"preset": preset}, schedule)
 
 
 def _sparge(full: bool) -> Iterator[Setting]:
@@ -93,14 +106,32 @@ def _sparge(full: bool) -> Iterator[Setting]:
                 # Of a miniature's blocks few are alike; without this nearly all would be kept.
                 own["simthreshd1"] = -1.0
                 yield Setting("sparge", f"sparge {order} {skipped}", own)
-    yield Setting("sparge", "sparge published", {"topk": 0.5})
     if full:
         for threshold in (0.3, 0.6, 0.9):
             own = {"cdfthreshd": threshold, "simthreshd1": -1.0}
             yield Setting("sparge", "sparge by sum", own)
 
 
-def _schedules(full: bool) -> Iterator[Setting]:
+def _defaults() -> Iterator[Setting]:
+    """The nodes as they are dragged in."""
+    for method in METHODS:
+        yield Setting(method, f"{method} defaults")
+
+
+def _few_steps(family: str) -> Iterator[Setting]:
+    """What schedules of few steps need: which of them dense, and which preset of PSA."""
+    bases = [Setting(method, method) for method in ("radial", "sparge")]
+    for base in bases:
+        for first, last in FEW_DENSE:
+            schedule = {"dense_timesteps": first, "last_dense_timesteps": last}
+            yield replace(base, curve=f"{base.method} few", schedule=schedule)
+    for preset, _ in _psa_presets(family):
+        for first, last in FEW_DENSE:
+            schedule = {"warmup_steps": first, "last_dense_timesteps": last}
+            yield Setting("psa", f"psa few {preset}", {"preset": preset}, schedule)
+
+
+def _schedules(full: bool, eight_bit: bool) -> Iterator[Setting]:
     """One method with other steps and layers dense."""
     base = Setting("sparge", "", {"topk": 0.2, "simthreshd1": -1.0})
     for steps in (0, 1, 2, 4, 8) if full else (0, 4):
@@ -110,21 +141,30 @@ def _schedules(full: bool) -> Iterator[Setting]:
     if full:
         for steps in (0, 1, 2):
             yield replace(base, curve="last_dense", schedule={"last_dense_timesteps": steps})
-        for precision in ("native", "int8"):
-            yield replace(base, curve="precision", schedule={"precision": precision})
+    for precision in ("native", "int8") if eight_bit else ():
+        yield replace(base, curve="precision", schedule={"precision": precision})
 
 
-def settings(family: str, grid: str) -> list[Setting]:
+def settings(family: str, grid: str, *, eight_bit: bool) -> list[Setting]:
     """All of them.
 
     Args:
         family: "wan" or "cogvideox".
-        grid: "small" or "full".
+        grid: "small" or "full", both for STEPS denoising steps, or "few_steps".
+        eight_bit: whether a kernel here has 8-bit products.
 
     Raises:
         ValueError: another grid.
     """
     if grid not in GRIDS:
         raise ValueError(f"grid {grid!r}: allowed are {', '.join(GRIDS)}")
+    if grid == "few_steps":
+        return list(_few_steps(family))
     full = grid == "full"
-    return [*_radial(full), *_psa(family), *_sparge(full), *_schedules(full)]
+    return [
+        *_defaults(),
+        *_radial(full),
+        *_psa(family),
+        *_sparge(full),
+        *_schedules(full, eight_bit),
+    ]

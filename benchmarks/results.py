@@ -1,4 +1,4 @@
-"""Write RESULTS.md, its plots and the README's speed table from all files under results/.
+"""Write RESULTS.md, its plots and the README's tables from all files under results/.
 
 Nothing in them is written by hand: after a new measurement run this command and commit.
 """
@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import method_plot, plot
+from . import method_plot, plot, quality_plot
+from .quality_table import is_quality, readme_table
 from .readme_table import speed_table
 from .tables import KINDS, Result, section
 
@@ -19,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS, REPORT = HERE / "results", HERE / "RESULTS.md"
 README = HERE.parent / "README.md"
 BEGIN = "<!-- written by python -m benchmarks.results -->"
+BEGIN_QUALITY = "<!-- quality, written by python -m benchmarks.results -->"
 END = "<!-- end of what python -m benchmarks.results wrote -->"
 
 DRAWINGS: dict[str, Callable[[Result, Path], Path]] = {
@@ -26,6 +28,11 @@ DRAWINGS: dict[str, Callable[[Result, Path], Path]] = {
     "methods": method_plot.draw,
     "method_errors": method_plot.draw,
 }
+
+
+def drawing(name: str) -> Callable[[Result, Path], Path] | None:
+    """What draws a result file called name.json, if anything does."""
+    return quality_plot.draw if is_quality(name) else DRAWINGS.get(name)
 
 
 def devices(results: Path = RESULTS) -> dict[str, dict[str, Result]]:
@@ -62,7 +69,7 @@ def _sections(folder: str, files: dict[str, Result]) -> Iterator[str]:
         title, text = section(name, result)
         yield f"### {title}"
         yield f"From `results/{folder}/{name}.json`: {_origin(name, result)}."
-        if name in DRAWINGS and result["rows"]:
+        if drawing(name) and result["rows"]:
             yield f"![{title}](results/{folder}/{name}.png)"
         yield text
 
@@ -80,29 +87,32 @@ def report(found: dict[str, dict[str, Result]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def with_speed_table(readme: str, found: dict[str, dict[str, Result]]) -> str:
-    """The README with its speed table made anew.
+def with_tables(readme: str, found: dict[str, dict[str, Result]]) -> str:
+    """The README with its tables made anew.
 
     Raises:
-        ValueError: the lines around the table are not there.
+        ValueError: the lines around a table are not there.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README.md needs the lines {BEGIN} and {END} around its speed table")
-    return f"{before}{BEGIN}\n\n{speed_table(found)}\n\n{END}{after}"
+    for begin_line, text in ((BEGIN, speed_table(found)), (BEGIN_QUALITY, readme_table(found))):
+        before, begin, rest = readme.partition(begin_line)
+        _, end, after = rest.partition(END)
+        if not begin or not end:
+            raise ValueError(f"README.md needs the lines {begin_line} and {END} around its table")
+        readme = f"{before}{begin_line}\n\n{text}\n\n{END}{after}"
+    return readme
 
 
 def write(found: dict[str, dict[str, Any]]) -> list[Path]:
     """Write everything; returns the files."""
     written = [REPORT, README]
     REPORT.write_text(report(found), encoding="utf-8")
-    readme = with_speed_table(README.read_text(encoding="utf-8"), found)
+    readme = with_tables(README.read_text(encoding="utf-8"), found)
     README.write_text(readme, encoding="utf-8")
     for folder, files in found.items():
         for name, result in files.items():
-            if name in DRAWINGS and result["rows"]:
-                written.append(DRAWINGS[name](result, RESULTS / folder / f"{name}.png"))
+            draw = drawing(name)
+            if draw is not None and result["rows"]:
+                written.append(draw(result, RESULTS / folder / f"{name}.png"))
     return written
 
 

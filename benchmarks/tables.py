@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from . import gpu_tables
+from . import gpu_tables, quality_table
 from .markdown import duration, ratio, spread, table
 from .stages import STAGES
 
@@ -213,5 +213,7 @@ KINDS: dict[str, tuple[str, Callable[[Result], str]]] = {
 
 def section(name: str, result: Result) -> tuple[str, str]:
     """(title, text) of a result file called name.json."""
+    if quality_table.is_quality(name) and result["rows"]:
+        return quality_table.title(result), quality_table.quality(result)
     title, write = KINDS.get(name, (name.replace("_", " ").capitalize(), any_rows))
     return title, write(result)

@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks import results
 from benchmarks.markdown import duration, spread
-from benchmarks.results import BEGIN, END, devices, report, with_speed_table
+from benchmarks.quality_table import readme_table
+from benchmarks.results import BEGIN, BEGIN_QUALITY, END, devices, report, with_tables
 from benchmarks.tables import any_rows, section
 
 HEADER = {"device": "GPU X", "threads": None, "driver": "1.2", "torch": "2", "triton": "3"}
@@ -78,7 +79,7 @@ def test_what_is_committed_is_what_the_command_writes():
     found = devices()
     assert results.REPORT.read_text(encoding="utf-8") == report(found), again
     readme = results.README.read_text(encoding="utf-8")
-    assert readme == with_speed_table(readme, found), again
+    assert readme == with_tables(readme, found), again
 
 
 def test_every_committed_row_is_in_the_report():
@@ -112,6 +113,45 @@ def test_a_section_says_if_the_code_was_not_the_commits(folder):
     assert text.count("commit 0123456789ab with changes not committed, 2026-01-02") == 1
 
 
+def quality_row(label, curve, seed, db, density=0.25):
+    row = {"family": "wan", "size": "9x24x40", "tokens": 2160, "seed": seed, "prompt": "a"}
+    row |= {"dense_seconds": 10.0, "seconds": 5.0, "ssim": 0.875, "density": density}
+    return row | {"method": label.split()[0], "curve": curve, "label": label, "psnr_db": db}
+
+
+QUALITY = {
+    "header": HEADER,
+    "steps": 12,
+    "guidance": 3.0,
+    "rows": [
+        quality_row("dense in bf16", "floor", 0, 40.0, 1.0),
+        quality_row("radial at its defaults", "radial defaults", 0, 30.0),
+        quality_row("radial at its defaults", "radial defaults", 1, 34.0),
+        quality_row("radial decay=1", "radial drop", 0, 33.0, 0.5),
+        quality_row("radial decay=0.1", "radial drop", 0, 28.0, 0.2),
+    ],
+}
+
+
+def test_a_quality_section_has_means_spreads_and_what_held():
+    title, text = section("quality_wan_9x24x40_12steps", QUALITY)
+    assert title == "Quality: wan miniature, latent 9x24x40, 2160 tokens, 12 steps"
+    found = {row[1]: row[2:] for row in cells(text)}
+    assert found["radial at its defaults"] == ["0.250", "32.0 \u00b1 2.0", "0.875", "0.50"]
+    assert found["dense in bf16"] == ["", "40.0", "0.875", "0.50"]
+    assert "Means over 2 videos" in text
+    assert "quality falls with density: in 1 of 1 comparisons" in text
+
+
+def test_the_readme_shows_the_quality_of_defaults_and_rounding_alone():
+    text = readme_table({"gpu-x": {"attention": ATTENTION, "quality_wan": QUALITY}})
+    rows = {row[2]: row for row in cells(text)}
+    assert set(rows) == {"attention", "dense in bf16", "radial at its defaults"}
+    assert rows["radial at its defaults"][:2] == ["wan miniature, 2160 tokens", "12"]
+    assert rows["radial at its defaults"][3:] == ["0.25", "32.0 \u00b1 2.0 dB", "0.875"]
+    assert "Nothing is measured yet" in readme_table({"gpu-x": {"attention": ATTENTION}})
+
+
 def test_the_kernel_table_has_the_numbers_of_the_file():
     title, text = section("attention", ATTENTION)
     assert title == "Kernels"
@@ -134,8 +174,8 @@ def test_the_kernel_table_has_the_numbers_of_the_file():
 
 
 def test_the_readme_has_the_fastest_kernel_and_the_fastest_in_8_bits(folder):
-    readme = f"before\n{BEGIN}\nold\n{END}\nafter\n"
-    text = with_speed_table(readme, devices(folder))
+    readme = f"before\n{BEGIN}\nold\n{END}\nbetween\n{BEGIN_QUALITY}{END}\nafter\n"
+    text = with_tables(readme, devices(folder))
     assert text.startswith(f"before\n{BEGIN}\n") and text.endswith(f"{END}\nafter\n")
     assert "old" not in text
     kernels = [row for row in cells(text) if row[0] == "GPU X" and "1000 tokens" in row[1]]
@@ -148,24 +188,24 @@ def test_the_readme_has_the_fastest_kernel_and_the_fastest_in_8_bits(folder):
     steps = [row for row in cells(text) if row[1] == "wan, 8x8x1"]
     assert ["GPU X", "wan, 8x8x1", "radial", "4 s", "1.50x", "40 s", "1.50x"] in steps
     assert "No GPU is in this table" not in text
-    assert with_speed_table(text, devices(folder)) == text
+    assert with_tables(text, devices(folder)) == text
 
 
 def test_without_a_gpu_the_readme_says_so(folder):
     found = {name: files for name, files in devices(folder).items() if name == "cpu-y"}
-    assert "No GPU is in this table" in with_speed_table(f"{BEGIN}{END}", found)
+    assert "No GPU is in this table" in with_tables(f"{BEGIN}{END}{BEGIN_QUALITY}{END}", found)
 
 
 def test_a_readme_without_the_marked_lines_is_an_error():
     with pytest.raises(ValueError, match="needs the lines"):
-        with_speed_table("no table here", {})
+        with_tables("no table here", {})
 
 
 def test_the_command_writes_the_report_the_readme_and_the_plots(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(results, "RESULTS", folder)
     monkeypatch.setattr(results, "REPORT", tmp_path / "RESULTS.md")
     monkeypatch.setattr(results, "README", tmp_path / "README.md")
-    (tmp_path / "README.md").write_text(f"{BEGIN}{END}", encoding="utf-8")
+    (tmp_path / "README.md").write_text(f"{BEGIN}{END}{BEGIN_QUALITY}{END}", encoding="utf-8")
     written = results.write(devices(folder))
     assert [path.name for path in written] == ["RESULTS.md", "README.md"] + ["attention.png"] * 2
     assert all(path.stat().st_size > 100 for path in written)

@@ -1,0 +1,104 @@
+"""Markdown tables of quality: every setting for the report, defaults for the README."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from .markdown import table
+from .quality_summary import Summary, directions, summarise
+
+Result = dict[str, Any]
+
+KIND = "quality_"
+NOTHING_YET = (
+    "Nothing is measured yet. `python -m benchmarks.quality` compares videos of trained "
+    "miniatures with their own dense ones."
+)
+
+
+def is_quality(name: str) -> bool:
+    """Whether a result file called name.json holds a quality measurement."""
+    return name.startswith(KIND)
+
+
+def title(result: Result) -> str:
+    """Of the section about a result."""
+    row = result["rows"][0]
+    return (
+        f"Quality: {row['family']} miniature, latent {row['size']}, {row['tokens']} tokens, "
+        f"{result['steps']} steps"
+    )
+
+
+def _decibels(summary: Summary) -> str:
+    spread = f" \u00b1 {summary.psnr_spread:.1f}" if summary.samples > 1 else ""
+    return f"{summary.psnr:.1f}{spread}"
+
+
+def _time(summary: Summary, rows: list[Result]) -> str:
+    dense = [r["dense_seconds"] for r in rows if r["label"] == summary.label]
+    return f"{summary.seconds / (sum(dense) / len(dense)):.2f}"
+
+
+def _lines(rows: list[Result]) -> Iterator[tuple[str, ...]]:
+    for summary in summarise(rows):
+        dense = summary.method == "dense"
+        yield (
+            summary.curve,
+            summary.label,
+            "" if dense else f"{summary.density:.3f}",
+            _decibels(summary),
+            f"{summary.ssim:.3f}",
+            _time(summary, rows),
+        )
+
+
+def quality(result: Result) -> str:
+    """Every setting of a measurement, and whether what is known of sparse attention held."""
+    rows = result["rows"]
+    shots = {(row["seed"], row["prompt"]) for row in rows}
+    said = (
+        f"Means over {len(shots)} videos (seeds and prompts) with their standard deviation, "
+        f"against dense attention in fp32 at the same seed, guidance {result['guidance']:g}. "
+        "Density is that of the sparse calls. Time is over that of the dense video. Where the "
+        "setting does not say so, a quarter of the steps and layer 0 are dense."
+    )
+    head = ["curve", "setting", "density", "PSNR, dB", "SSIM", "time"]
+    found = [
+        f"- {d.claim}: in {d.held} of {d.compared} comparisons"
+        for d in directions(summarise(rows))
+        if d.compared
+    ]
+    return "\n\n".join([said, table(head, _lines(rows)), "\n".join(found)])
+
+
+def _measurements(found: dict[str, dict[str, Result]]) -> Iterator[Result]:
+    for files in found.values():
+        for name, result in files.items():
+            if is_quality(name):
+                yield result
+
+
+def _readme_lines(results: Iterable[Result]) -> Iterator[tuple[str, ...]]:
+    for result in results:
+        for summary in summarise(result["rows"]):
+            floor = summary.curve == "floor"
+            if floor or summary.curve.endswith(" defaults"):
+                yield (
+                    f"{summary.family} miniature, {result['rows'][0]['tokens']} tokens",
+                    str(result["steps"]),
+                    summary.label,
+                    "" if floor else f"{summary.density:.2f}",
+                    f"{_decibels(summary)} dB",
+                    f"{summary.ssim:.3f}",
+                )
+
+
+def readme_table(found: dict[str, dict[str, Result]]) -> str:
+    """The nodes at their defaults, beside what rounding alone changes."""
+    lines = list(_readme_lines(_measurements(found)))
+    if not lines:
+        return NOTHING_YET
+    head = ["model", "steps", "attention", "density", "PSNR against dense", "SSIM"]
+    return table(head, lines)
