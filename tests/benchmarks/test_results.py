@@ -212,6 +212,31 @@ def test_the_command_writes_the_report_the_readme_and_the_plots(folder, monkeypa
     assert "**big**, 1000 tokens, 2 x 128, bf16" in written[0].read_text(encoding="utf-8")
 
 
+def test_calls_of_wan_are_shown_without_what_a_forward_moves_once():
+    def row(shape, stages):
+        found = {"shape": shape, "method": "psa", "kernel": "torch", "density": 0.3, "rel_l2": 0.1}
+        found |= {"equal_to": None, "call_ms": sum(stages.values()), "ms_spread": 0.0}
+        found |= {"speedup": 2.0, "call_over_kernel": sum(stages.values()) / stages["kernel"]}
+        shares = {name: ms / sum(stages.values()) for name, ms in stages.items()}
+        return found | {"shares": shares}
+
+    ordered = {"permutation": 2.0, "levels": 1.0, "kernel": 10.0}
+    rows = [row("wan_a", ordered), row("cogvideox_a", ordered), row("wan_b", {"kernel": 10.0})]
+    shape = {"layout": "2x2x2", "heads": 1, "head_dim": 64, "dtype": "fp32", "dense_ms": None}
+    shapes = [shape | {"shape": r["shape"], "top_tenth_mass": 0.5} for r in rows]
+    text = section(
+        "methods",
+        {"inputs": {"what": ""}, "clock": "wall time", "repeats": 1, "shapes": shapes}
+        | {"rows": rows},
+    )[1]
+    # A header and a row per shape: over the kernel as timed, and in an ordered forward.
+    assert [line[6:8] for line in cells(text)[1::2]] == [
+        ["1.30", "1.10"],
+        ["1.30", ""],
+        ["1.00", ""],
+    ]
+
+
 def test_files_of_a_kind_not_known_here_become_plain_tables():
     rows = [{"a": 1, "b": "x", "c": 0.123456, "d": [1]}, {"a": None, "b": "y", "c": 2.0, "d": []}]
     head, first, second = cells(any_rows({"header": HEADER, "rows": rows}))
