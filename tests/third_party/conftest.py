@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 import torch.nn.functional as F
+from sparse_video_attention.kernels import BlockPlan
+
+# Their asserts then say what was compared, as those of tests do.
+pytest.register_assert_rewrite(f"{__package__}.dense_libraries", f"{__package__}.sparse_libraries")
 
 
 @dataclass
@@ -35,6 +39,30 @@ def tokens_first(q, k, v, scale):
     """[B, N, H, D] attention."""
     out = exact(*(x.transpose(1, 2) for x in (q, k, v)), scale)
     return out.transpose(1, 2).to(q.dtype).contiguous()
+
+
+def random_plan(tokens=(300, 333), blocks=(128, 64), batch=1, heads=2, packed=True, seed=0, **how):
+    """A plan with about half of the blocks, and its mask over tokens [B, H, N, N']."""
+    gen = torch.Generator().manual_seed(seed)
+    rows, columns = (-(-n // size) for n, size in zip(tokens, blocks, strict=True))
+    mask = torch.rand(batch, heads, rows, columns, generator=gen) > 0.5
+    mask.scatter_(3, torch.randint(columns, (batch, heads, rows, 1), generator=gen), True)
+    plan = BlockPlan.from_mask(
+        mask,
+        block_m=blocks[0],
+        block_n=blocks[1],
+        q_len=tokens[0],
+        k_len=tokens[1],
+        packed=packed,
+        **how,
+    )
+    return plan, over_tokens(mask, blocks, tokens)
+
+
+def over_tokens(mask, blocks, tokens):
+    for dim, size, length in zip((2, 3), blocks, tokens, strict=True):
+        mask = mask.repeat_interleave(size, dim).narrow(dim, 0, length)
+    return mask.bool()
 
 
 @pytest.fixture

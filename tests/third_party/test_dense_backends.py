@@ -3,13 +3,13 @@
 import contextlib
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from sparse_video_attention.third_party import DENSE_BACKENDS, available, torch_sdpa
 
-from .conftest import exact, tokens_first
+from .conftest import exact
+from .dense_libraries import LIBRARIES, comfy_kitchen, sage
 
 
 def fresh(name, **changes):
@@ -25,87 +25,6 @@ def close(out, truth):
 
 def same_memory(x, y):
     return x.data_ptr() == y.data_ptr()
-
-
-def flash2(stand_in, calls):
-    def flash_attn_func(
-        q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1)
-    ):
-        calls.add(q, k, v, dropout_p=dropout_p, causal=causal, window_size=window_size)
-        return tokens_first(q, k, v, softmax_scale)
-
-    stand_in("flash_attn", flash_attn_func=flash_attn_func)
-
-
-def flash3(module, returns_lse):
-    """FlashAttention 3 and 4: one call, some versions of which return (out, log-sum-exp)."""
-
-    def install(stand_in, calls):
-        def flash_attn_func(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1)):
-            calls.add(q, k, v, causal=causal, window_size=window_size)
-            out = tokens_first(q, k, v, softmax_scale)
-            return (out, torch.zeros(1)) if returns_lse else out
-
-        stand_in(module, flash_attn_func=flash_attn_func)
-
-    return install
-
-
-def sage(is_version_2):
-    def install(stand_in, calls):
-        def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None):
-            assert all(x.stride(-1) == 1 for x in (q, k, v)) and not is_causal
-            calls.add(q, k, v, tensor_layout=tensor_layout)
-            if not is_version_2:
-                k -= k.mean(dim=1 if tensor_layout == "NHD" else 2, keepdim=True)
-            if tensor_layout == "NHD":
-                return tokens_first(q, k, v, sm_scale)
-            return exact(q, k, v, sm_scale).to(q.dtype)
-
-        extra = {"sageattn_qk_int8_pv_fp16_cuda": None} if is_version_2 else {}
-        stand_in("sageattention", sageattn=sageattn, **extra)
-
-    return install
-
-
-def sage3(stand_in, calls):
-    def sageattn3_blackwell(q, k, v, attn_mask=None, is_causal=False, per_block_mean=True):
-        calls.add(q, k, v)
-        k -= k.mean(dim=-2, keepdim=True)
-        return exact(q, k, v).to(q.dtype).contiguous()
-
-    stand_in("sageattn3", sageattn3_blackwell=sageattn3_blackwell)
-
-
-def xformers(stand_in, calls):
-    def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None):
-        calls.add(query, key, value, attn_bias=attn_bias, p=p)
-        return tokens_first(query, key, value, scale)
-
-    stand_in("xformers.ops", memory_efficient_attention=memory_efficient_attention)
-
-
-def comfy_kitchen(stand_in, calls):
-    def int8_attention(q, k, v, *, scale=None, attn_mask=None):
-        calls.add(q, k, v, attn_mask=attn_mask)
-        return exact(q, k, v, scale, attn_mask).to(q.dtype)
-
-    stand_in("comfy_kitchen", int8_attention=int8_attention)
-
-
-LIBRARIES = {
-    ("flash_attn2", "2.8"): flash2,
-    ("flash_attn3", "release"): flash3("flash_attn_interface", returns_lse=False),
-    ("flash_attn3", "beta"): flash3("flash_attn_interface", returns_lse=True),
-    ("flash_attn3", "packaged"): flash3("flash_attn_3.flash_attn_interface", returns_lse=False),
-    ("flash_attn4", "out"): flash3("flash_attn.cute", returns_lse=False),
-    ("flash_attn4", "tuple"): flash3("flash_attn.cute", returns_lse=True),
-    ("sage_attn2", "1.0.6"): sage(is_version_2=False),
-    ("sage_attn2", "2.2"): sage(is_version_2=True),
-    ("sage_attn3", "1.0"): sage3,
-    ("xformers", "0.0.35"): xformers,
-    ("comfy_kitchen_int8", "0.2.40"): comfy_kitchen,
-}
 
 
 @pytest.fixture(params=LIBRARIES, ids="-".join)
@@ -192,13 +111,6 @@ def test_comfy_kitchen_takes_masks(stand_in, qkv, calls):
     close(backend.run(q, k, v, mask=mask), exact(q, k, v, mask=mask))
 
 
-def test_comfy_kitchen_without_the_call_says_what_to_do(stand_in):
-    stand_in("comfy_kitchen")
-    reason = replace(DENSE_BACKENDS["comfy_kitchen_int8"]).unavailable()
-    assert "no int8_attention yet; 0.2.30 and newer have it" in reason
-    assert "pip install -U comfy-kitchen" in reason
-
-
 @pytest.mark.parametrize("memory", ["tokens", "heads"])
 def test_torch_takes_everything(memory, qkv):
     backend = DENSE_BACKENDS["torch_sdpa"]
@@ -218,70 +130,6 @@ def test_torch_is_asked_for_cudnn_first():
         order = _cur_sdpa_kernel_backends(with_priority=True)
     names = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
     assert order[:4] == [getattr(SDPBackend, name) for name in names]
-
-
-WHEELS = {
-    "flash_attn2": "flash_attn",
-    "flash_attn3": "flash_attn_interface",
-    "flash_attn4": "flash_attn.cute",
-    "sage_attn2": "sageattention",
-    "sage_attn3": "sageattn3",
-    "xformers": "xformers.ops",
-    "comfy_kitchen_int8": "comfy_kitchen",
-}
-
-
-@pytest.mark.parametrize("name", WHEELS)
-@pytest.mark.parametrize(
-    "code",
-    [
-        "raise OSError('libcudart.so.11: cannot open shared object file')",
-        "raise ImportError('DLL load failed while importing _C')",
-        "raise RuntimeError('built for\\n another torch')",
-        "import a_module_nobody_has",
-    ],
-    ids=["OSError", "ImportError", "RuntimeError", "missing-dependency"],
-)
-def test_a_broken_wheel_is_a_reason(name, code, broken_wheel, qkv):
-    broken_wheel(WHEELS[name], code)
-    backend = replace(DENSE_BACKENDS[name])
-    reason = backend.unavailable()
-    text = code.partition("'")[2].rpartition("'")[0].replace("\\n ", " ") or "a_module_nobody_has"
-    assert "does not work" in reason and text in reason and "\n" not in reason
-    assert "to install it, " in reason
-    with pytest.raises(ValueError, match="cannot run"):
-        backend.run(*qkv())
-
-
-@pytest.mark.parametrize("system", ["Linux", "Windows"])
-@pytest.mark.parametrize("name", WHEELS)
-def test_a_missing_library_is_a_reason_with_an_instruction(name, system, monkeypatch):
-    for module in WHEELS.values():  # None: importing it finds nothing
-        monkeypatch.setitem(sys.modules, module.split(".")[0], None)
-    monkeypatch.setitem(sys.modules, "flash_attn_3", None)
-    monkeypatch.setattr("platform.system", lambda: system)
-    backend = replace(DENSE_BACKENDS[name])
-    reason = backend.unavailable()
-    hint = backend.library.linux if system == "Linux" else backend.library.windows
-    assert "is not installed; to install it, " in reason and hint in reason
-
-
-def test_flash_attention_2_is_not_there_where_only_version_4_is(broken_wheel):
-    """Both live in the folder flash_attn, which version 4 alone leaves without an __init__."""
-    broken_wheel("flash_attn.cute", "def flash_attn_func(*args, **options): ...")
-    folder = next(Path(path) for path in sys.path if (Path(path) / "flash_attn").is_dir())
-    (folder / "flash_attn" / "__init__.py").unlink()
-    reason = replace(DENSE_BACKENDS["flash_attn2"]).unavailable()
-    assert "flash_attn is there for FlashAttention 4 only; to install it, " in reason
-    no_gpu_here = replace(DENSE_BACKENDS["flash_attn4"]).unavailable() or ""
-    assert "install" not in no_gpu_here
-
-
-def test_xformers_without_its_compiled_part_is_a_reason(stand_in):
-    stand_in("xformers", _has_cpp_library=False)
-    stand_in("xformers.ops", memory_efficient_attention=None)
-    reason = replace(DENSE_BACKENDS["xformers"]).unavailable()
-    assert "is built for another torch or CUDA release; to install it, pip install x" in reason
 
 
 def test_a_library_is_called_with_the_tensors_device_current(backend, qkv, calls, monkeypatch):

@@ -7,8 +7,7 @@ from sparse_video_attention.kernels.registry import KernelCall
 from sparse_video_attention.third_party import DENSE_BACKENDS
 from sparse_video_attention.third_party.sparse_kernels import SPARSE_BACKENDS
 
-from .conftest import exact
-from .test_sparse_backends import random_plan
+from .conftest import exact, random_plan
 
 pytestmark = pytest.mark.gpu
 

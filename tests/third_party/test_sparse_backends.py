@@ -1,171 +1,19 @@
-"""External block-sparse kernels: plans in their form, the exact call, and what is refused."""
+"""External block-sparse kernels: the exact call, and what is refused."""
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from sparse_video_attention.kernels import BlockPlan, available, block_sparse_attention
 from sparse_video_attention.kernels.registry import KernelCall
-from sparse_video_attention.third_party.flex import flex_block_mask
-from sparse_video_attention.third_party.plan_blocks import block_lists, block_mask
 from sparse_video_attention.third_party.sparse_kernels import SPARSE_BACKENDS
 
-from .conftest import exact
+from .conftest import exact, random_plan
+from .sparse_libraries import LIBRARIES, BlockSparseTensorsTorch
 
 NAMES = ("flash_attn4", "spas_sage_attn", "sparse_sageattn", "flex")
 
 
-def random_plan(tokens=(300, 333), blocks=(128, 64), batch=1, heads=2, packed=True, seed=0, **how):
-    """A plan with about half of the blocks, and its mask over tokens [B, H, N, N']."""
-    gen = torch.Generator().manual_seed(seed)
-    rows, columns = (-(-n // size) for n, size in zip(tokens, blocks, strict=True))
-    mask = torch.rand(batch, heads, rows, columns, generator=gen) > 0.5
-    mask.scatter_(3, torch.randint(columns, (batch, heads, rows, 1), generator=gen), True)
-    plan = BlockPlan.from_mask(
-        mask,
-        block_m=blocks[0],
-        block_n=blocks[1],
-        q_len=tokens[0],
-        k_len=tokens[1],
-        packed=packed,
-        **how,
-    )
-    return plan, over_tokens(mask, blocks, tokens)
-
-
-def over_tokens(mask, blocks, tokens):
-    for dim, size, length in zip((2, 3), blocks, tokens, strict=True):
-        mask = mask.repeat_interleave(size, dim).narrow(dim, 0, length)
-    return mask.bool()
-
-
-@given(
-    tokens=st.tuples(st.integers(1, 700), st.integers(1, 700)),
-    blocks=st.sampled_from([(128, 128), (128, 64), (64, 128), (256, 128), (256, 256)]),
-    parts=st.tuples(st.sampled_from([1, 2]), st.sampled_from([1, 2])),
-    batch_heads=st.sampled_from([(1, 1), (2, 3)]),
-    packed=st.booleans(),
-    seed=st.integers(0, 999),
-)
-@settings(max_examples=80, deadline=None)
-def test_a_converted_plan_attends_to_the_same_tokens(
-    tokens, blocks, parts, batch_heads, packed, seed
-):
-    plan, truth = random_plan(tokens, blocks, *batch_heads, packed=packed, seed=seed)
-    finer = tuple(size // part for size, part in zip(blocks, parts, strict=True))
-    mask = block_mask(plan, *finer)
-    assert mask.dtype == torch.int8 and mask.is_contiguous()
-    assert mask.shape[2:] == tuple(-(-n // size) for n, size in zip(tokens, finer, strict=True))
-    assert torch.equal(over_tokens(mask, finer, tokens), truth)
-    if finer == blocks:
-        assert torch.equal(mask.to(torch.int16), plan.to_levels())
-
-    counts, indices = block_lists(plan, *finer)
-    assert counts.dtype == indices.dtype == torch.int32 and indices.shape == mask.shape
-    for row in range(counts.numel()):
-        listed = indices.view(counts.numel(), -1)[row, : counts.flatten()[row]]
-        attended = mask.view(counts.numel(), -1)[row].nonzero()[:, 0]
-        assert torch.equal(listed.long(), attended)  # and ascending
-
-
-def test_lists_of_a_plan_that_has_them_are_not_copied():
-    plan, _ = random_plan(packed=False)
-    assert block_lists(plan, 128, 64)[1].data_ptr() == plan.indices.data_ptr()
-
-
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "strided"])
-@pytest.mark.parametrize("blocks", [(128, 128), (128, 64)], ids=str)
-def test_flex_gets_the_plan_as_a_block_mask(blocks, packed):
-    """Its compiled kernel reads these lists; BlockMask.to_dense is torch's own reading of them."""
-    plan, _ = random_plan(blocks=blocks, packed=packed)
-    mask = flex_block_mask(plan)
-    assert mask.seq_lengths == (300, 333) and mask.BLOCK_SIZE == blocks
-    assert torch.equal(mask.to_dense().to(torch.int16), plan.to_levels())
-
-
-class BlockSparseTensorsTorch(NamedTuple):
-    mask_block_cnt: torch.Tensor
-    mask_block_idx: torch.Tensor
-    full_block_cnt: torch.Tensor | None = None
-    full_block_idx: torch.Tensor | None = None
-    cu_total_m_blocks: torch.Tensor | None = None
-    cu_block_idx_offsets: torch.Tensor | None = None
-    block_size: tuple[int, int] | None = None
-
-
-def attend_lists(q, k, v, scale, counts, indices, size):
-    """[B, N, H, D] attention over lists, row by row."""
-    batch, tokens, heads, _ = q.shape
-    mask = torch.zeros(batch, heads, *indices.shape[2:], dtype=torch.bool)
-    for b, h, row in torch.cartesian_prod(*(torch.arange(n) for n in mask.shape[:3])).tolist():
-        shared = (min(b, counts.shape[0] - 1), min(h, counts.shape[1] - 1), row)
-        mask[b, h, row, indices[shared][: counts[shared]].long()] = True
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    allowed = over_tokens(mask, size, (tokens, k.shape[2]))
-    return exact(q, k, v, scale, allowed).to(q.dtype).transpose(1, 2).contiguous()
-
-
-def flash4(stand_in, calls):
-    def flash_attn_func(q, k, v, softmax_scale=None, causal=False, block_sparse_tensors=None):
-        given = block_sparse_tensors
-        assert not causal and given.mask_block_cnt.sum() == 0
-        calls.add(q, k, v, size=given.block_size)
-        lists = given.full_block_cnt, given.full_block_idx
-        return attend_lists(q, k, v, softmax_scale, *lists, given.block_size)
-
-    stand_in("flash_attn.cute", flash_attn_func=flash_attn_func)
-    stand_in("flash_attn.cute.block_sparsity", BlockSparseTensorsTorch=BlockSparseTensorsTorch)
-
-
-def attend_mask(q, k, v, scale, mask_id, size):
-    """Heads-first attention over a full, contiguous int8 mask of exactly the expected shape."""
-    tokens = (q.shape[2], k.shape[2])
-    blocks = tuple(-(-n // side) for n, side in zip(tokens, size, strict=True))
-    assert mask_id.dtype == torch.int8 and mask_id.is_contiguous()
-    assert mask_id.shape == (*q.shape[:2], *blocks)
-    return exact(q, k, v, scale, over_tokens(mask_id, size, tokens)).to(q.dtype)
-
-
-def spas(stand_in, calls):
-    def block_sparse_sage2_attn_cuda(
-        q,
-        k,
-        v,
-        mask_id=None,
-        dropout_p=0.0,
-        scale=None,
-        smooth_k=True,
-        pvthreshd=50,
-        attention_sink=False,
-        tensor_layout="HND",
-        return_sparsity=False,
-    ):
-        size = (64, 128) if torch.cuda.get_device_capability() == (9, 0) else (128, 64)
-        assert smooth_k and pvthreshd >= 20 and not attention_sink and not return_sparsity
-        assert tensor_layout == "HND"
-        calls.add(q, k, v, size=size)
-        return attend_mask(q, k, v, scale, mask_id, size).contiguous()
-
-    stand_in("spas_sage_attn", block_sparse_sage2_attn_cuda=block_sparse_sage2_attn_cuda)
-
-
-def sparse_sage(stand_in, calls):
-    def sparse_sageattn(q, k, v, mask_id=None, is_causal=False, tensor_layout="HND"):
-        assert not is_causal
-        calls.add(q, k, v, size=(128, 64), tensor_layout=tensor_layout)
-        if tensor_layout == "HND":
-            return attend_mask(q, k, v, None, mask_id, (128, 64))
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        out = attend_mask(*heads_first, None, mask_id, (128, 64))
-        return out.transpose(1, 2).contiguous()
-
-    stand_in("sparse_sageattn", sparse_sageattn=sparse_sageattn)
-
-
-LIBRARIES = {"flash_attn4": flash4, "spas_sage_attn": spas, "sparse_sageattn": sparse_sage}
 CAPABILITIES = {"hopper": (9, 0), "ada": (8, 9), "blackwell": (10, 0)}
 
 
