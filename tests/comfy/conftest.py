@@ -4,8 +4,22 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from sparse_video_attention.kernels import BlockPlan
-from sparse_video_attention.patching import AttentionSettings, Schedule, SparseChoice, install
+from sparse_video_attention.patching import (
+    AttentionSettings,
+    Schedule,
+    SparseChoice,
+    install,
+    run_history,
+)
+from sparse_video_attention.third_party import DENSE_BACKENDS, Constraints, DenseBackend
+from sparse_video_attention.third_party.backend import Loaded
+
+from .schedule_runs import LATENT, Run
+
+# Inputs of SetAttentionBackend.
+SITES = ("self_attn_1_type", "cross_attn_1_type", "cross_attn_2_type")
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,37 @@ class BandPolicy:
         ).on_device(device)
 
 
+def attention_in_band(q, k, v, heads):
+    """Dense attention [B, N, heads * D] under the mask of BandPolicy(reach=1)."""
+    block = torch.arange(q.shape[1]) // 64
+    band = (block[:, None] - block).abs() <= 1
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=band)
+    return out.transpose(1, 2).flatten(2)
+
+
+def relative_error(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def sparse_calls(model):
+    """Of the latest run: those that ran sparse."""
+    return [call for call in run_history(model).latest.calls if call.reason is None]
+
+
+@pytest.fixture(scope="module")
+def models(load_model):
+    """models(name): a MODEL, the same one all through a file."""
+    loaded = {}
+
+    def get(name):
+        if name not in loaded:
+            loaded[name] = load_model(name)
+        return loaded[name]
+
+    return get
+
+
 @pytest.fixture(scope="session")
 def band():
     return BandPolicy
@@ -56,3 +101,96 @@ def install_band(comfyui):
         return install(model, AttentionSettings(sparse=choice))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def patch_radial(comfyui):
+    """patch_radial(model, **inputs): the radial node's output, small videos allowed."""
+    from sparse_video_attention.nodes.radial import PatchRadialAttention
+
+    def run(model, **inputs):
+        inputs = {"min_tokens": 0, "dense_timesteps": 0, "block_size": 64} | inputs
+        return PatchRadialAttention.execute(model, **inputs).result[0]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def set_backends(comfyui):
+    """set_backends(model, **inputs): SetAttentionBackend's output."""
+    from sparse_video_attention.nodes.backend import SetAttentionBackend
+
+    return lambda model, **inputs: SetAttentionBackend.execute(model, **inputs).result[0]
+
+
+@pytest.fixture
+def fake_backend(monkeypatch):
+    """fake_backend(name, **constraints): a backend that computes with torch and keeps its calls."""
+
+    def add(name, attend=None, **constraints):
+        calls = []
+
+        def run(q, k, v, *, scale, mask):
+            calls.append((q.shape, k.shape, mask))
+            if attend is not None:
+                return attend(q, k, v)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+        declared = Constraints(**({"device_types": None, "dtypes": None} | constraints))
+        backend = DenseBackend(name=name, declared=declared, load=lambda: Loaded(run))
+        monkeypatch.setitem(DENSE_BACKENDS, name, backend)
+        return calls
+
+    return add
+
+
+@pytest.fixture(scope="module")
+def comfy_nodes(comfyui):
+    """ComfyUI's own nodes by the names they have in graphs."""
+    from comfy_extras import nodes_custom_sampler as custom
+
+    import nodes
+
+    class Nodes:
+        KSamplerAdvanced = nodes.KSamplerAdvanced
+        SplitSigmas = custom.SplitSigmas
+        FlipSigmas = custom.FlipSigmas
+        BasicScheduler = custom.BasicScheduler
+        KSamplerSelect = custom.KSamplerSelect
+        CFGGuider = custom.CFGGuider
+        RandomNoise = custom.RandomNoise
+        DisableNoise = custom.DisableNoise
+        SamplerCustomAdvanced = custom.SamplerCustomAdvanced
+
+    return Nodes
+
+
+@pytest.fixture(scope="module")
+def conditioning():
+    """One prompt's, as nodes hand it on."""
+    generator = torch.Generator().manual_seed(2)
+    return [[torch.randn(1, 20, 4096, generator=generator), {}]]
+
+
+@pytest.fixture
+def sample_custom(comfyui, conditioning):
+    """sample_custom(model, sigmas): sampler "euler" or another on a schedule; the Run."""
+    from comfy.samplers import ksampler
+
+    def sample(model, sigmas, sampler="euler", **options):
+        run = Run(model)
+        comfyui.sample.sample_custom(
+            run.model,
+            torch.randn(LATENT, generator=torch.Generator().manual_seed(1)),
+            1.0,
+            ksampler(sampler, options),
+            torch.tensor(sigmas),
+            conditioning,
+            conditioning,
+            torch.zeros(LATENT),
+            disable_pbar=True,
+            seed=3,
+        )
+        return run
+
+    return sample

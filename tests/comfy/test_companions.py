@@ -7,6 +7,8 @@ import pytest
 import torch
 from sparse_video_attention.patching import run_history
 
+from .conftest import relative_error
+
 pytestmark = pytest.mark.comfy
 
 _spec = importlib.util.spec_from_file_location(
@@ -76,10 +78,6 @@ def patched_run(model, conditioning, install_band):
         return latent, run_history(patched).latest
 
     return run
-
-
-def relative_error(a, b):
-    return float((a - b).norm() / b.norm())
 
 
 ORDERS = ("ours-last", "ours-first")

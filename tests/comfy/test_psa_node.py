@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from sparse_video_attention.patching import run_history
+
+from .conftest import relative_error, sparse_calls
 
 pytestmark = pytest.mark.comfy
 
@@ -32,12 +33,6 @@ def patch(comfyui):
     return run
 
 
-@pytest.fixture(scope="module")
-def models(load_model):
-    loaded = {}
-    return lambda name: loaded.setdefault(name, load_model(name))
-
-
 @pytest.fixture
 def preset_file(tmp_path):
     def write(section, rearrange="false", verbose="false"):
@@ -46,14 +41,6 @@ def preset_file(tmp_path):
         return str(path)
 
     return write
-
-
-def sparse_calls(model):
-    return [call for call in run_history(model).latest.calls if call.reason is None]
-
-
-def relative_error(a, b):
-    return float((a - b).norm() / b.norm())
 
 
 @pytest.mark.core

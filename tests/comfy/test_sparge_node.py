@@ -2,18 +2,13 @@
 
 import pytest
 import torch
-from sparse_video_attention.patching import run_history
+
+from .conftest import relative_error, sparse_calls
 
 pytestmark = pytest.mark.comfy
 
 HEADS = {"wan": 2, "cogvideox": 2}
 PATHS = {"wan": "blocks.{}.self_attn", "cogvideox": "transformer_blocks.{}.attn1"}
-
-
-@pytest.fixture(scope="module")
-def models(load_model):
-    loaded = {}
-    return lambda name: loaded.setdefault(name, load_model(name))
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +41,6 @@ def write_checkpoint(path, family, layers, heads, *, sparse=True, cdf=0.9):
         tensors[module + "simthreshd2"] = torch.zeros(heads)
         tensors[module + "pvthreshd"] = torch.full((heads,), 20.0)
     torch.save(tensors, path)
-
-
-def sparse_calls(model):
-    return [call for call in run_history(model).latest.calls if call.reason is None]
-
-
-def relative_error(a, b):
-    return float((a - b).norm() / b.norm())
 
 
 @pytest.mark.core
