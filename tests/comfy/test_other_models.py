@@ -1,50 +1,65 @@
 """SetAttentionBackend on models that are not video models; the sparse nodes refuse them."""
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import pytest
 import torch
-import torch.nn.functional as F
-from sparse_video_attention.third_party import DENSE_BACKENDS, Constraints, DenseBackend
-from sparse_video_attention.third_party.backend import Loaded
+
+from .conftest import relative_error
 
 pytestmark = pytest.mark.comfy
 
+# What Flux and HunyuanVideo, of one family, are both built with.
+OF_ONE_FAMILY = dict(
+    in_channels=16,
+    out_channels=16,
+    vec_in_dim=32,
+    context_in_dim=48,
+    hidden_size=128,
+    mlp_ratio=2.0,
+    num_heads=2,
+    axes_dim=[16, 24, 24],
+    qkv_bias=True,
+    guidance_embed=False,
+)
 
-def flux(ops):
+
+def flux(**common):
     from comfy.ldm.flux.model import Flux
 
     return Flux(
-        in_channels=16,
-        out_channels=16,
         patch_size=2,
-        vec_in_dim=32,
-        context_in_dim=48,
-        hidden_size=128,
-        mlp_ratio=2.0,
-        num_heads=2,
         depth=2,
         depth_single_blocks=2,
-        axes_dim=[16, 24, 24],
         theta=10000,
-        qkv_bias=True,
-        guidance_embed=False,
         txt_ids_dims=[],
         image_model="flux",
-        dtype=torch.float32,
-        operations=ops,
+        **OF_ONE_FAMILY,
+        **common,
     )
 
 
-def run_flux(model, options):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 16, 12, 10, generator=generator)
-    context = torch.randn(2, 7, 48, generator=generator)
-    y = torch.randn(2, 32, generator=generator)
-    return model(x, torch.tensor([0.5, 0.5]), context, y=y, transformer_options=options)
+def hunyuan_video(**common):
+    from comfy.ldm.hunyuan_video.model import HunyuanVideo
+
+    return HunyuanVideo(
+        patch_size=[1, 2, 2],
+        depth=1,
+        depth_single_blocks=1,
+        theta=256,
+        byt5=False,
+        meanflow=False,
+        use_cond_type_embedding=False,
+        vision_in_dim=None,
+        meanflow_sum=False,
+        **OF_ONE_FAMILY,
+        **common,
+    )
 
 
-def qwen_image(ops):
+def qwen_image(**common):
     from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 
     return QwenImageTransformer2DModel(
@@ -56,19 +71,11 @@ def qwen_image(ops):
         num_attention_heads=2,
         joint_attention_dim=48,
         axes_dims_rope=(16, 56, 56),
-        dtype=torch.float32,
-        operations=ops,
+        **common,
     )
 
 
-def run_qwen_image(model, options):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 16, 1, 12, 10, generator=generator)
-    context = torch.randn(2, 7, 48, generator=generator)
-    return model(x, torch.tensor([0.5, 0.5]), context, transformer_options=options)
-
-
-def ltxv(ops):
+def ltxv(**common):
     from comfy.ldm.lightricks.model import LTXVModel
 
     return LTXVModel(
@@ -78,62 +85,46 @@ def ltxv(ops):
         num_attention_heads=2,
         caption_channels=48,
         num_layers=2,
-        dtype=torch.float32,
-        operations=ops,
+        **common,
     )
 
 
-def run_ltxv(model, options):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 8, 3, 4, 5, generator=generator)
-    context = torch.randn(2, 7, 48, generator=generator)
-    time = torch.tensor([0.5, 0.5])
-    return model(x, time, context, attention_mask=None, transformer_options=options)
+@dataclass(frozen=True)
+class OtherModel:
+    """A model class, and a forward of it.
+
+    Attributes:
+        make: the model, given its dtype and operations.
+        shape: of the latent.
+        in_self, in_cross: how many calls of each length of keys belong to self- and to
+            cross-attention.
+        has_vector: whether it takes y, the pooled text.
+        values: more of forward's arguments.
+    """
+
+    make: Callable
+    shape: tuple
+    in_self: dict
+    in_cross: dict = field(default_factory=dict)
+    has_vector: bool = False
+    values: dict = field(default_factory=dict)
+
+    def run(self, network, options):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(self.shape, generator=generator)
+        context = torch.randn(2, 7, 48, generator=generator)
+        y = {"y": torch.randn(2, 32, generator=generator)} if self.has_vector else {}
+        time = torch.tensor([0.5, 0.5])
+        return network(x, time, context, **y, **self.values, transformer_options=options)
 
 
-def hunyuan_video(ops):
-    from comfy.ldm.hunyuan_video.model import HunyuanVideo
-
-    return HunyuanVideo(
-        in_channels=16,
-        out_channels=16,
-        vec_in_dim=32,
-        context_in_dim=48,
-        hidden_size=128,
-        mlp_ratio=2.0,
-        num_heads=2,
-        depth=1,
-        depth_single_blocks=1,
-        axes_dim=[16, 24, 24],
-        theta=256,
-        patch_size=[1, 2, 2],
-        qkv_bias=True,
-        guidance_embed=False,
-        byt5=False,
-        meanflow=False,
-        use_cond_type_embedding=False,
-        vision_in_dim=None,
-        meanflow_sum=False,
-        dtype=torch.float32,
-        operations=ops,
-    )
-
-
-def run_hunyuan_video(model, options):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 16, 2, 6, 10, generator=generator)
-    context = torch.randn(2, 7, 48, generator=generator)
-    y = torch.randn(2, 32, generator=generator)
-    time = torch.tensor([0.5, 0.5])
-    return model(x, time, context, y=y, transformer_options=options)
-
-
-# How many calls of each length of keys belong to self- and to cross-attention.
 MODELS = {
-    "flux": (flux, run_flux, {30 + 7: 4}, {}),
-    "qwen_image": (qwen_image, run_qwen_image, {30 + 7: 2}, {}),
-    "ltxv": (ltxv, run_ltxv, {60: 2}, {7: 2}),
-    "hunyuan_video": (hunyuan_video, run_hunyuan_video, {30 + 7: 2, 7: 2}, {}),
+    "flux": OtherModel(flux, (2, 16, 12, 10), {30 + 7: 4}, has_vector=True),
+    "qwen_image": OtherModel(qwen_image, (2, 16, 1, 12, 10), {30 + 7: 2}),
+    "ltxv": OtherModel(ltxv, (2, 8, 3, 4, 5), {60: 2}, {7: 2}, values={"attention_mask": None}),
+    "hunyuan_video": OtherModel(
+        hunyuan_video, (2, 16, 2, 6, 10), {30 + 7: 2, 7: 2}, has_vector=True
+    ),
 }
 
 
@@ -142,9 +133,10 @@ def networks(comfyui):
     import comfy.ops
 
     made = {}
-    for name, (make, *_) in MODELS.items():
+    for name, model in MODELS.items():
         torch.manual_seed(0)
-        made[name] = make(comfy.ops.manual_cast).eval().requires_grad_(False)
+        network = model.make(dtype=torch.float32, operations=comfy.ops.manual_cast)
+        made[name] = network.eval().requires_grad_(False)
         for parameter in made[name].parameters():
             torch.nn.init.normal_(parameter, std=0.05)
     return made
@@ -168,24 +160,16 @@ def patched_options(comfyui, networks):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_backends_compute_every_attention_of_the_model(
-    networks, patched_options, monkeypatch, name
+    networks, patched_options, fake_backend, name
 ):
-    calls = {"flash_attn2": Counter(), "xformers": Counter()}
-    for backend, lengths in calls.items():
-
-        def attend(q, k, v, *, scale, mask, lengths=lengths):
-            lengths[k.shape[2]] += 1
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-
-        constraints = Constraints(device_types=None, dtypes=None, supports_mask=True)
-        stand_in = DenseBackend(backend, constraints, lambda attend=attend: Loaded(attend))
-        monkeypatch.setitem(DENSE_BACKENDS, backend, stand_in)
-    _, run, in_self, in_cross = MODELS[name]
+    calls = {b: fake_backend(b, supports_mask=True) for b in ("flash_attn2", "xformers")}
+    model, network = MODELS[name], networks[name]
     chosen = {"self_attn_1_type": "flash_attn2", "cross_attn_1_type": "xformers"}
-    expected = run(networks[name], {})
-    out = run(networks[name], patched_options(name, **chosen))
-    assert (calls["flash_attn2"], calls["xformers"]) == (in_self, in_cross)
-    assert float((out - expected).norm() / expected.norm()) < 1e-5
+    expected = model.run(network, {})
+    out = model.run(network, patched_options(name, **chosen))
+    lengths = {b: Counter(k[2] for _, k, _ in seen) for b, seen in calls.items()}
+    assert lengths == {"flash_attn2": model.in_self, "xformers": model.in_cross}
+    assert relative_error(out, expected) < 1e-5
     assert float(expected.std()) > 0
 
 

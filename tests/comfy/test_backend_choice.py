@@ -1,0 +1,150 @@
+"""SetAttentionBackend in a real ComfyUI: what a name, a file or the environment chooses."""
+
+import json
+
+import pytest
+import torch
+from sparse_video_attention.patching import run_history
+from sparse_video_attention.third_party import DENSE_BACKENDS
+
+from .conftest import SITES
+
+pytestmark = pytest.mark.comfy
+
+
+@pytest.mark.parametrize("on_unavailable", ["fallback", "error"])
+def test_a_library_the_environment_names_is_treated_as_an_input(
+    models, set_backends, monkeypatch, run_lines, on_unavailable
+):
+    monkeypatch.setenv("DIFFSYNTH_ATTENTION_IMPLEMENTATION", "flash_attention_3")
+    if on_unavailable == "error":
+        with pytest.raises(ValueError, match="'flash_attn3' cannot run here"):
+            set_backends(models("wan"), on_unavailable=on_unavailable)
+    else:
+        set_backends(models("wan"))
+        assert sum("flash_attn3 falls back to ComfyUI's own choice" in s for s in run_lines()) == 3
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", ["radial_attn", "psa", "sparge_attn"])
+def test_a_sparse_name_installs_that_method_with_its_defaults(models, set_backends, name):
+    patched = set_backends(models("wan"), self_attn_1_type=name)
+    sparse = patched.model_options["transformer_options"]["sparse_video_attention"].sparse
+    assert sparse.policy.name == {"radial_attn": "radial", "sparge_attn": "sparge"}.get(name, name)
+    assert sparse.min_tokens == 4096
+
+
+@pytest.mark.parametrize("site", SITES[1:])
+@pytest.mark.parametrize("name", ["radial_attn", "psa", "sparge_attn", "sparge_ckpt"])
+def test_a_sparse_name_on_a_cross_site_is_refused_with_the_reason(models, set_backends, site, name):
+    with pytest.raises(ValueError, match="work in self-attention only"):
+        set_backends(models("wan"), **{site: name})
+
+
+def test_a_missing_library_falls_back_or_stops_as_asked(models, set_backends, sample, run_lines):
+    model = models("wan")
+    assert DENSE_BACKENDS["flash_attn3"].unavailable() is not None
+    patched = set_backends(model, self_attn_1_type="flash_attn3")
+    assert any("flash_attn3 falls back to ComfyUI's own choice" in s for s in run_lines())
+    assert torch.equal(sample(patched), sample(model))
+    (reason,) = run_history(patched).latest.notes
+    assert "flash_attn_3 is not installed; to install it, " in reason and reason in run_lines()[-1]
+    with pytest.raises(ValueError, match="self_attn_1_type 'flash_attn3' cannot run here"):
+        set_backends(model, self_attn_1_type="flash_attn3", on_unavailable="error")
+
+
+def test_the_environment_variable_counts_where_nothing_is_chosen(
+    models, set_backends, monkeypatch, fake_backend
+):
+    fake_backend("xformers")
+
+    def chosen(**inputs):
+        patched = set_backends(models("wan"), **inputs)
+        options = patched.model_options["transformer_options"]
+        return dict(options["sparse_video_attention"].dense.backends)
+
+    monkeypatch.setenv("DIFFSYNTH_ATTENTION_IMPLEMENTATION", "xformers")
+    assert {s.value: n for s, n in chosen().items()} == dict.fromkeys(SITES, "xformers")
+    assert set(chosen(cross_attn_1_type="torch_sdpa").values()) == {"torch_sdpa"}
+    monkeypatch.setenv("DIFFSYNTH_ATTENTION_IMPLEMENTATION", "nope")
+    with pytest.raises(ValueError, match="DIFFSYNTH_ATTENTION_IMPLEMENTATION"):
+        chosen()
+
+
+GUIDE_SPARGE = """{
+  "self_attn_1_type": "flash_attn3",
+  "cross_attn_1_type": "flash_attn3",
+  "cross_attn_2_type": "flash_attn3"
+  "sparge": true,
+  "sparge_ckpt": "/path/to/sparge_wan2.1_t2v_1.3B.pt"
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (GUIDE_SPARGE, "at line 5, column 3"),
+        ("", "is not JSON"),
+        ("{", "is not JSON"),
+        ("[]", "is not an object"),
+        ('"flash_attn3"', "is not an object"),
+        ("{}", "names no attention"),
+        ('{"steps": 4}', "names no attention"),
+        ('{"self_attn_1_type": 3}', "self_attn_1_type 3 is not text"),
+        ('{"self_attn_1_type": null}', "self_attn_1_type None is not text"),
+        ('{"self_attn_1_type": "flash"}', "self_attn_1_type 'flash': allowed are auto"),
+        ('{"cross_attn_1_type": "radial_attn"}', "work in self-attention only"),
+        ('{"self_attn_type": "auto"}', "did you mean 'self_attn_1_type'"),
+        ('{"self_attn_1_type": "auto", "self_attn_1_type": "auto"}', "is given twice"),
+        ('{"sparge": "yes"}', "sparge 'yes' is not true or false"),
+        ('{"sparge": true, "sparge_ckpt": 5}', "sparge_ckpt 5 is not the path of a file"),
+        ('{"sparge": true, "self_attn_1_type": "psa"}', "'psa' and sparge are two sparse methods"),
+        ('{"sparge": true, "sparge_ckpt": "gone.pt"}', "gone.pt"),
+        ('{"sparge": true, "sparge_ckpt": "/gone.pt"}', "gone.pt"),
+        ("[" * 100_000, "nested too deeply"),
+        ("\xff\xfe", "config_file"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_a_broken_configuration_is_refused_with_one_sentence(
+    models, set_backends, tmp_path, text, said
+):
+    path = tmp_path / "attention.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError) as refusal:
+        set_backends(models("wan"), config_file=str(path))
+    assert said in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.core
+def test_the_guides_configurations_work_by_name(models, set_backends, run_lines):
+    options = set_backends(models("wan"), config_file="wan_i2v.json").model_options[
+        "transformer_options"
+    ]
+    assert options["sparse_video_attention"].sparse.policy.name == "radial"
+    options = set_backends(models("wan"), config_file="wan_t2v_sparge.json").model_options[
+        "transformer_options"
+    ]
+    assert options["sparse_video_attention"].sparse.policy.name == "sparge"
+    assert any("cross_attn_1_type flash_attn3 falls back" in line for line in run_lines())
+
+
+def test_inputs_win_over_the_file_and_other_keys_are_ignored_aloud(
+    models, set_backends, tmp_path, run_lines
+):
+    path = tmp_path / "lightx2v.json"
+    config = {
+        "infer_steps": 40,
+        "self_attn_1_type": "torch_sdpa",
+        "cross_attn_1_type": "torch_sdpa",
+    }
+    path.write_text(json.dumps(config))
+    patched = set_backends(models("wan"), config_file=str(path), cross_attn_1_type="auto")
+    chosen = patched.model_options["transformer_options"]["sparse_video_attention"].dense.backends
+    assert {site.value: name for site, name in chosen} == {
+        "self_attn_1_type": "torch_sdpa",
+        "cross_attn_1_type": "torch_sdpa",
+    }
+    assert any("infer_steps" in line and "ignored" in line for line in run_lines())
