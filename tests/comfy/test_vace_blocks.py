@@ -5,45 +5,24 @@ What a VACE block is, is told here by hooks on the modules; the pack may not loo
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from sparse_video_attention.patching import run_history
 from sparse_video_attention.patching.router import OVERRIDE_KEY
 
+from .conftest import relative_error
+from .vace_model import MAIN, SHAPE, VACE_LAYERS, BandInMainBlocks, write_vace_checkpoint
+
 pytestmark = pytest.mark.comfy
 
-SHAPE = (1, 16, 3, 16, 20)
-TOKENS = 3 * 8 * 10
+
 VACE = "a VACE block, and dense_vace_blocks is on"
 SPARSE = None
-# Four main blocks; the two of VACE hang on 0 and 2.
-MAIN, VACE_LAYERS = (0, 1, 2, 3), (0, 2)
 
 
 @pytest.fixture(scope="module")
-def vace_path(checkpoints, tmp_path_factory):
-    """A tiny VACE checkpoint: the tiny WAN with two of its blocks once more, for the control."""
-    weights = load_file(checkpoints["wan"])
-    generator = torch.Generator().manual_seed(5)
-    dim = weights["blocks.0.self_attn.q.weight"].shape[0]
-    for i, layer in enumerate(VACE_LAYERS):
-        for name, value in list(weights.items()):
-            if name.startswith(f"blocks.{layer}."):
-                weights[f"vace_blocks.{i}.{name.removeprefix(f'blocks.{layer}.')}"] = value.clone()
-        for projection in ("before_proj", "after_proj") if i == 0 else ("after_proj",):
-            weight = torch.randn(dim, dim, generator=generator) * dim**-0.5
-            weights[f"vace_blocks.{i}.{projection}.weight"] = weight.bfloat16()
-            weights[f"vace_blocks.{i}.{projection}.bias"] = torch.zeros(dim).bfloat16()
-    control = torch.randn(dim, 96, 1, 2, 2, generator=generator) * 384**-0.5
-    weights["vace_patch_embedding.weight"] = control.bfloat16()
-    weights["vace_patch_embedding.bias"] = torch.zeros(dim).bfloat16()
+def model(comfyui, checkpoints, tmp_path_factory):
     path = tmp_path_factory.mktemp("vace") / "vace.safetensors"
-    save_file(weights, path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def model(comfyui, vace_path):
-    model = comfyui.sd.load_diffusion_model(vace_path)
+    write_vace_checkpoint(checkpoints["wan"], path)
+    model = comfyui.sd.load_diffusion_model(str(path))
     net = model.model.diffusion_model
     assert type(net).__name__ == "VaceWanModel"
     assert sorted(net.vace_layers_mapping) == list(VACE_LAYERS)
@@ -64,27 +43,6 @@ def patch(install_band):
         return install_band(model, **(settings | how))
 
     return install
-
-
-class BandInMainBlocks:
-    """The judge: dense attention under a band mask in main blocks, as it is in VACE blocks."""
-
-    def __init__(self):
-        self.in_vace = False
-
-    def watch(self, net):
-        for block in net.vace_blocks:
-            yield block.register_forward_pre_hook(lambda *_: self.__setattr__("in_vace", True))
-            yield block.register_forward_hook(lambda *_: self.__setattr__("in_vace", False))
-
-    def __call__(self, func, q, k, v, heads, mask=None, *args, **kwargs):
-        if self.in_vace or not q.shape[1] == k.shape[1] == TOKENS:
-            return func(q, k, v, heads, mask, *args, **kwargs)
-        block = torch.arange(TOKENS) // 64
-        band = (block[:, None] - block).abs() <= 1
-        q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=band)
-        return out.transpose(1, 2).flatten(2)
 
 
 @pytest.fixture
@@ -116,10 +74,6 @@ def forward(main=MAIN, controls=1):
         calls += [(layer, SPARSE)] if layer in main else []
         calls += [(layer, VACE)] * controls if layer in VACE_LAYERS else []
     return calls
-
-
-def relative_error(a, b):
-    return float((a - b).norm() / b.norm())
 
 
 def test_only_main_blocks_run_sparse(model, patch, run, expected):
