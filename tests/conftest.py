@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from sparse_video_attention.kernels import registry
+from sparse_video_attention.kernels.registry import Kernel
 
 # Machines that run this are busy and small: what a draw costs in wall time says nothing.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -141,6 +143,27 @@ def sample(comfyui):
         )
 
     return run
+
+
+@pytest.fixture
+def preferred_kernel(monkeypatch):
+    """preferred_kernel(run, auto_precision=...): a kernel that "auto" takes before all others."""
+
+    def add(run, auto_precision="native"):
+        registry.kernels()
+        kernel = Kernel(
+            name="preferred",
+            unavailable=lambda: None,
+            refuses=lambda call: None,
+            run=run,
+            auto_precision=lambda call: auto_precision,
+            rank=lambda call: 1e9,
+        )
+        monkeypatch.setitem(registry._KERNELS, "preferred", kernel)
+        registry.unavailable_reason.cache_clear()
+
+    yield add
+    registry.unavailable_reason.cache_clear()
 
 
 @pytest.fixture

@@ -3,32 +3,9 @@
 import pytest
 import torch
 from sparse_video_attention.kernels import registry
-from sparse_video_attention.kernels.registry import Kernel
 from sparse_video_attention.patching import run_history
 
 pytestmark = pytest.mark.comfy
-
-
-@pytest.fixture
-def failing_kernel(monkeypatch):
-    """failing_kernel(run): a kernel that "auto" prefers over all others."""
-
-    def add(run):
-        registry.kernels()
-        kernel = Kernel(
-            name="faulty",
-            unavailable=lambda: None,
-            refuses=lambda call: None,
-            run=run,
-            auto_precision=lambda call: "native",
-            rank=lambda call: 1e9,
-        )
-        monkeypatch.setitem(registry._KERNELS, "faulty", kernel)
-        registry.unavailable_reason.cache_clear()
-        return kernel
-
-    yield add
-    registry.unavailable_reason.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +14,7 @@ def model(load_model):
 
 
 def test_a_kernel_that_raises_is_set_aside_and_the_next_serves(
-    model, install_band, sample, failing_kernel, run_lines
+    model, install_band, sample, preferred_kernel, run_lines
 ):
     expected = sample(install_band(model))
     tries = []
@@ -46,7 +23,7 @@ def test_a_kernel_that_raises_is_set_aside_and_the_next_serves(
         tries.append(1)
         raise RuntimeError("out of luck")
 
-    failing_kernel(run)
+    preferred_kernel(run)
     patched = install_band(model)
     assert torch.equal(sample(patched), expected)
     assert len(tries) == 1
@@ -56,16 +33,16 @@ def test_a_kernel_that_raises_is_set_aside_and_the_next_serves(
 
 
 def test_a_kernel_whose_first_output_has_a_nan_is_set_aside(
-    model, install_band, sample, failing_kernel, run_lines
+    model, install_band, sample, preferred_kernel, run_lines
 ):
     expected = sample(install_band(model))
-    failing_kernel(lambda call: torch.full_like(call.q, float("nan")))
+    preferred_kernel(lambda call: torch.full_like(call.q, float("nan")))
     assert torch.equal(sample(install_band(model)), expected)
     assert "holds a NaN" in run_lines()[-1]
 
 
 def test_a_kernel_that_fails_later_in_the_run_is_set_aside_then(
-    model, install_band, sample, failing_kernel
+    model, install_band, sample, preferred_kernel
 ):
     torch_kernel = registry.kernels()["torch"]
     expected = sample(install_band(model))
@@ -77,11 +54,11 @@ def test_a_kernel_that_fails_later_in_the_run_is_set_aside_then(
             raise torch.OutOfMemoryError("no memory left")
         return torch_kernel.run(call)
 
-    failing_kernel(run)
+    preferred_kernel(run)
     patched = install_band(model)
     assert torch.equal(sample(patched), expected)
     ran = [call.ran for call in run_history(patched).latest.calls if call.reason is None]
-    assert ran == ["faulty"] * 4 + ["torch"] * 5
+    assert ran == ["preferred"] * 4 + ["torch"] * 5
 
 
 def test_without_any_kernel_the_run_is_dense(model, install_band, sample, monkeypatch, run_lines):

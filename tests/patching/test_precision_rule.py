@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from sparse_video_attention.kernels import BlockPlan, TokenLayout, registry
-from sparse_video_attention.kernels.registry import Kernel
+from sparse_video_attention.kernels import BlockPlan, TokenLayout
 from sparse_video_attention.patching.forward import ForwardState
 from sparse_video_attention.patching.layout import ForwardTokens
 from sparse_video_attention.patching.router import FORWARD_KEY, AttentionRouter
@@ -16,7 +15,7 @@ from sparse_video_attention.patching.settings import (
 
 
 @pytest.fixture
-def ran(monkeypatch):
+def ran(preferred_kernel):
     """Precisions in which a kernel ran that is fastest in int8."""
     precisions = []
 
@@ -24,19 +23,8 @@ def ran(monkeypatch):
         precisions.append(call.precision)
         return torch.zeros_like(call.q.transpose(1, 2)).transpose(1, 2)
 
-    registry.kernels()
-    fast = Kernel(
-        name="fast",
-        unavailable=lambda: None,
-        refuses=lambda call: None,
-        run=run,
-        auto_precision=lambda call: "int8",
-        rank=lambda call: 1e9,
-    )
-    monkeypatch.setitem(registry._KERNELS, "fast", fast)
-    registry.unavailable_reason.cache_clear()
-    yield precisions
-    registry.unavailable_reason.cache_clear()
+    preferred_kernel(run, auto_precision="int8")
+    return precisions
 
 
 @pytest.mark.parametrize("precision", ["auto", "int8", "native"])
