@@ -1,0 +1,118 @@
+"""Schedules that several samplers share: steps are counted by sampler, percents over all."""
+
+import pytest
+import torch
+
+from .schedule_runs import LATENT, Run, level
+
+pytestmark = pytest.mark.comfy
+
+
+@pytest.fixture(scope="module")
+def model(load_model):
+    return load_model("wan")
+
+
+@pytest.fixture
+def two_experts(load_model, install_band):
+    """two_experts(high, low): two models of one graph, each with its own node's settings."""
+
+    def make(high, low):
+        return [
+            Run(install_band(load_model("wan"), dense_layers=(), **settings))
+            for settings in (high, low)
+        ]
+
+    return make
+
+
+@pytest.fixture
+def advanced(comfy_nodes, conditioning):
+    """advanced(run, latent, ...): the KSamplerAdvanced node."""
+
+    def sample(run, latent, *, steps, start=0, end=10000, first=True, leftover=False):
+        return comfy_nodes.KSamplerAdvanced().sample(
+            run.model,
+            "enable" if first else "disable",
+            11,
+            steps,
+            1.0,
+            "euler",
+            "simple",
+            conditioning,
+            conditioning,
+            latent,
+            start,
+            end,
+            "enable" if leftover else "disable",
+        )[0]
+
+    return sample
+
+
+def empty():
+    return {"samples": torch.zeros(LATENT)}
+
+
+@pytest.mark.parametrize(
+    ("high", "low", "expected"),
+    [
+        ({"dense_timesteps": 2}, {"dense_timesteps": 0}, "ddssssss"),
+        ({"dense_timesteps": -1}, {"dense_timesteps": -1}, "dsssdsss"),
+        ({"dense_timesteps": 4}, {"dense_timesteps": 0, "last_dense_timesteps": 1}, "ddddsssd"),
+    ],
+    ids=["on-the-first", "a-quarter-of-each", "and-the-last"],
+)
+def test_two_samplers_that_split_a_schedule_count_their_own_steps(
+    two_experts, advanced, high, low, expected
+):
+    first, second = two_experts(high, low)
+    half_way = advanced(first, empty(), steps=8, end=4, leftover=True)
+    advanced(second, half_way, steps=8, start=4, first=False)
+    assert len(first.sigmas) == len(second.sigmas) == 4
+    assert first.sparse + second.sparse == [letter == "s" for letter in expected]
+
+
+def test_percents_are_the_same_for_one_sampler_and_for_two(two_experts, advanced, comfyui):
+    settings = {"dense_timesteps": 0, "start_percent": 0.4, "end_percent": 0.85}
+    whole, _ = two_experts(settings, settings)
+    alone = advanced(whole, empty(), steps=8)
+    first, second = two_experts(settings, settings)
+    half_way = advanced(first, empty(), steps=8, end=5, leftover=True)
+    split = advanced(second, half_way, steps=8, start=5, first=False)
+    assert first.sigmas + second.sigmas == whole.sigmas
+    assert first.sparse + second.sparse == whole.sparse
+    assert whole.sparse == [level(0.85) < s <= level(0.4) for s in whole.sigmas]
+    assert {True, False} <= set(first.sparse) and {True, False} <= set(second.sparse)
+    # The experts have the same weights here, so nothing but the split could differ.
+    assert torch.allclose(split["samples"], alone["samples"], atol=1e-4)
+
+
+def test_start_and_end_steps_make_a_schedule_of_their_own(two_experts, advanced):
+    run, _ = two_experts({"dense_timesteps": 1, "last_dense_timesteps": 1}, {})
+    advanced(run, empty(), steps=10, start=3, end=7)
+    assert run.reasons == ["first 1 of 4 steps", None, None, "last 1 of 4 steps"]
+
+
+@pytest.mark.parametrize("split_at", [1, 3, 5])
+def test_split_sigmas_and_custom_sampling(two_experts, comfy_nodes, conditioning, model, split_at):
+    comfy = comfy_nodes
+    first, second = two_experts({"dense_timesteps": 1}, {"dense_timesteps": 1})
+    (sigmas,) = comfy.BasicScheduler.execute(model, "simple", 6, 1.0).result
+    high, low = comfy.SplitSigmas.execute(sigmas, split_at).result
+    (sampler,) = comfy.KSamplerSelect.execute("res_multistep").result
+    latent, steps = empty(), []
+    for run, part, noise in (
+        (first, high, comfy.RandomNoise.execute(5)),
+        (second, low, comfy.DisableNoise.execute()),
+    ):
+        (guider,) = comfy.CFGGuider.execute(run.model, conditioning, conditioning, 1.0).result
+        sampled = comfy.SamplerCustomAdvanced.execute(
+            noise.result[0], guider, sampler, part, latent
+        )
+        latent = sampled.result[0]
+        steps.append(len(part) - 1)
+    assert first.sigmas + second.sigmas == pytest.approx(sigmas[:-1].tolist())
+    for run, count in zip((first, second), steps, strict=True):
+        assert run.steps == list(range(count))
+        assert run.sparse == [False] + [True] * (count - 1)
