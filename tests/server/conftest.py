@@ -64,6 +64,11 @@ def server(comfyui_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def object_info(server):
+    return server.get("/object_info")
+
+
+@pytest.fixture(scope="session")
 def run(server):
     """run(workflow): what a workflow leaves, from the server of this test run."""
     return lambda workflow, **options: run_workflow(server, workflow, **options)
