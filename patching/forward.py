@@ -32,7 +32,8 @@ class ForwardState:
         dense_reason: why every call of this forward is dense, None if the layers decide.
         plan: of a static policy.
         order: the policy's token order, None if it keeps the tokens in place.
-        whole: that order where the whole forward is in it, None where each call is reordered.
+        forward_order: what holds the whole forward in that order, None where each call is
+            reordered.
         counted_layers: layers of a model whose calls can be counted where the host does not say
             which layer it is at, 0 for others.
         run: None outside a sampling run.
@@ -49,7 +50,7 @@ class ForwardState:
     step: int | None = None
     plan: BlockPlan | None = None
     order: TokenOrder | None = None
-    whole: ForwardOrder | None = None
+    forward_order: ForwardOrder | None = None
     calls: list[CallRecord] = field(default_factory=list)
     calls_counted: int = 0
 
@@ -58,19 +59,22 @@ class ForwardState:
         layer = options.get("block_index")
         if layer is not None:
             return int(layer)
+        if self.forward_order is not None and self.forward_order.layer is not None:
+            return self.forward_order.layer
         if not self.counted_layers:
             return None
         self.calls_counted += 1
         # A wrapper of another pack may run the model more than once inside one forward.
         return (self.calls_counted - 1) % self.counted_layers
 
+    def order_of_call(self) -> TokenOrder | None:
+        """The order that q, k and v of the call that comes now still have to be brought into."""
+        is_in_order = self.forward_order is not None and self.forward_order.layer is not None
+        return None if is_in_order else self.order
+
     def from_vace_block(self, layer: int | None) -> bool:
         """Whether a VACE block that has to stay dense makes this call; ask once per call."""
         return self.vace is not None and self.vace.made(layer)
-
-    def order_of_call(self, layer: int) -> TokenOrder | None:
-        """The order that a layer's q, k and v still have to be brought into."""
-        return None if self.whole is not None and self.whole.covers(layer) else self.order
 
     def warn_once(self, warning: str) -> None:
         """Log a warning, once per run."""
@@ -125,16 +129,16 @@ def _prepare_sparse(
         state.plan.density()  # read here, once per plan: it waits for the device
 
 
-def _reorder_whole_forward(
+def _order_for_whole_forward(
     state: ForwardState, model: Any, options: dict[str, Any]
 ) -> ForwardOrder | None:
     if state.order is None or (state.run is not None and state.run.order_per_call):
         return None
     if not may_reorder_whole_forward(model, options, state.router):
         return None
-    whole = ForwardOrder(state.order, len(model.blocks))
-    whole.listen(options)
-    return whole
+    forward_order = ForwardOrder(state.order, len(model.blocks), state.router)
+    forward_order.listen(options)
+    return forward_order
 
 
 def _decide(
@@ -186,7 +190,7 @@ def begin_forward(
     try:
         _decide(state, model, options, args, kwargs)
         if state.dense_reason is None and not order_per_call:
-            state.whole = _reorder_whole_forward(state, model, options)
+            state.forward_order = _order_for_whole_forward(state, model, options)
     except Exception as error:  # a sampling run must not end for this
         state.dense_reason = one_line(error)
         state.warn_once(f"a forward fell back to dense attention: {state.dense_reason}")
@@ -196,17 +200,6 @@ def begin_forward(
         state.vace = VaceBlocks()
         state.vace.listen(options)
     return options
-
-
-def _reorder_per_call_from_now_on(state: ForwardState) -> None:
-    said = (
-        "another patch changes the model's blocks during a forward, which was run again: tokens "
-        "are reordered per attention call"
-    )
-    state.warn_once(said)
-    if state.run is not None:
-        state.run.order_per_call = True
-        state.run.record.note(said)
 
 
 @torch.compiler.disable
@@ -219,43 +212,71 @@ def end_forward(options: dict[str, Any] | None, *, completed: bool) -> bool:
     Returns:
         Whether the forward's result can be used; if not, begin another.
     """
-    if options is None:
+    state: ForwardState | None = None if options is None else options.pop(FORWARD_KEY, None)
+    if options is None or state is None:
         return True
-    state: ForwardState | None = options.pop(FORWARD_KEY, None)
-    if state is not None and state.vace is not None:
+    if state.vace is not None:
         state.vace.stop(options)
-    if state is not None and state.whole is not None:
-        state.whole.stop(options)
-        if completed and state.whole.is_interrupted:
+    if state.forward_order is not None:
+        state.forward_order.stop(options)
+        if completed and state.forward_order.is_broken:
             _reorder_per_call_from_now_on(state)
             return False
-    if state is not None and state.run is not None:
-        if state.counted_layers and state.calls_counted % state.counted_layers:
-            state.run.record.note(
-                f"{state.calls_counted} attention calls in a forward of {state.counted_layers} "
-                "layers: another attention patch takes some, and layers may be mistaken"
-            )
-        layout = None if state.tokens is None else str(state.tokens.layout)
-        state.run.record.add_forward(layout, state.calls)
+    if state.run is not None:
+        _keep_record(state, state.run)
     return True
+
+
+def _reorder_per_call_from_now_on(state: ForwardState) -> None:
+    said = (
+        "another patch changed the model's blocks during a forward, which was run again: tokens "
+        "are reordered per attention call"
+    )
+    state.warn_once(said)
+    if state.run is not None:
+        state.run.order_per_call = True
+        state.run.record.note(said)
+
+
+def _keep_record(state: ForwardState, run: RunState) -> None:
+    if state.counted_layers and state.calls_counted % state.counted_layers:
+        run.record.note(
+            f"{state.calls_counted} attention calls in a forward of {state.counted_layers} "
+            "layers: another attention patch takes some, and layers may be mistaken"
+        )
+    layout = None if state.tokens is None else str(state.tokens.layout)
+    run.record.add_forward(layout, state.calls)
 
 
 def _forward(
     executor: Any, args: Sequence[Any], kwargs: dict[str, Any], **how: bool
-) -> tuple[Any, bool]:
-    """(what the model returns, whether it can be used)."""
+) -> tuple[Any, bool, bool]:
+    """(what the model returns, whether it can be used, whether attention was called)."""
     options = begin_forward(executor.class_obj, args, kwargs, **how)
+    state: ForwardState | None = None if options is None else options[FORWARD_KEY]
     try:
         out = executor(*args, **kwargs)
     except BaseException:
         end_forward(options, completed=False)
         raise
-    return out, end_forward(options, completed=True)
+    usable = end_forward(options, completed=True)
+    return out, usable, state is not None and bool(state.calls)
 
 
 def diffusion_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """DIFFUSION_MODEL wrapper: the model's forward between begin_forward and end_forward."""
-    out, usable = _forward(executor, args, kwargs)
-    if not usable:
-        out, _ = _forward(executor, args, kwargs, order_per_call=True)
+    """DIFFUSION_MODEL wrapper: the model's forward between begin_forward and end_forward.
+
+    Raises:
+        RuntimeError: another patch changed the model's blocks in the middle of a forward, and
+            yet another one would not have it run again.
+    """
+    out, usable, _ = _forward(executor, args, kwargs)
+    if usable:
+        return out
+    out, _, attended = _forward(executor, args, kwargs, order_per_call=True)
+    if not attended:
+        raise RuntimeError(
+            "another patch changed the model's blocks in the middle of a forward, and a cache kept "
+            "the result: put the sparse attention node after that cache"
+        )
     return out

@@ -3,8 +3,8 @@
 Norms, MLPs, cross-attention and dense attention treat all tokens of a forward alike, so a WAN
 model gives the same video when its tokens, and the rotary positions with them, stand in another
 order between its first block and its head. Two copies per forward then take the place of four
-per attention call. Done only where nothing else can look at the tokens in between; elsewhere
-each call is reordered.
+per attention call. Done only where nothing is known to look at the tokens in between, as the
+forward's own first block finds it; elsewhere each call is reordered.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .plans import TokenOrder
 from .router import FORWARD_KEY, OVERRIDE_KEY, AttentionRouter
+from .tokens_alike import treats_tokens_alike
 from .vace import PATCHES_KEY
 
 if TYPE_CHECKING:
@@ -26,11 +27,16 @@ if TYPE_CHECKING:
 REPLACE_KEY = "patches_replace"
 TRANSFORMER = "dit"
 
-# By exact class: VACE, Animate, S2V and others add to the tokens between blocks. CogVideoX calls
-# no hook there.
-_ALIKE_BETWEEN_BLOCKS = frozenset({"WanModel", "CameraWanModel"})
-
 Arguments = dict[str, Any]
+
+
+def _none_look_at_tokens(options: dict[str, Any], router: AttentionRouter) -> bool:
+    """Whether no patch and no other override acts between the blocks."""
+    return (
+        options.get(OVERRIDE_KEY) is router
+        and router.previous is None
+        and not any((options.get(PATCHES_KEY) or {}).values())
+    )
 
 
 def may_reorder_whole_forward(
@@ -39,45 +45,43 @@ def may_reorder_whole_forward(
     """Whether this forward's tokens meet nothing between the blocks that knows their places."""
     replaced = options.get(REPLACE_KEY) or {}
     return (
-        type(model).__name__ in _ALIKE_BETWEEN_BLOCKS
-        and options.get(OVERRIDE_KEY) is router
-        and router.previous is None
-        and not any((options.get(PATCHES_KEY) or {}).values())
-        and not replaced.get(TRANSFORMER)
+        not replaced.get(TRANSFORMER)
+        and _none_look_at_tokens(options, router)
+        and treats_tokens_alike(model)
     )
 
 
-def _is_alike_for_all_tokens(modulation: Tensor) -> bool:
+def _is_alike_for_all_tokens(modulation: object) -> bool:
     """Not one time per frame, as WAN 2.2 5B has with a first frame given."""
-    return modulation.ndim < 4 or modulation.shape[1] == 1
+    return isinstance(modulation, Tensor) and (modulation.ndim < 4 or modulation.shape[1] == 1)
 
 
 class ForwardOrder:
     """Where the tokens of one forward stand.
 
     Attributes:
-        is_interrupted: a block ran past its hook, so that the result cannot be trusted.
+        layer: of the block that runs, None between blocks and where tokens are in place.
+        is_broken: tokens went past a hook, were changed between blocks or never put back, so
+            that the forward's result is wrong.
     """
 
-    def __init__(self, order: TokenOrder, num_layers: int) -> None:
+    def __init__(self, order: TokenOrder, num_layers: int, router: AttentionRouter) -> None:
         self._order = order
-        self._num_layers = num_layers
+        self._router = router
+        self._hooks = {("double_block", layer): hook(layer) for layer in range(num_layers)}
+        self._replaced: dict[str, Any] | None = None
         self._blocks_entered = 0
-        self._layer: int | None = None
         self._is_reordered = False
         self._rotary: Tensor | None = None
-        self.is_interrupted = False
-
-    def covers(self, layer: int) -> bool:
-        """Whether the tokens of a layer's self-attention are in order already."""
-        return self._is_reordered and self._layer == layer
+        self._left: Tensor | None = None
+        self.layer: int | None = None
+        self.is_broken = False
 
     def listen(self, options: dict[str, Any]) -> None:
         """Hook the blocks in a forward's transformer_options."""
         self._replaced = options.get(REPLACE_KEY)
-        hooks = {("double_block", layer): hook(layer) for layer in range(self._num_layers)}
         # New containers: those that are there belong to the MODEL.
-        options[REPLACE_KEY] = {**(self._replaced or {}), TRANSFORMER: hooks}
+        options[REPLACE_KEY] = {**(self._replaced or {}), TRANSFORMER: dict(self._hooks)}
 
     def stop(self, options: dict[str, Any]) -> None:
         """Leave transformer_options as listen() found them."""
@@ -85,43 +89,60 @@ class ForwardOrder:
             options.pop(REPLACE_KEY, None)
         else:
             options[REPLACE_KEY] = self._replaced
-        # The last block put the tokens back, unless it ran past its hook.
-        self.is_interrupted |= self._is_reordered
-        self._rotary = None
+        self.is_broken |= self._is_reordered
+        self._rotary = self._left = None
 
     def enter(self, layer: int, args: Arguments) -> Arguments:
-        """What a block gets."""
+        """A block's arguments, tokens in order; the first block's begin it."""
+        image = args["img"]
         if layer == 0:
             self._begin(args)
+            if self._is_reordered:
+                image = self._order.reorder(image)
+        elif self._is_reordered:
+            self.is_broken |= image is not self._left
         if not self._is_reordered:
             return args
-        self.is_interrupted |= layer != self._blocks_entered
+        self.is_broken |= layer != self._blocks_entered
         self._blocks_entered = layer + 1
-        self._layer = layer
-        image = self._order.reorder(args["img"]) if layer == 0 else args["img"]
+        self.layer, self._left = layer, None
         return {**args, "img": image, "pe": self._rotary}
 
     def leave(self, layer: int, out: Arguments) -> Arguments:
-        """What the model gets from a block."""
-        self._layer = None
-        if not self._is_reordered or layer != self._num_layers - 1:
+        """A block's result; the last block's tokens back in place."""
+        self.layer = None
+        if not self._is_reordered:
             return out
-        self._is_reordered = False
-        return {**out, "img": self._order.restore(out["img"])}
+        if layer == len(self._hooks) - 1:
+            self._is_reordered, self._rotary = False, None
+            return {**out, "img": self._order.restore(out["img"])}
+        self._left = out["img"]
+        return out
 
     def _begin(self, args: Arguments) -> None:
         # Cut short before, and started again by another pack's wrapper.
-        self.is_interrupted |= self._is_reordered
+        self.is_broken |= self._is_reordered
         self._blocks_entered = 0
-        rotary, num_tokens = args["pe"], self._order.forward.numel()
+        # Wrappers inside this pack's may have changed what was so when the forward began.
+        options = args["transformer_options"]
         self._is_reordered = (
-            _is_alike_for_all_tokens(args["vec"])
-            and args["img"].shape[1] == num_tokens
-            and rotary.ndim > 1
-            and rotary.shape[1] == num_tokens
+            (options.get(REPLACE_KEY) or {}).get(TRANSFORMER) == self._hooks
+            and _none_look_at_tokens(options, self._router)
+            and self._has_a_place_for_every_token(args["img"])
+            and self._has_a_place_for_every_token(args["pe"])
+            and _is_alike_for_all_tokens(args["vec"])
         )
-        if self._is_reordered:
-            self._rotary = self._order.reorder(rotary)
+        self._rotary = self._order.reorder(args["pe"]) if self._is_reordered else None
+
+    def _has_a_place_for_every_token(self, x: object) -> bool:
+        """Whether x is [B, N, ...] beside the order."""
+        places = self._order.forward
+        return (
+            isinstance(x, Tensor)
+            and x.ndim > 1
+            and x.shape[1] == places.numel()
+            and x.device == places.device
+        )
 
 
 # Hooks keep nothing and find the forward where it runs: a compiled graph may hold on to them.
@@ -129,7 +150,7 @@ class ForwardOrder:
 
 def _here(args: Arguments) -> ForwardOrder | None:
     state: ForwardState | None = (args.get("transformer_options") or {}).get(FORWARD_KEY)
-    return None if state is None else state.whole
+    return None if state is None else state.forward_order
 
 
 @torch.compiler.disable

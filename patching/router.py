@@ -165,7 +165,7 @@ class AttentionRouter:
         self, call: AttentionCall, forward: ForwardState, layer: int
     ) -> tuple[Tensor, str, float | Tensor]:
         """(output, kernel and precision, density). The call is [B, N, H * D]."""
-        choice, order = forward.choice, forward.order_of_call(layer)
+        choice, order = forward.choice, forward.order_of_call()
         assert choice is not None and forward.tokens is not None
 
         def prepared(x: Tensor) -> Tensor:
