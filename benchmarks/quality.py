@@ -113,8 +113,11 @@ def _measure(
     device = exact.model.load_device.type
     grid: list[Setting] = settings(exact.family, arguments.grid, eight_bit=device == "cuda")
     how = {"steps": arguments.steps, "guidance": arguments.guidance}
-    # Most CPUs emulate bf16: one floor says enough there.
-    floors = shots[:1] if device == "cpu" else shots
+    count = arguments.floors
+    if count is None:
+        # Most CPUs emulate bf16: one floor says enough there.
+        count = 1 if device == "cpu" else len(shots)
+    floors = shots[:count]
     videos = len(shots) * (len(grid) + 1) + len(floors)
     name = f"{exact.family} {shots[0].size_name}"
     with tqdm(total=videos, desc=name, unit="video") as bar:
@@ -152,6 +155,8 @@ def run(arguments: argparse.Namespace) -> list[Path]:
     """
     for size in arguments.sizes:
         parse_size(size)
+    if arguments.floors is not None and arguments.floors < 0:
+        raise ValueError(f"floors {arguments.floors}: allowed are whole numbers from 0 on")
     found = {family: find_weights(family, arguments.weights) for family in arguments.families}
     present = {family: path for family, path in found.items() if path is not None}
     if not present:
@@ -224,6 +229,12 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--steps", type=int, default=STEPS)
     result.add_argument("--guidance", type=float, default=3.0)
+    result.add_argument(
+        "--floors",
+        type=int,
+        metavar="N",
+        help="videos also made dense in bf16 (default: all; on a CPU, where it is slow, one)",
+    )
     result.add_argument("--grid", choices=GRIDS, default="small")
     result.add_argument("--comfyui", help="ComfyUI's folder (default: COMFYUI_PATH, or .comfyui/)")
     add_places(result)
