@@ -43,6 +43,9 @@ class SpargePolicy:
     simthreshd1: float = -0.1
     cdfthreshd: float | None = None
     attention_sink: bool = False
+    # As published. On the trained miniatures (benchmarks/RESULTS.md) raster was closer to dense
+    # attention than Gilbert on WAN, Gilbert on CogVideoX; pooling was closer in Gilbert order and
+    # on CogVideoX, and made no difference for WAN in raster order.
     block_order: str = "raster"
     skipped_blocks: str = "drop"
     checkpoint: SpargeCheckpoint | None = None
