@@ -20,7 +20,7 @@ from miniature.weights import weights_path
 from .command import add_places, run_command
 from .environment import command_line, default_device, device_name, header, slug
 from .quality_metrics import Distance, find_lpips, psnr, ssim
-from .quality_plot import draw
+from .quality_plot import can_be_drawn, draw
 from .quality_sampling import Miniature, Result, Shot
 from .quality_settings import GRIDS, STEPS, Setting, settings
 from .quality_summary import directions, summarise
@@ -191,7 +191,9 @@ def run(arguments: argparse.Namespace) -> list[Path]:
             }
             _measure(arguments, pair, shots, _writer(result, path))
             _print_summary(result["rows"])
-            print(f"wrote {path}\nwrote {draw(result, path.with_suffix('.png'))}")
+            print(f"wrote {path}")
+            if can_be_drawn(result):
+                print(f"wrote {draw(result, path.with_suffix('.png'))}")
             written.append(path)
     return written
 

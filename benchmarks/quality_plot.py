@@ -5,9 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .quality_summary import Summary, summarise
+from .quality_summary import Summary, is_over_density, summarise
 
 MARKERS = {"radial": "s", "psa": "^", "sparge": "o"}
+
+
+def _over_density(result: dict[str, Any]) -> list[Summary]:
+    return [
+        summary
+        for summary in summarise(result["rows"])
+        if summary.method in MARKERS and is_over_density(summary.curve)
+    ]
+
+
+def can_be_drawn(result: dict[str, Any]) -> bool:
+    """Whether anything in a result differs in density."""
+    return bool(_over_density(result))
 
 
 def draw(result: dict[str, Any], path: Path) -> Path:
@@ -19,7 +32,7 @@ def draw(result: dict[str, Any], path: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    summaries = [summary for summary in summarise(result["rows"]) if summary.method in MARKERS]
+    summaries = _over_density(result)
     panels: dict[tuple[str, str], list[Summary]] = {}
     for summary in summaries:
         panels.setdefault((summary.family, summary.size), []).append(summary)

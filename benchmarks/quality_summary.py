@@ -120,6 +120,12 @@ def _dial(label: str, name: str) -> str:
     return label.partition(f"{name}=")[2]
 
 
+def is_over_density(curve: str) -> bool:
+    """Whether what differs along a curve is how much is kept, not when or in what precision."""
+    dials = ("dense_timesteps", "dense_layers", "last_dense", "precision")
+    return curve not in dials and " few" not in curve
+
+
 def directions(summaries: list[Summary]) -> list[Direction]:
     """What is known of sparse attention, checked on these measurements."""
 
@@ -129,10 +135,11 @@ def directions(summaries: list[Summary]) -> list[Direction]:
     def layers(label: str) -> int:
         return len([part for part in _dial(label, "dense_layers").split(",") if part.strip()])
 
-    by_dial = ("dense_timesteps", "dense_layers", "last_dense", "precision")
-    dials = [group for (_, _, curve), group in _curves(summaries).items() if curve not in by_dial]
+    over_density = [
+        group for (_, _, curve), group in _curves(summaries).items() if is_over_density(curve)
+    ]
     return [
-        _density(dials),
+        _density(over_density),
         _pooled(summaries),
         _more_dense(summaries, "dense_timesteps", steps),
         _more_dense(summaries, "dense_layers", layers),

@@ -80,8 +80,13 @@ def _measurements(found: dict[str, dict[str, Result]]) -> Iterator[Result]:
                 yield result
 
 
+def _model_size_steps(result: Result) -> tuple[bool, int, int]:
+    row = result["rows"][0]
+    return row["family"] != "wan", row["tokens"], result["steps"]
+
+
 def _readme_lines(results: Iterable[Result]) -> Iterator[tuple[str, ...]]:
-    for result in results:
+    for result in sorted(results, key=_model_size_steps):
         for summary in summarise(result["rows"]):
             floor = summary.curve == "floor"
             if floor or summary.curve.endswith(" defaults"):

@@ -30,9 +30,13 @@ DRAWINGS: dict[str, Callable[[Result, Path], Path]] = {
 }
 
 
-def drawing(name: str) -> Callable[[Result, Path], Path] | None:
+def drawing(name: str, result: Result) -> Callable[[Result, Path], Path] | None:
     """What draws a result file called name.json, if anything does."""
-    return quality_plot.draw if is_quality(name) else DRAWINGS.get(name)
+    if not result["rows"]:
+        return None
+    if is_quality(name):
+        return quality_plot.draw if quality_plot.can_be_drawn(result) else None
+    return DRAWINGS.get(name)
 
 
 def devices(results: Path = RESULTS) -> dict[str, dict[str, Result]]:
@@ -69,7 +73,7 @@ def _sections(folder: str, files: dict[str, Result]) -> Iterator[str]:
         title, text = section(name, result)
         yield f"### {title}"
         yield f"From `results/{folder}/{name}.json`: {_origin(name, result)}."
-        if drawing(name) and result["rows"]:
+        if drawing(name, result):
             yield f"![{title}](results/{folder}/{name}.png)"
         yield text
 
@@ -110,8 +114,8 @@ def write(found: dict[str, dict[str, Any]]) -> list[Path]:
     README.write_text(readme, encoding="utf-8")
     for folder, files in found.items():
         for name, result in files.items():
-            draw = drawing(name)
-            if draw is not None and result["rows"]:
+            draw = drawing(name, result)
+            if draw is not None:
                 written.append(draw(result, RESULTS / folder / f"{name}.png"))
     return written
 
