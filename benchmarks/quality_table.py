@@ -70,7 +70,8 @@ def quality(result: Result) -> str:
         for d in directions(summarise(rows))
         if d.compared
     ]
-    return "\n\n".join([said, table(head, _lines(rows)), "\n".join(found)])
+    parts = (said, table(head, _lines(rows)), "\n".join(found))
+    return "\n\n".join(part for part in parts if part)
 
 
 def _measurements(found: dict[str, dict[str, Result]]) -> Iterator[Result]:

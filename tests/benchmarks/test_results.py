@@ -141,6 +141,8 @@ def test_a_quality_section_has_means_spreads_and_what_held():
     assert found["dense in bf16"] == ["", "40.0", "0.875", "0.50"]
     assert "Means over 2 videos" in text
     assert "quality falls with density: in 1 of 1 comparisons" in text
+    few = QUALITY | {"rows": [quality_row("radial last=1", "radial few", 0, 30.0)]}
+    assert section("quality_wan_4steps", few)[1].endswith("|")
 
 
 def test_the_readme_shows_the_quality_of_defaults_and_rounding_alone():
