@@ -13,6 +13,7 @@ from sparse_video_attention.patching import (
     install,
     run_history,
 )
+from sparse_video_attention.patching.plans import TokenOrder
 from sparse_video_attention.third_party import DENSE_BACKENDS, Constraints, DenseBackend
 from sparse_video_attention.third_party.backend import Loaded
 
@@ -194,3 +195,52 @@ def sample_custom(comfyui, conditioning):
         return run
 
     return sample
+
+
+@pytest.fixture
+def moves(monkeypatch):
+    """How often tokens were moved, into a method's order and back, since the last time asked."""
+    counts = {"reorder": 0, "restore": 0}
+    for name in counts:
+        original = getattr(TokenOrder, name)
+
+        def counted(self, x, name=name, original=original):
+            counts[name] += 1
+            return original(self, x)
+
+        monkeypatch.setattr(TokenOrder, name, counted)
+
+    def since():
+        found = dict(counts)
+        counts.update(reorder=0, restore=0)
+        return found
+
+    return since
+
+
+@pytest.fixture
+def run_shuffled(sample, moves):
+    """run_shuffled(model, prepare...): (video, moves, MODEL), its tokens shuffled."""
+    from .shuffled_runs import STEPS, shuffled
+
+    def run(model, *prepare, **how):
+        moves()
+        patched = shuffled(model)
+        for step in prepare:
+            patched = step(patched) or patched
+        return sample(patched, steps=STEPS, **how), moves(), patched
+
+    return run
+
+
+@pytest.fixture
+def run_per_call(run_shuffled):
+    """run_per_call(model, prepare...): the video where the tokens of each call are shuffled."""
+    from .shuffled_runs import PER_CALL, look_at_tokens
+
+    def run(model, *prepare, **how):
+        out, moved, _ = run_shuffled(model, look_at_tokens, *prepare, **how)
+        assert moved == PER_CALL
+        return out
+
+    return run
