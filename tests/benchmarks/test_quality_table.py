@@ -1,0 +1,53 @@
+"""Tables of quality measurements: means, spreads, what held, and what the README shows of them."""
+
+from benchmarks.quality_table import readme_table
+from benchmarks.tables import section
+
+OTHER = {"header": {}, "rows": []}
+
+
+def cells(text):
+    """The lines of all Markdown tables in a text, as lists of cells."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def quality_row(label, curve, seed, db, density=0.25):
+    row = {"family": "wan", "size": "9x24x40", "tokens": 2160, "seed": seed, "prompt": "a"}
+    row |= {"dense_seconds": 10.0, "seconds": 5.0, "ssim": 0.875, "density": density}
+    return row | {"method": label.split()[0], "curve": curve, "label": label, "psnr_db": db}
+
+
+QUALITY = {
+    "header": {},
+    "steps": 12,
+    "guidance": 3.0,
+    "rows": [
+        quality_row("dense in bf16", "floor", 0, 40.0, 1.0),
+        quality_row("radial at its defaults", "radial defaults", 0, 30.0),
+        quality_row("radial at its defaults", "radial defaults", 1, 34.0),
+        quality_row("radial decay=1", "radial drop", 0, 33.0, 0.5),
+        quality_row("radial decay=0.1", "radial drop", 0, 28.0, 0.2),
+    ],
+}
+
+
+def test_a_quality_section_has_means_spreads_and_what_held():
+    title, text = section("quality_wan_9x24x40_12steps", QUALITY)
+    assert title == "Quality: wan miniature, latent 9x24x40, 2160 tokens, 12 steps"
+    found = {row[1]: row[2:] for row in cells(text)}
+    assert found["radial at its defaults"] == ["0.250", "32.0 \u00b1 2.0", "0.875", "0.50"]
+    assert found["dense in bf16"] == ["", "40.0", "0.875", "0.50"]
+    assert "Means over 2 videos" in text
+    assert "quality falls with density: in 1 of 1 comparisons" in text
+    few = QUALITY | {"rows": [quality_row("radial last=1", "radial few", 0, 30.0)]}
+    assert section("quality_wan_4steps", few)[1].endswith("|")
+
+
+def test_the_readme_shows_the_quality_of_defaults_and_rounding_alone():
+    text = readme_table({"gpu-x": {"other": OTHER, "quality_wan": QUALITY}})
+    rows = {row[2]: row for row in cells(text)}
+    assert set(rows) == {"attention", "dense in bf16", "radial at its defaults"}
+    assert rows["radial at its defaults"][:2] == ["wan miniature, 2160 tokens", "12"]
+    assert rows["radial at its defaults"][3:] == ["0.25", "32.0 \u00b1 2.0 dB", "0.875"]
+    assert "Nothing is measured yet" in readme_table({"gpu-x": {"other": OTHER}})
