@@ -1,11 +1,13 @@
-"""The recipes by name. `cpu` is what a few hours of a small machine can do, `gpu` for half an hour
-of a large card."""
+"""The recipes by name. `cpu` is what an hour or two of a small machine can do, `cpu-long` goes on
+from there for three more, `gpu` is for half an hour of a large card."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .recipe import Recipe, Stage
 
-RECIPES: dict[str, Recipe] = {
+_RECIPES: dict[str, Recipe] = {
     "wan-cpu": Recipe(
         family="wan",
         dim=256,
@@ -59,4 +61,20 @@ RECIPES: dict[str, Recipe] = {
         cooldown=1500,
         ema_steps=1000,
     ),
+}
+
+# Longer clips, and more than one at a time, so that shapes keep their outline from frame to frame.
+_LONGER = (
+    Stage(1500, clips=4, frames=9, height=16, width=24),
+    Stage(800, clips=2, frames=9, height=24, width=40),
+    Stage(150, clips=2, frames=21, height=24, width=40),
+)
+
+
+def _longer(recipe: Recipe) -> Recipe:
+    return replace(recipe, stages=(*recipe.stages, *_LONGER), cooldown=600)
+
+
+RECIPES: dict[str, Recipe] = _RECIPES | {
+    f"{name}-long": _longer(_RECIPES[name]) for name in ("wan-cpu", "cogvideox-cpu")
 }
