@@ -92,14 +92,16 @@ def _pooled(summaries: list[Summary]) -> Direction:
     dropped = {
         (s.family, s.size, s.label): s for s in summaries if "skipped_blocks=drop" in s.label
     }
-    held = compared = 0
+    pairs = set()
     for summary in summaries:
         if "skipped_blocks=pool" in summary.label:
             twin = summary.label.replace("skipped_blocks=pool", "skipped_blocks=drop")
             other = dropped.get((summary.family, summary.size, twin))
             if other is not None:
-                compared += 1
-                held += summary.psnr > other.psnr
+                # Settings that come to the same mask are one comparison.
+                pairs.add((summary.method, other.density, other.psnr, summary.psnr))
+    held = sum(pooled > drop for _, _, drop, pooled in pairs)
+    compared = len(pairs)
     return Direction("pooling skipped blocks is closer than dropping them", held, compared)
 
 

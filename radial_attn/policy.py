@@ -29,7 +29,7 @@ class RadialPolicy:
     block_size: int = 128
     decay_factor: float = 0.2
     # On the trained miniatures (benchmarks/RESULTS.md) pooling was closer to dense attention in
-    # every comparison on CogVideoX, and in fewer than half on WAN: the published way stays.
+    # both comparisons on CogVideoX and in none of four on WAN: the published way stays.
     skipped_blocks: str = "drop"
     family: str = "wan"
 

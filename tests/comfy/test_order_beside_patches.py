@@ -146,7 +146,7 @@ def unhook_midway(patched):
     patched.add_object_patch("diffusion_model.blocks.1.ffn.0.forward", forward)
 
 
-def test_a_forward_broken_midway_is_run_again(model, run_shuffled, run_per_call, run_lines):
+def test_a_forward_broken_midway_is_run_again(model, run_shuffled, run_per_call):
     out, moved, patched = run_shuffled(model, unhook_midway)
     assert relative_error(out, run_per_call(model)) < 1e-6
     record = run_history(patched).latest

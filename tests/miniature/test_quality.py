@@ -119,6 +119,15 @@ class TestSummary:
             "more dense_layers is closer": (1, 2),
         }
 
+    def test_settings_that_come_to_the_same_mask_are_compared_once(self):
+        rows = [
+            row(f"radial {skipped}", f"decay={decay} skipped_blocks={skipped}", 0.5, db)
+            for skipped, db in (("drop", 20.0), ("pool", 21.0))
+            for decay in (0.1, 0.2, 0.5)
+        ]
+        (pooled,) = [d for d in directions(summarise(rows)) if d.claim.startswith("pooling")]
+        assert (pooled.held, pooled.compared) == (1, 1)
+
 
 class TestArguments:
     @pytest.mark.parametrize("text", ["9x24", "9x24x41", "0x24x40", "9x24x40x1", "big"])
