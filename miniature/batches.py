@@ -44,7 +44,7 @@ def make_batch(recipe: Recipe, step: int) -> Batch:
     """The batch of a step."""
     stage, family = recipe.stage_at(step), family_of(recipe)
     generator = torch.Generator().manual_seed(private_seed("noise", recipe.seed, step))
-    clips = VideoSet(recipe.seed, stage.frames, stage.height, stage.width)
+    clips = VideoSet(recipe.seed, stage.frames, stage.height, stage.width, stage.variety)
     first = step * _CLIPS_PER_STEP
     drawn = [clips.clip(first + index) for index in range(stage.clips)]
     video = family.colours.encode(torch.stack([video for _, video in drawn]))

@@ -13,6 +13,7 @@ class Stage:
         steps: of the optimiser.
         clips: per step.
         frames, height, width: of a clip, in latent pixels.
+        variety: of the scenes, 0 to 1 (`draw_scene`).
     """
 
     steps: int
@@ -20,6 +21,7 @@ class Stage:
     frames: int
     height: int
     width: int
+    variety: float = 1.0
 
     @property
     def tokens(self) -> int:

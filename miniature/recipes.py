@@ -63,18 +63,27 @@ _RECIPES: dict[str, Recipe] = {
     ),
 }
 
-# Longer clips, and more than one at a time, so that shapes keep their outline from frame to frame.
-_LONGER = (
-    Stage(1500, clips=4, frames=9, height=16, width=24),
-    Stage(800, clips=2, frames=9, height=24, width=40),
-    Stage(150, clips=2, frames=21, height=24, width=40),
-)
+# Scenes that differ less, so that a small budget is enough for whole shapes and regular grounds.
+_SETTLED = 0.05
 
-
-def _longer(recipe: Recipe) -> Recipe:
-    return replace(recipe, stages=(*recipe.stages, *_LONGER), cooldown=600)
-
+_CPU_LONG = {
+    "wan-cpu": (
+        Stage(410, clips=4, frames=9, height=16, width=24),
+        Stage(800, clips=3, frames=5, height=24, width=40, variety=_SETTLED),
+        Stage(330, clips=2, frames=9, height=24, width=40, variety=_SETTLED),
+        Stage(20, clips=1, frames=21, height=24, width=40, variety=_SETTLED),
+    ),
+    "cogvideox-cpu": (
+        Stage(570, clips=4, frames=9, height=16, width=24),
+        Stage(900, clips=3, frames=5, height=24, width=40, variety=_SETTLED),
+        Stage(450, clips=2, frames=9, height=24, width=40, variety=_SETTLED),
+        Stage(30, clips=1, frames=13, height=24, width=40, variety=_SETTLED),
+    ),
+}
 
 RECIPES: dict[str, Recipe] = _RECIPES | {
-    f"{name}-long": _longer(_RECIPES[name]) for name in ("wan-cpu", "cogvideox-cpu")
+    f"{name}-long": replace(
+        _RECIPES[name], stages=_RECIPES[name].stages + stages, cooldown=400, ema_steps=150
+    )
+    for name, stages in _CPU_LONG.items()
 }

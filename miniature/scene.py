@@ -83,14 +83,24 @@ class Scene:
     rainbow_period: float
 
 
-def draw_scene(prompt: Prompt, draw: Draw) -> Scene:
-    """A random scene that shows what the prompt says."""
+def draw_scene(prompt: Prompt, draw: Draw, variety: float = 1.0) -> Scene:
+    """A random scene that shows what the prompt says.
+
+    Args:
+        variety: how much sizes, wavelengths, directions of the ground and periods differ between
+            scenes, 0 (not at all) to 1. Places, phases and speeds always do.
+    """
     count = WORDS["count"].index(prompt.count) + 1
+
+    def varied(low: float, high: float) -> float:
+        middle = (low + high) / 2
+        return middle + variety * (draw.uniform(low, high) - middle)
+
     orbit_direction, orbit_phase = draw.sign(), draw.uniform(0.0, 1.0)
 
     def shape(index: int) -> _Shape:
         return _Shape(
-            radius=draw.uniform(*RADIUS),
+            radius=varied(*RADIUS),
             shade=draw.uniform(0.85, 1.0),
             start=(draw.uniform(0.0, 2.0), draw.uniform(0.0, 2.0)),
             velocity=(draw.sign() * draw.uniform(*SPEED), draw.sign() * draw.uniform(*SPEED)),
@@ -102,14 +112,14 @@ def draw_scene(prompt: Prompt, draw: Draw) -> Scene:
     return Scene(
         prompt=prompt,
         shapes=tuple(shape(index) for index in range(count)),
-        wavelength=draw.uniform(*TEXTURE_WAVELENGTH[prompt.ground]),
-        direction=draw.uniform(0.0, 2 * math.pi),
-        pan=draw.sign() * draw.uniform(*PAN_SPEED) if prompt.camera == "pans" else 0.0,
+        wavelength=varied(*TEXTURE_WAVELENGTH[prompt.ground]),
+        direction=varied(0.0, 2 * math.pi),
+        pan=draw.sign() * varied(*PAN_SPEED) if prompt.camera == "pans" else 0.0,
         texture_phase=draw.uniform(0.0, 1.0),
-        zoom_period=draw.uniform(*ZOOM_PERIOD),
+        zoom_period=varied(*ZOOM_PERIOD),
         zoom_phase=draw.uniform(0.0, 1.0),
-        orbit_period=orbit_direction * draw.uniform(*ORBIT_PERIOD),
-        rainbow_period=draw.uniform(*RAINBOW_PERIOD),
+        orbit_period=orbit_direction * varied(*ORBIT_PERIOD),
+        rainbow_period=varied(*RAINBOW_PERIOD),
     )
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from sparse_video_attention.patching import run_history
+from sparse_video_attention.patching.forward import ForwardState
 from sparse_video_attention.patching.forward_order import ForwardOrder
 from sparse_video_attention.patching.plans import TokenOrder
 
@@ -178,3 +179,15 @@ def test_tokens_changed_between_blocks_break_the_order():
     forward._is_reordered, forward._left, forward._blocks_entered = True, x, 1
     forward.enter(1, {"img": x.clone(), "pe": x})
     assert forward.is_broken
+
+
+def test_the_layer_is_the_hooks_where_the_host_does_not_say_it():
+    """Not the number of calls: another pack may have made one layer's call itself."""
+    forward = ForwardOrder(TokenOrder(torch.randperm(6), torch.device("cpu")), 4, router=None)
+    state = ForwardState(None, None, counted_layers=4, run=None, forward_order=forward)
+    assert [state.next_layer({}) for _ in range(2)] == [0, 1]
+    forward.layer = 3
+    assert state.next_layer({}) == 3
+    forward.layer = None
+    assert state.next_layer({}) == 2
+    assert state.next_layer({"block_index": 1}) == 1

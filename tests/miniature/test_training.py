@@ -159,6 +159,17 @@ class TestSteps:
         empty = (context == text_features(None)).flatten(1).all(1).float().mean()
         assert 0.2 < float(empty) < 0.4
 
+    def test_a_stage_says_how_much_scenes_differ(self):
+        from dataclasses import replace
+
+        stage = Stage(1, clips=3, frames=2, height=8, width=12)
+        noisy = [
+            make_batch(replace(TOY, stages=(replace(stage, variety=variety),)), 0).noisy
+            for variety in (1.0, 0.0)
+        ]
+        plain = make_batch(replace(TOY, stages=(stage,)), 0).noisy
+        assert torch.equal(noisy[0], plain) and not torch.allclose(noisy[1], plain, atol=0.05)
+
     def test_stages_follow_each_other_and_rates_rise_and_fall(self):
         assert [TOY.stage_at(step).frames for step in range(8)] == [2] * 4 + [3] * 4
         rates = [TOY.learning_rate(step) for step in range(8)]

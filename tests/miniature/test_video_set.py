@@ -60,6 +60,27 @@ class TestSeeds:
         _, video = VideoSet(3, **SIZE).clip(5)
         assert not torch.allclose(video, VideoSet(seed, **SIZE).clip(index)[1], atol=0.05)
 
+    @pytest.mark.parametrize("variety", [0.0, 0.05, 1.0])
+    def test_variety_is_how_far_scenes_differ_from_the_middle(self, variety):
+        words = prompt(colour="rainbow", ground="tiles", camera="zooms", motion="orbit")
+        scenes = [draw_scene(words, Draw(seed), variety) for seed in range(40)]
+        low, high = RADIUS
+        for scene in scenes:
+            radius = scene.shapes[0].radius
+            assert abs(radius - (low + high) / 2) <= variety * (high - low) / 2 + 1e-9
+            assert abs(scene.direction - math.pi) <= variety * math.pi + 1e-9
+        for settled in ("wavelength", "zoom_period", "rainbow_period", "direction"):
+            values = {getattr(scene, settled) for scene in scenes}
+            assert len(values) == (1 if variety == 0 else 40)
+        # Both ways around, and where everything begins, are always open.
+        assert len({scene.texture_phase for scene in scenes}) == 40
+        assert len({scene.orbit_period > 0 for scene in scenes}) == 2
+
+    def test_a_set_passes_its_variety_on(self):
+        sets = [VideoSet(3, **SIZE, variety=variety) for variety in (0.0, 1.0)]
+        assert not torch.allclose(*(clips.clip(5)[1] for clips in sets), atol=0.05)
+        assert torch.equal(sets[1].clip(5)[1], VideoSet(3, **SIZE).clip(5)[1])
+
     def test_every_word_turns_up(self):
         seen = [VideoSet(0, 1, 8, 8).clip(index)[0] for index in range(80)]
         for slot, words in WORDS.items():
