@@ -66,18 +66,30 @@ _RECIPES: dict[str, Recipe] = {
 # Scenes that differ less, so that a small budget is enough for whole shapes and regular grounds.
 _SETTLED = 0.05
 
+
+def _settled(steps: int, clips: int, frames: int) -> Stage:
+    return Stage(steps, clips, frames, height=24, width=40, variety=_SETTLED)
+
+
 _CPU_LONG = {
     "wan-cpu": (
         Stage(410, clips=4, frames=9, height=16, width=24),
-        Stage(800, clips=3, frames=5, height=24, width=40, variety=_SETTLED),
-        Stage(330, clips=2, frames=9, height=24, width=40, variety=_SETTLED),
-        Stage(20, clips=1, frames=21, height=24, width=40, variety=_SETTLED),
+        _settled(690, clips=3, frames=5),
+        # Pictures show six times the scenes for the same work: what belongs together far apart
+        # is learned from them, and how it moves again after.
+        _settled(1100, clips=16, frames=1),
+        _settled(400, clips=3, frames=5),
+        _settled(300, clips=2, frames=9),
+        _settled(15, clips=1, frames=21),
     ),
     "cogvideox-cpu": (
         Stage(570, clips=4, frames=9, height=16, width=24),
-        Stage(900, clips=3, frames=5, height=24, width=40, variety=_SETTLED),
-        Stage(450, clips=2, frames=9, height=24, width=40, variety=_SETTLED),
-        Stage(30, clips=1, frames=13, height=24, width=40, variety=_SETTLED),
+        _settled(900, clips=3, frames=5),
+        _settled(35, clips=2, frames=9),
+        _settled(1500, clips=16, frames=1),
+        _settled(500, clips=3, frames=5),
+        _settled(300, clips=2, frames=9),
+        _settled(20, clips=1, frames=21),
     ),
 }
 
