@@ -86,7 +86,7 @@ _CPU_LONG = {
         Stage(570, clips=4, frames=9, height=16, width=24),
         _settled(900, clips=3, frames=5),
         _settled(35, clips=2, frames=9),
-        _settled(3500, clips=16, frames=1),
+        _settled(2400, clips=16, frames=1),
         _settled(500, clips=3, frames=5),
         _settled(300, clips=2, frames=9),
         _settled(20, clips=1, frames=21),

@@ -26,7 +26,7 @@ GROUND_COLOURS = {
     "grey": ((0.12, 0.12, 0.14), (0.75, 0.75, 0.75)),
 }
 RADIUS = (3.4, 4.6)
-RING_WIDTH = 1.8
+RING_WIDTH = 2.4
 SPEED = (0.8, 2.0)
 # In the middle of the first two, places of one phase are 2 pi tokens apart, the period of the
 # fastest rotary frequency: one head can find them all.
