@@ -77,9 +77,9 @@ _CPU_LONG = {
         _settled(690, clips=3, frames=5),
         # Pictures show six times the scenes for the same work: what belongs together far apart
         # is learned from them, and how it moves again after.
-        _settled(2600, clips=16, frames=1),
-        _settled(400, clips=3, frames=5),
-        _settled(300, clips=2, frames=9),
+        _settled(2450, clips=16, frames=1),
+        _settled(600, clips=3, frames=5),
+        _settled(350, clips=2, frames=9),
         _settled(15, clips=1, frames=21),
     ),
     "cogvideox-cpu": (
@@ -87,8 +87,8 @@ _CPU_LONG = {
         _settled(900, clips=3, frames=5),
         _settled(35, clips=2, frames=9),
         _settled(2400, clips=16, frames=1),
-        _settled(500, clips=3, frames=5),
-        _settled(300, clips=2, frames=9),
+        _settled(1000, clips=3, frames=5),
+        _settled(400, clips=2, frames=9),
         _settled(20, clips=1, frames=21),
     ),
 }

@@ -27,13 +27,13 @@ GROUND_COLOURS = {
 }
 RADIUS = (3.4, 4.6)
 RING_WIDTH = 2.4
-SPEED = (0.8, 2.0)
+SPEED = (0.5, 1.3)
 # In the middle of the first two, places of one phase are 2 pi tokens apart, the period of the
 # fastest rotary frequency: one head can find them all.
 _REGULAR = (4 * math.pi - 2, 4 * math.pi + 2)
 TEXTURE_WAVELENGTH = {"stripes": _REGULAR, "tiles": _REGULAR, "gradient": (48.0, 64.0)}
 # Small numbers of frames, so that a long video shows the same moment several times.
-ORBIT_PERIOD, ZOOM_PERIOD, RAINBOW_PERIOD = (8.0, 14.0), (8.0, 14.0), (10.0, 16.0)
+ORBIT_PERIOD, ZOOM_PERIOD, RAINBOW_PERIOD = (15.0, 21.0), (8.0, 14.0), (10.0, 16.0)
 PAN_SPEED = (0.6, 1.4)
 ZOOM = 0.2
 
