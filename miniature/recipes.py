@@ -85,6 +85,7 @@ _CPU_LONG = {
     "cogvideox-cpu": (
         Stage(570, clips=4, frames=9, height=16, width=24),
         _settled(900, clips=3, frames=5),
+        # Cut short: the clips that follow the pictures teach more.
         _settled(35, clips=2, frames=9),
         _settled(2400, clips=16, frames=1),
         _settled(1000, clips=3, frames=5),

@@ -32,7 +32,8 @@ SPEED = (0.5, 1.3)
 # fastest rotary frequency: one head can find them all.
 _REGULAR = (4 * math.pi - 2, 4 * math.pi + 2)
 TEXTURE_WAVELENGTH = {"stripes": _REGULAR, "tiles": _REGULAR, "gradient": (48.0, 64.0)}
-# Small numbers of frames, so that a long video shows the same moment several times.
+# Small numbers of frames, so that a long video shows the same moment again (three shapes in an
+# orbit stand alike after a third of it); no shape moves further than its size in one.
 ORBIT_PERIOD, ZOOM_PERIOD, RAINBOW_PERIOD = (15.0, 21.0), (8.0, 14.0), (10.0, 16.0)
 PAN_SPEED = (0.6, 1.4)
 ZOOM = 0.2
@@ -90,8 +91,8 @@ def draw_scene(prompt: Prompt, draw: Draw, variety: float = 1.0) -> Scene:
     """A random scene that shows what the prompt says.
 
     Args:
-        variety: how much sizes, wavelengths, directions of the ground and periods differ between
-            scenes, 0 (not at all) to 1. Places, phases and speeds always do.
+        variety: how much sizes, wavelengths, directions of the ground, pans and periods differ
+            between scenes, 0 (not at all) to 1. Places, phases and the shapes' speeds always do.
     """
     count = WORDS["count"].index(prompt.count) + 1
 

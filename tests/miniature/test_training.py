@@ -1,6 +1,7 @@
 """Training: what a step learns from, what it does, and that it can be stopped anywhere."""
 
 import argparse
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,8 +91,6 @@ class TestInterruption:
         assert (tmp_path / "toy" / "loss.png").stat().st_size > 0
 
     def test_a_state_of_another_size_is_refused(self, tmp_path):
-        from dataclasses import replace
-
         state = trained(TOY, 1).state()
         with pytest.raises(ValueError, match="another size"):
             Training(replace(TOY, num_layers=2)).load(state)
@@ -106,8 +105,6 @@ class TestInterruption:
 
 class TestSteps:
     def test_the_loss_falls(self):
-        from dataclasses import replace
-
         stages = (Stage(40, clips=4, frames=2, height=8, width=8),)
         losses = trained(replace(TOY, stages=stages, cooldown=0), 40).losses
         assert sum(losses[-10:]) < 0.75 * sum(losses[:10])
@@ -151,8 +148,6 @@ class TestSteps:
                 assert torch.equal(part, expected)
 
     def test_some_clips_lose_their_prompt(self):
-        from dataclasses import replace
-
         stage = Stage(1, clips=100, frames=1, height=2, width=2)
         recipe = replace(TOY, stages=(stage,), dropped_prompts=0.3)
         context = make_batch(recipe, 0).context
@@ -160,8 +155,6 @@ class TestSteps:
         assert 0.2 < float(empty) < 0.4
 
     def test_a_stage_says_how_much_scenes_differ(self):
-        from dataclasses import replace
-
         stage = Stage(1, clips=3, frames=2, height=8, width=12)
         noisy = [
             make_batch(replace(TOY, stages=(replace(stage, variety=variety),)), 0).noisy
