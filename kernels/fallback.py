@@ -37,8 +37,13 @@ class KernelRun(NamedTuple):
 
 
 @dataclass
-class _Choice:
-    """The kernels left for one shape, best first, and what is to be said about the others."""
+class KernelChoice:
+    """The kernels left for one shape, best first, and what is to be said about the others.
+
+    Attributes:
+        able: with the precision that each would run in.
+        verified: those whose first output held no NaN.
+    """
 
     able: list[tuple[Kernel, str]]
     notes: tuple[str, ...]
@@ -62,9 +67,19 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
 
 
-def _choose(call: KernelCall, kernel: str) -> _Choice:
+def choose_kernels(call: KernelCall, kernel: str) -> KernelChoice:
+    """Who may serve a call, and what there is to say about who may not.
+
+    Args:
+        kernel: "auto", or the name of the one that goes first.
+    """
     able, reasons = candidates(call, kernel)
     notes = [f"kernel {kernel} is not used: {reasons[kernel]}"] if kernel in reasons else []
+    slow = call.q.device.type == "cuda" and able and able[0][0].name == "torch"
+    if slow and kernel == "auto" and "triton" in reasons:
+        notes.append(
+            f"plain PyTorch serves on this GPU, slowly; kernel triton does not: {reasons['triton']}"
+        )
     if not able and call.precision not in ("auto", "native"):
         notes.append(f"precision {call.precision} is not to be had here; native is used")
         able, reasons = candidates(replace(call, precision="native"), kernel)
@@ -82,7 +97,7 @@ def _choose(call: KernelCall, kernel: str) -> _Choice:
             able.sort(key=lambda pair: -pair[0].rank(pair[1]))
     # A kernel asked for by name goes first, but no other precision than the one asked for.
     able.sort(key=lambda pair: (_given_up(call, pair[1]), pair[0].name != kernel))
-    return _Choice([(found, resolved.precision) for found, resolved in able], tuple(notes))
+    return KernelChoice([(found, resolved.precision) for found, resolved in able], tuple(notes))
 
 
 def _given_up(call: KernelCall, resolved: KernelCall) -> bool:
@@ -98,10 +113,10 @@ class KernelFallback:
     """Chooses a kernel per shape and remembers which failed. Safe to share between threads."""
 
     def __init__(self) -> None:
-        self._choices: OrderedDict[Hashable, _Choice] = OrderedDict()
+        self._choices: OrderedDict[Hashable, KernelChoice] = OrderedDict()
         self._lock = threading.Lock()
 
-    def _choice(self, call: KernelCall, kernel: str) -> _Choice:
+    def _choice(self, call: KernelCall, kernel: str) -> KernelChoice:
         key = _shape_key(call, kernel)
         with self._lock:
             choice = self._choices.get(key)
@@ -109,14 +124,14 @@ class KernelFallback:
                 self._choices.move_to_end(key)
                 return choice
         check_call(call.q, call.k, call.v, call.plan)
-        choice = _choose(call, kernel)
+        choice = choose_kernels(call, kernel)
         with self._lock:
             self._choices[key] = choice
             while len(self._choices) > MAX_SHAPES:
                 self._choices.popitem(last=False)
         return choice
 
-    def _set_aside(self, choice: _Choice, pair: tuple[Kernel, str], reason: str) -> None:
+    def _set_aside(self, choice: KernelChoice, pair: tuple[Kernel, str], reason: str) -> None:
         with self._lock:
             # Another thread may have found out at the same time.
             if pair in choice.able:

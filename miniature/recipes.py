@@ -7,6 +7,14 @@ from dataclasses import replace
 
 from .recipe import Recipe, Stage
 
+# Scenes that differ less, so that a small budget is enough for whole shapes and regular grounds.
+_SETTLED, _ALIKE = 0.05, 0.2
+
+
+def _settled(steps: int, clips: int, frames: int, variety: float = _SETTLED) -> Stage:
+    return Stage(steps, clips, frames, height=24, width=40, variety=variety)
+
+
 _RECIPES: dict[str, Recipe] = {
     "wan-cpu": Recipe(
         family="wan",
@@ -27,9 +35,10 @@ _RECIPES: dict[str, Recipe] = {
         ffn_dim=768,
         num_layers=6,
         stages=(
-            Stage(4000, clips=64, frames=5, height=16, width=24),
-            Stage(4000, clips=32, frames=9, height=24, width=40),
-            Stage(2000, clips=16, frames=21, height=24, width=40),
+            _settled(3000, clips=128, frames=1, variety=_ALIKE),
+            _settled(2500, clips=48, frames=5, variety=_ALIKE),
+            _settled(3500, clips=32, frames=9, variety=_ALIKE),
+            _settled(1000, clips=16, frames=21, variety=_ALIKE),
         ),
         warmup=100,
         cooldown=1500,
@@ -53,23 +62,16 @@ _RECIPES: dict[str, Recipe] = {
         ffn_dim=1024,
         num_layers=5,
         stages=(
-            Stage(4000, clips=64, frames=5, height=16, width=24),
-            Stage(3000, clips=32, frames=9, height=24, width=40),
-            Stage(1500, clips=16, frames=13, height=24, width=40),
+            _settled(3000, clips=128, frames=1, variety=_ALIKE),
+            _settled(2500, clips=48, frames=5, variety=_ALIKE),
+            _settled(2500, clips=32, frames=9, variety=_ALIKE),
+            _settled(800, clips=16, frames=21, variety=_ALIKE),
         ),
         warmup=100,
         cooldown=1500,
         ema_steps=1000,
     ),
 }
-
-# Scenes that differ less, so that a small budget is enough for whole shapes and regular grounds.
-_SETTLED = 0.05
-
-
-def _settled(steps: int, clips: int, frames: int) -> Stage:
-    return Stage(steps, clips, frames, height=24, width=40, variety=_SETTLED)
-
 
 _CPU_LONG = {
     "wan-cpu": (
@@ -79,7 +81,7 @@ _CPU_LONG = {
         # is learned from them, and how it moves again after.
         _settled(2450, clips=16, frames=1),
         _settled(600, clips=3, frames=5),
-        _settled(350, clips=2, frames=9),
+        _settled(750, clips=2, frames=9),
         _settled(15, clips=1, frames=21),
     ),
     "cogvideox-cpu": (
@@ -89,7 +91,7 @@ _CPU_LONG = {
         _settled(35, clips=2, frames=9),
         _settled(2400, clips=16, frames=1),
         _settled(1000, clips=3, frames=5),
-        _settled(400, clips=2, frames=9),
+        _settled(1000, clips=2, frames=9),
         _settled(20, clips=1, frames=21),
     ),
 }

@@ -73,8 +73,8 @@ def _say(record: RunRecord, choice: SparseChoice | None) -> None:
     schedule = choice.schedule
     if schedule.warmup_is_too_long(record.total_steps):
         record.note(
-            f"the preset's {schedule.dense_timesteps} dense steps would take all "
-            f"{record.total_steps}, so a quarter is dense "
+            f"the preset's {schedule.dense_timesteps} dense steps are half of these "
+            f"{record.total_steps} or more, so a quarter is dense "
             f"({schedule.first_dense_steps(record.total_steps)})"
         )
     log.info(record.summary())

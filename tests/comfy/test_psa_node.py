@@ -93,7 +93,8 @@ def test_a_preset_warm_up_longer_than_the_run_is_scaled_and_said(models, patch, 
     sample(patched)
     assert {call.step for call in sparse_calls(patched)} == {1, 2, 3}
     assert (
-        "the preset's 15 dense steps would take all 4, so a quarter is dense (1)" in run_lines()[-1]
+        "the preset's 15 dense steps are half of these 4 or more, so a quarter is dense (1)"
+        in run_lines()[-1]
     )
 
 

@@ -95,7 +95,7 @@ def dense_steps(schedule, sigmas, bounds):
     """Steps that stay dense, each told by counting what lies before and behind it."""
     total = len(sigmas) - 1
     first = schedule.dense_timesteps
-    if first < 0 or (schedule.fits_warmup and total <= first):
+    if first < 0 or (schedule.fits_warmup and first / total >= 0.5):
         first = max(1, total // 4)
     dense = []
     for step in range(total):

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from sparse_video_attention.kernels import BlockPlan, registry
-from sparse_video_attention.kernels.fallback import KernelFallback
-from sparse_video_attention.kernels.registry import Kernel, register
+from sparse_video_attention.kernels.fallback import KernelFallback, choose_kernels
+from sparse_video_attention.kernels.registry import Kernel, KernelCall, register
+from torch._subclasses import FakeTensorMode
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +136,19 @@ def test_native_is_never_given_up_for_8_bits(named):
     run = KernelFallback().run(*inputs(), scale=0.25, kernel=named, precision="native")
     assert (run.kernel, run.precision) == ("torch", "native")
     assert fast.ran == ["native", "native"]
+
+
+@pytest.mark.parametrize(
+    ("device", "named", "said"),
+    [("cuda", "auto", True), ("cuda", "torch", False), ("cpu", "auto", False)],
+)
+def test_a_gpu_without_triton_is_told_so(device, named, said):
+    Fast(0.0, name="triton", refuses=lambda call: "triton is not installed: pip install triton")
+    Fast(1.0, name="torch", rank=1.0)
+    with FakeTensorMode():  # a GPU's tensors, without a GPU
+        q, k, v = torch.empty(3, 1, 2, 64, 16, device=device)
+    notes = choose_kernels(KernelCall(q, k, v, None, 0.25, "auto"), named).notes
+    assert any("triton is not installed" in note for note in notes) == said
 
 
 def test_out_of_memory_passes_over_one_call_only():

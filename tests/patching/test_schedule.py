@@ -89,6 +89,15 @@ def test_minus_one_is_a_quarter_of_the_steps_and_at_least_one(total, dense):
     assert dense_steps(Schedule(), total) == list(range(dense))
 
 
+@pytest.mark.parametrize(
+    ("total", "dense"), [(50, 15), (31, 15), (30, 7), (20, 5), (16, 4), (15, 3), (4, 1), (1, 1)]
+)
+def test_a_published_warm_up_of_half_the_run_or_more_becomes_a_quarter(total, dense):
+    published = Schedule(dense_timesteps=15, fits_warmup=True)
+    assert dense_steps(published, total) == list(range(dense))
+    assert dense_steps(Schedule(dense_timesteps=15), total) == list(range(min(15, total)))
+
+
 def test_first_and_last_steps_are_counted_from_both_ends():
     schedule = Schedule(dense_timesteps=2, last_dense_timesteps=1)
     assert dense_steps(schedule, 6) == [0, 1, 5]
