@@ -69,8 +69,9 @@ class PatchPSA(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "auto picks the presets for the model it detects, and says in the log "
-                        "which and why. Presets of your own config_file can be given as "
-                        '"section/preset".'
+                        "which and why. Of your own config_file it takes the section's "
+                        "default_attention; other presets of it can be named "
+                        '("section/preset") in graphs sent through the API.'
                     ),
                 ),
                 io.Int.Input(
@@ -81,8 +82,8 @@ class PatchPSA(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "How many of this sampler's first steps keep full attention. -1 takes the "
-                        "preset's; where that is the whole run, as with LoRAs for few steps, a "
-                        "quarter of the steps is used and the log says so."
+                        "preset's; where that is half of the run or more, a quarter of the steps "
+                        "is used and the log says so."
                     ),
                 ),
                 io.String.Input(

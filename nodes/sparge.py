@@ -105,7 +105,8 @@ class PatchSpargeAttention(io.ComfyNode):
                     **ADVANCED,
                     tooltip=(
                         "raster keeps the model's token order; Gilbert makes blocks compact in "
-                        "space and time, for a copy of q, k, v and the result per call."
+                        "space and time. It costs moving the tokens: once per forward on WAN, at "
+                        "every call on CogVideoX and VACE."
                     ),
                 ),
                 skipped_blocks_input(),
