@@ -44,9 +44,13 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:
 
 def _resolve(kernel: Kernel, call: KernelCall) -> tuple[KernelCall, str | None]:
     """The call with its precision decided, and why the kernel cannot serve it (or None)."""
+    reason = unavailable_reason(kernel.name)
+    if reason is not None:
+        # Not asked anything else: it may not know this kind of device.
+        return call, reason
     if call.precision == "auto":
         call = replace(call, precision=kernel.auto_precision(call))
-    return call, unavailable_reason(kernel.name) or kernel.refuses(call)
+    return call, kernel.refuses(call)
 
 
 def candidates(

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from .attention import candidates, check_call
+from .memory_errors import OUT_OF_MEMORY, is_out_of_memory, short_error
 from .plan import BlockPlan
 from .registry import Kernel, KernelCall, unavailable_reason
 
 MAX_SHAPES = 64
+MAX_REASON = 200
 
 
 class NoKernelServesError(RuntimeError):
@@ -59,12 +61,6 @@ def _shape_key(call: KernelCall, kernel: str) -> Hashable:
     sizes = (plan.q_len, plan.k_len, plan.block_m, plan.block_n, plan.levels)
     lists = (tuple(plan.bounds.shape[:2]), plan.device)
     return tensors, sizes, lists, call.scale, kernel, call.precision
-
-
-def _short(error: Exception) -> str:
-    """One line: some libraries raise pages."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
 
 
 def choose_kernels(call: KernelCall, kernel: str) -> KernelChoice:
@@ -169,10 +165,11 @@ class KernelFallback:
                 if verified not in choice.verified and self._is_sound(out, call):
                     choice.verified.add(verified)
                 return KernelRun(out, chosen.name, chosen_precision, choice.notes + passed_over)
-            except torch.OutOfMemoryError as error:
-                passed_over += (f"{_named(*pair)} ran out of memory: {_short(error)}",)
             except Exception as error:  # whatever a kernel raises, the run goes on
-                self._set_aside(choice, pair, _short(error))
+                if is_out_of_memory(error):
+                    passed_over += (f"{_named(*pair)} {OUT_OF_MEMORY}",)
+                else:
+                    self._set_aside(choice, pair, short_error(error, MAX_REASON))
         reasons = "; ".join(choice.notes + passed_over)
         raise NoKernelServesError(reasons or "no kernel serves this call")
 

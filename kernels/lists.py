@@ -11,6 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .twins import Twins
+
+# Which devices the twin failed on: as lasting as the compiler that is installed.
+_TWINS = Twins()
+
 
 def _has_triton() -> bool:
     from .registry import unavailable_reason
@@ -41,9 +46,14 @@ def packed_lists(levels: Tensor, kept: tuple[int, ...]) -> tuple[Tensor, Tensor]
 def strided_lists(levels: Tensor, kept: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Every row in its own num_k_blocks entries; no device sync. Returns as packed_lists."""
     if levels.is_cuda and _has_triton():
-        from . import triton_lists
-
-        return triton_lists.strided_lists(levels, kept)
+        made = _TWINS.run(
+            f"{__package__}.triton_lists",
+            levels,
+            lambda twin: None,
+            lambda twin: twin.strided_lists(levels, kept),
+        )
+        if made is not None:
+            return made
     num_k_blocks = levels.shape[-1]
     counts = segment_counts(levels, kept)
     rows = counts[..., 0].numel()

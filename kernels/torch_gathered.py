@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,23 @@ from .torch_levels import LevelKeys
 # Bytes of gathered keys and values at a time; one query block of one head at least.
 GATHER_BYTES = 256 * 2**20
 
-# The counts of a static plan are read back from the device once, not per call.
-_COUNTS: weakref.WeakKeyDictionary[BlockPlan, Tensor] = weakref.WeakKeyDictionary()
+
+class _Rows(NamedTuple):
+    """The query blocks of every head of a plan, those with most keys first, an incomplete one last.
+
+    Attributes:
+        places: int64 [plan heads..., rows] on the plan's device.
+        entries: int64 [plan heads..., rows, levels], on the host, as places.
+        keys: int64 [plan heads..., rows], on the host, as places.
+    """
+
+    places: Tensor
+    entries: Tensor
+    keys: Tensor
+
+
+# Of a static plan they are read back from the device once, not per call.
+_ROWS: weakref.WeakKeyDictionary[BlockPlan, _Rows] = weakref.WeakKeyDictionary()
 
 
 def attend_gathered(call: KernelCall) -> Tensor:
@@ -45,13 +61,12 @@ def attend_gathered(call: KernelCall) -> Tensor:
                 keys = [LevelKeys.of_tokens(k, v, level, plan.block_n) for level in plan.levels]
                 plan_head = (min(b, plan.bounds.shape[0] - 1), 0 if shared else h)
                 max_keys = GATHER_BYTES // (bytes_per_key * k.shape[0])
-                for rows, entries in _batches(plan, plan_head, max_keys):
-                    tokens = _tokens(plan, rows)
+                for rows, tokens, entries in _batches(plan, plan_head, max_keys):
                     q = call.q[b, some].index_select(1, tokens).to(dtype)
                     attended = _attend_rows(
                         q.unflatten(1, (len(rows), -1)),
                         plan,
-                        plan.bounds[plan_head][torch.tensor(rows, device=plan.device)].long(),
+                        plan.bounds[plan_head].index_select(0, rows).long(),
                         entries,
                         keys,
                         call.scale,
@@ -66,42 +81,45 @@ def _without_autocast(device_type: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _host_counts(plan: BlockPlan) -> Tensor:
-    counts = _COUNTS.get(plan)
-    if counts is None:
-        counts = _COUNTS[plan] = plan.counts().cpu()
-    return counts
+def _rows_of(plan: BlockPlan) -> _Rows:
+    """One wait for the device per plan."""
+    found = _ROWS.get(plan)
+    if found is None:
+        counts = plan.counts().cpu()
+        keys = (counts * torch.tensor([plan.block_n // level for level in plan.levels])).sum(-1)
+        if plan.q_len % plan.block_m:
+            keys[..., -1] = -1
+        keys, order = keys.sort(dim=-1, descending=True)
+        entries = counts.gather(-2, order.unsqueeze(-1).expand_as(counts))
+        found = _ROWS[plan] = _Rows(order.to(plan.device), entries, keys)
+    return found
 
 
 def _batches(
     plan: BlockPlan, plan_head: tuple[int, int], max_keys: int
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Query blocks that run together, those with most keys first.
+) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+    """Query blocks that run together, all of one size.
 
     Yields:
-        the query blocks, all with the same number of queries and together at most max_keys keys
-        (or a single block), and the most entries any of them has at each level.
+        the query blocks, int64 [blocks], together with at most max_keys keys (or a single block);
+        their queries, int64 [tokens], one block after the other; and the most entries any of the
+        blocks has at each level.
     """
-    counts = _host_counts(plan)[plan_head]
-    block_keys = torch.tensor([plan.block_n // level for level in plan.levels])
-    keys = (counts * block_keys).sum(-1)
-    ragged = plan.num_q_blocks - 1 if plan.q_len % plan.block_m else None
-    order = [row for row in keys.argsort(descending=True).tolist() if row != ragged]
+    rows = _rows_of(plan)
+    places, entries = rows.places[plan_head], rows.entries[plan_head]
+    keys = rows.keys[plan_head].tolist()
+    complete = plan.q_len // plan.block_m
     start = 0
-    while start < len(order):
-        size = max(1, max_keys // max(1, int(keys[order[start]])))
-        rows = order[start : start + size]
-        yield rows, counts[rows].amax(0).tolist()
-        start += size
-    if ragged is not None:
-        yield [ragged], counts[ragged].tolist()
-
-
-def _tokens(plan: BlockPlan, rows: list[int]) -> Tensor:
-    """int64 [tokens]: the queries of some query blocks, one block after the other."""
-    size = min(plan.block_m, plan.q_len - rows[0] * plan.block_m)
-    first = torch.tensor(rows, device=plan.device) * plan.block_m
-    return (first[:, None] + torch.arange(size, device=plan.device)).flatten()
+    while start < len(keys):
+        end = min(start + max(1, max_keys // max(1, keys[start])), complete)
+        size = plan.block_m
+        if start == complete:
+            end, size = len(keys), plan.q_len % plan.block_m
+        some = places[start:end]
+        offsets = torch.arange(size, device=plan.device)
+        tokens = (some[:, None] * plan.block_m + offsets).flatten()
+        yield some, tokens, entries[start:end].amax(0).tolist()
+        start = end
 
 
 def _slots(

@@ -118,9 +118,10 @@ INTERPRETER = Launch(64, 4, 1)
 
 @functools.cache
 def architecture(device: torch.device) -> int | str:
-    """90 for compute capability 9.0, "gfx942" for an AMD GPU, "cpu" for the interpreter."""
-    if device.type == "cpu":
-        return "cpu"
+    """90 for compute capability 9.0, "gfx942" for an AMD GPU, else the device's type: "cpu" is the
+    interpreter."""
+    if device.type != "cuda":
+        return device.type
     if torch.version.hip:
         return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
@@ -158,13 +159,14 @@ def launch_for(arch: int | str, head_dim: int, precision: str, block_m: int) -> 
 def options(launch: Launch) -> dict[str, int]:
     """Launch as keyword arguments that this Triton knows."""
     kwargs = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    if launch.maxnreg and _knows_maxnreg():
+    if launch.maxnreg and knows_maxnreg():
         kwargs["maxnreg"] = launch.maxnreg
     return kwargs
 
 
 @functools.cache
-def _knows_maxnreg() -> bool:
+def knows_maxnreg() -> bool:
+    """Whether this Triton takes a limit of registers, for NVIDIA."""
     import triton
 
     return "maxnreg" in inspect.signature(triton.Config.__init__).parameters

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .memory_errors import is_out_of_memory
+
 LOGGER = logging.getLogger("sparse_video_attention")
 # Tensor cores that take bf16.
 MIN_CAPABILITY = (8, 0)
@@ -59,9 +61,9 @@ class Twins:
                 return None
             with torch.cuda.device(x.device):
                 return run(twin)
-        except torch.cuda.OutOfMemoryError:
-            raise
         except Exception as error:  # a compiler can raise anything; the torch function needs none
+            if is_out_of_memory(error):
+                raise
             reason = f"{type(error).__name__}: {error}"
             if self._failed.setdefault((module, x.device), reason) is reason:
                 LOGGER.warning(

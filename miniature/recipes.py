@@ -93,6 +93,7 @@ _CPU_LONG = {
         _settled(1000, clips=3, frames=5),
         _settled(1000, clips=2, frames=9),
         _settled(20, clips=1, frames=21),
+        _settled(800, clips=2, frames=9),
     ),
 }
 

@@ -91,8 +91,8 @@ def draw_scene(prompt: Prompt, draw: Draw, variety: float = 1.0) -> Scene:
     """A random scene that shows what the prompt says.
 
     Args:
-        variety: how much sizes, wavelengths, directions of the ground, pans and periods differ
-            between scenes, 0 (not at all) to 1. Places, phases and the shapes' speeds always do.
+        variety: how much sizes, wavelengths, directions of the ground, speeds and periods differ
+            between scenes, 0 (not at all) to 1. Places, phases and ways always do.
     """
     count = WORDS["count"].index(prompt.count) + 1
 
@@ -107,7 +107,7 @@ def draw_scene(prompt: Prompt, draw: Draw, variety: float = 1.0) -> Scene:
             radius=varied(*RADIUS),
             shade=draw.uniform(0.85, 1.0),
             start=(draw.uniform(0.0, 2.0), draw.uniform(0.0, 2.0)),
-            velocity=(draw.sign() * draw.uniform(*SPEED), draw.sign() * draw.uniform(*SPEED)),
+            velocity=(draw.sign() * varied(*SPEED), draw.sign() * varied(*SPEED)),
             angle=draw.uniform(0.0, math.pi / 2),
             spin=draw.sign() * draw.uniform(0.1, 0.35),
             phase=orbit_phase + index / count + draw.uniform(-0.04, 0.04),

@@ -8,6 +8,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
+from ..kernels.memory_errors import is_out_of_memory
 from ..third_party import DENSE_BACKENDS
 from .attention_call import AttentionCall
 from .log import one_line
@@ -62,11 +63,10 @@ class DenseCalls:
                 elif not any(bool(torch.isnan(x).any()) for x in (q, k, v)):
                     raise ArithmeticError("its first output for this shape holds a NaN")
             return call.as_asked(out)
-        except torch.OutOfMemoryError as error:
-            return one_line(error)  # the next call may find more
         except Exception as error:  # whatever a library raises, the run goes on
             reason = one_line(error)
-            self._remember(self._failed, key, reason)
+            if not is_out_of_memory(error):
+                self._remember(self._failed, key, reason)
             return reason
 
     def _remember(self, where: dict[Hashable, str], key: Hashable, text: str) -> None:

@@ -6,6 +6,8 @@ import logging
 from collections.abc import MutableMapping
 from typing import Any
 
+from ..kernels.memory_errors import short_error
+
 PREFIX = "[sparse_video_attention]"
 
 
@@ -20,9 +22,8 @@ log = _Prefixed(logging.getLogger("sparse_video_attention"), {})
 
 
 def one_line(error: BaseException) -> str:
-    """An exception as a log line has room for; some libraries raise pages."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
+    """An exception as a log line has room for."""
+    return short_error(error, 300)
 
 
 def shown(value: object) -> str:

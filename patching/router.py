@@ -220,6 +220,6 @@ def _dense_reason(
         return f"the call has {call.q_len} tokens, the video {tokens.layout.num_tokens}"
     if call.attn_precision == torch.float32 and call.q.dtype != torch.float32:
         return "float32 attention was asked for"
-    if call.q.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
         return "gradients are needed"
     return None

@@ -10,6 +10,18 @@ from torch import nn
 _CLASSES = frozenset({"WanModel", "CameraWanModel"})
 _MODULE = "comfy.ldm.wan.model"
 _METHODS = ("forward", "_forward", "forward_orig")
+# Every pack of quantised weights has layers of its own; they know no places.
+_LAYERS = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Identity)
+
+
+def _is_replaced(cls: type, method: str) -> bool:
+    """Whether a class has a method whose code is from elsewhere than the class that defines it."""
+    for owner in cls.__mro__:
+        if method in vars(owner):
+            # Of the code, not of the name: a wrapper can carry the name of what it wraps.
+            home = getattr(vars(owner)[method], "__globals__", {}).get("__name__")
+            return bool(home != owner.__module__)
+    return False
 
 
 def _has_own(module: nn.Module, method: str) -> bool:
@@ -18,6 +30,13 @@ def _has_own(module: nn.Module, method: str) -> bool:
     # ComfyUI takes a patch away by setting the module's own method on it.
     return found is not None and getattr(found, "__func__", found) is not getattr(
         type(module), method, None
+    )
+
+
+def _is_comfyuis(module: nn.Module) -> bool:
+    """Of ComfyUI's WAN, and no class or method of it replaced for all models."""
+    return type(module).__module__ == _MODULE and not any(
+        _is_replaced(type(module), method) for method in _METHODS
     )
 
 
@@ -36,9 +55,10 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _is_as_made_with_its_parts(block: nn.Module) -> bool:
-    parts = (_unwrapped(part) for part in block.children())
+    parts = [_unwrapped(part) for part in block.children()]
     # Not the layers in the parts: LoRAs patch those, and they know no places.
-    return type(block).__module__ == _MODULE and all(map(_is_as_made, (block, *parts)))
+    attentions = [part for part in parts if not isinstance(part, (*_LAYERS, nn.Sequential))]
+    return all(map(_is_comfyuis, (block, *attentions))) and all(map(_is_as_made, (block, *parts)))
 
 
 def treats_tokens_alike(model: Any) -> bool:
@@ -49,7 +69,7 @@ def treats_tokens_alike(model: Any) -> bool:
     return (
         type(model).__name__ in _CLASSES
         # A class of the same name from elsewhere may do anything.
-        and type(model).__module__ == _MODULE
+        and _is_comfyuis(model)
         and _is_as_made(model)
         and all(_is_as_made_with_its_parts(_unwrapped(block)) for block in model.blocks)
     )

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kernels.triton_launch import architecture, knows_maxnreg
+
 ROWS = 128
 BLOCKS = 64
 NUM_WARPS = 8
@@ -200,16 +202,16 @@ def importance(
         k.stride(2), heads, q_len, k_len, num_q_blocks, num_k_blocks, tokens_per_k_block,
         tiles_per_head, num_tiles, scale * LOG2_E, TOKENS_Q=tokens_per_q_block, STRIDE=stride,
         OFFSET=offset, KEEP_MAXIMA=keep_maxima, ROWS=ROWS, BLOCKS=BLOCKS, HEAD_DIM=head_dim,
-        num_warps=NUM_WARPS, num_stages=NUM_STAGES, **_register_limit(q.device),
+        num_warps=NUM_WARPS, num_stages=NUM_STAGES, **register_limit(q.device),
     )  # fmt: skip
     return out
 
 
-def _register_limit(device: torch.device) -> dict[str, int]:
+def register_limit(device: torch.device) -> dict[str, int]:
     """Hopper runs two programs per multiprocessor at 128 registers, without a spill; the products
     of other architectures hold their operands in registers and need more."""
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    return {"maxnreg": HOPPER_REGISTERS} if hopper else {}
+    # By architecture: the capability of AMD's MI200 and MI300 begins with 9 too.
+    return {"maxnreg": HOPPER_REGISTERS} if architecture(device) == 90 and knows_maxnreg() else {}
 
 
 def _resident_programs(device: torch.device) -> int:

@@ -10,9 +10,9 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor
 
+from ..kernels.memory_errors import is_out_of_memory
 from .backend import DenseBackend
 from .dense import DENSE_BACKENDS
 
@@ -116,9 +116,9 @@ def _attend(
             continue
         try:
             return backend.run(q, k, v, scale=scale, mask=mask)
-        except torch.OutOfMemoryError:
-            raise  # the next one would need as much
         except Exception as error:  # a build without a kernel for this GPU or dtype, for example
+            if is_out_of_memory(error):
+                raise  # the next one would need as much
             cause = " ".join(str(error).split())[:300]
             warnings.warn(
                 f"attention_forward passes over {backend.name}, which failed: "

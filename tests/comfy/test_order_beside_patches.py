@@ -1,5 +1,7 @@
 """Where other packs may look at tokens between blocks, each call is reordered, not the forward."""
 
+import functools
+
 import pytest
 import torch
 from sparse_video_attention.patching import run_history
@@ -111,6 +113,66 @@ def test_a_class_of_the_same_name_from_elsewhere_is_not_trusted(load_model, run_
     net = model.model.diffusion_model
     net.__class__ = type("WanModel", (type(net),), {"__module__": "another.pack"})
     assert run_shuffled(model)[1] == PER_CALL
+
+
+class Regional(torch.nn.Module):
+    """A regional prompt: what a token hears of the text depends on its place."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, context, **kwargs):
+        return by_place(self.inner(x, context, **kwargs))
+
+
+def by_place(y):
+    return y * torch.linspace(0, 2, y.shape[1], dtype=y.dtype)[None, :, None]
+
+
+def parts_replaced(patched, monkeypatch):
+    for i in range(LAYERS):
+        path = f"diffusion_model.blocks.{i}.cross_attn"
+        patched.add_object_patch(path, Regional(patched.get_model_object(path)))
+
+
+def class_method_replaced(patched, monkeypatch):
+    cls = type(patched.get_model_object("diffusion_model.blocks.0.cross_attn"))
+    original = cls.forward
+
+    @functools.wraps(original)
+    def forward(self, *args, **kwargs):
+        return by_place(original(self, *args, **kwargs))
+
+    monkeypatch.setattr(cls, "forward", forward)
+
+
+def classes_swapped(patched, monkeypatch):
+    for i in range(LAYERS):
+        attention = patched.get_model_object(f"diffusion_model.blocks.{i}.cross_attn")
+        made = type(attention)
+
+        def forward(self, *args, made=made, **kwargs):
+            return by_place(made.forward(self, *args, **kwargs))
+
+        swapped = type("Own", (made,), {"forward": forward, "__module__": "another.pack"})
+        monkeypatch.setattr(attention, "__class__", swapped)
+
+
+@pytest.mark.parametrize("replace", [parts_replaced, class_method_replaced, classes_swapped])
+def test_parts_of_blocks_that_others_replaced_see_the_tokens_in_place(
+    load_model, run_shuffled, run_per_call, monkeypatch, replace
+):
+    model = load_model("wan")
+    assert run_shuffled(model)[1] == WHOLE
+    plain = run_per_call(model)
+    regional = model.clone()
+    replace(regional, monkeypatch)
+    out, moved, _ = run_shuffled(regional)
+    assert moved == PER_CALL
+    expected = run_per_call(regional)
+    assert relative_error(out, expected) < 1e-6
+    assert relative_error(plain, expected) > 1e-3
 
 
 def test_an_override_beneath_sees_the_tokens_in_place(model, run_shuffled, run_per_call):

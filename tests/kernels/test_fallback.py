@@ -151,11 +151,24 @@ def test_a_gpu_without_triton_is_told_so(device, named, said):
     assert any("triton is not installed" in note for note in notes) == said
 
 
-def test_out_of_memory_passes_over_one_call_only():
-    fast = Fast(torch.OutOfMemoryError("CUDA out of memory"))
+@pytest.mark.parametrize(
+    "error",
+    [
+        lambda n: torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {n}.00 MiB."),
+        lambda n: RuntimeError(f"Triton Error [CUDA]: out of memory ({n})"),
+        lambda n: RuntimeError(f"CUBLAS_STATUS_ALLOC_FAILED when calling {n}"),
+    ],
+)
+def test_out_of_memory_passes_over_one_call_only(error):
+    fast = Fast(error(0))
     runs = KernelFallback()
-    run = runs.run(*inputs(), scale=0.25)
-    assert run.kernel == "torch" and "fast ran out of memory" in run.notes[0]
+    said = set()
+    for n in range(3):
+        fast.value = error(n)
+        run = runs.run(*inputs(), scale=0.25)
+        assert run.kernel == "torch" and "fast ran out of memory" in run.notes[0]
+        said.update(run.notes)
+    assert len(said) == 1, "said once per run, so without numbers that change"
     fast.value = 3.0
     run = runs.run(*inputs(), scale=0.25)
     assert run.kernel == "fast" and not run.notes

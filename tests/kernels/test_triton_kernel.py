@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from sparse_video_attention.kernels import BlockPlan, registry, triton_kernel, triton_launch
+from sparse_video_attention.kernels.attention import candidates
 from sparse_video_attention.kernels.registry import KernelCall
 
 ATTENTION = "sparse_video_attention.kernels:block_sparse_attention"
@@ -52,6 +53,15 @@ def test_no_gpu_is_a_reason():
     code = "from sparse_video_attention.kernels import available; print(available()['triton'])"
     done = run_python(code, CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="0")
     assert "no CUDA or ROCm device" in done.stdout
+
+
+@pytest.mark.parametrize("precision", ["auto", "native"])
+def test_a_device_that_is_neither_cpu_nor_cuda_gets_the_torch_kernel(precision):
+    """The meta device stands for Apple's, Intel's and others."""
+    able, reasons = candidates(small_call("meta", precision=precision))
+    assert [kernel.name for kernel, _ in able] == ["torch"]
+    assert "triton" in reasons
+    assert triton_launch.architecture(torch.device("mps")) == "mps"
 
 
 def test_an_old_gpu_is_a_reason(monkeypatch):
@@ -151,5 +161,5 @@ def test_precision_by_name_that_is_not_offered_is_an_error(interpreter):
 def test_launch_options_leave_out_what_triton_does_not_know(monkeypatch):
     launch = triton_launch.launch_for(90, 128, "native", 128)
     assert triton_launch.options(launch)["maxnreg"] == 128
-    monkeypatch.setattr(triton_launch, "_knows_maxnreg", lambda: False)
+    monkeypatch.setattr(triton_launch, "knows_maxnreg", lambda: False)
     assert "maxnreg" not in triton_launch.options(launch)

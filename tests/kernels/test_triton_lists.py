@@ -1,9 +1,13 @@
 """Index lists made by Triton are those made by torch, and those counted by hand."""
 
+import contextlib
+
 import pytest
 import torch
-from sparse_video_attention.kernels import BlockPlan
+from sparse_video_attention.kernels import BlockPlan, lists
+from sparse_video_attention.kernels import triton_lists as triton_lists_module
 from sparse_video_attention.kernels.lists import strided_lists
+from sparse_video_attention.kernels.twins import Twins
 
 
 @pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -82,3 +86,27 @@ def test_plans_made_on_the_gpu_are_those_made_on_the_cpu():
     on_gpu = BlockPlan.from_levels(levels.cuda(), **sizes, packed=False, pooled_remainder=True)
     on_cpu = BlockPlan.from_levels(levels, **sizes, packed=False, pooled_remainder=True)
     assert torch.equal(on_gpu.to_levels().cpu(), on_cpu.to_levels())
+
+
+class LooksLikeCuda(torch.Tensor):
+    is_cuda = True
+
+
+def test_where_triton_cannot_compile_torch_makes_the_lists(monkeypatch):
+    levels = random_levels(1, 2, 4, 6, values=(0, 1))
+    tries = []
+
+    def fail(levels, kept):
+        tries.append(kept)
+        raise RuntimeError("ptxas does not know this GPU")
+
+    monkeypatch.setattr(triton_lists_module, "strided_lists", fail)
+    monkeypatch.setattr(lists, "_has_triton", lambda: True)
+    monkeypatch.setattr(lists, "_TWINS", Twins())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    for _ in range(3):
+        made = strided_lists(levels.as_subclass(LooksLikeCuda), (1,))
+    assert tries == [(1,)]
+    for part, expected in zip(made, strided_lists(levels, (1,)), strict=True):
+        assert torch.equal(part, expected)

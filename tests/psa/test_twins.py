@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sparse_video_attention.kernels import TokenLayout
+from sparse_video_attention.kernels import TokenLayout, triton_launch
 from sparse_video_attention.kernels.twins import Twins
-from sparse_video_attention.psa import PsaPolicy
+from sparse_video_attention.psa import PsaPolicy, triton_importance
 from sparse_video_attention.psa.preset import SimThresholds
 
 # The interpreter multiplies bf16 as if it were whole numbers, so these are fp16.
@@ -261,12 +261,33 @@ def test_old_gpus_use_torch(pretend_cuda, monkeypatch):
     assert twins.failures() == {}
 
 
-def test_memory_shortage_is_not_hidden(pretend_cuda):
+@pytest.mark.parametrize(
+    "error", [torch.cuda.OutOfMemoryError("out of"), RuntimeError("Triton Error: out of memory")]
+)
+def test_memory_shortage_is_not_hidden(pretend_cuda, error):
     def fail(twin):
-        raise torch.cuda.OutOfMemoryError("out of memory")
+        raise error
 
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        Twins().run(SAMPLING, pretend_cuda, lambda twin: None, fail)
+    twins = Twins()
+    with pytest.raises(type(error)):
+        twins.run(SAMPLING, pretend_cuda, lambda twin: None, fail)
+    assert twins.failures() == {}
+
+
+@pytest.mark.parametrize(("name", "registers"), [(None, {"maxnreg": 128}), ("gfx942:sramecc+", {})])
+def test_registers_are_limited_on_hopper_and_not_on_amd_of_the_same_number(
+    monkeypatch, name, registers
+):
+    monkeypatch.setattr(torch.version, "hip", name and "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=name)
+    )
+    triton_launch.architecture.cache_clear()
+    try:
+        assert triton_importance.register_limit(torch.device("cuda", 0)) == registers
+    finally:
+        triton_launch.architecture.cache_clear()
 
 
 @pytest.mark.gpu
