@@ -1,5 +1,5 @@
 """The recipes by name. `cpu` is what an hour or two of a small machine can do, `cpu-long` goes on
-from there for three more, `gpu` is for half an hour of a large card."""
+from there for five more, `gpu` is for half an hour of a large card."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ _CPU_LONG = {
         # is learned from them, and how it moves again after.
         _settled(2450, clips=16, frames=1),
         _settled(600, clips=3, frames=5),
-        _settled(750, clips=2, frames=9),
+        _settled(1640, clips=2, frames=9),
         _settled(15, clips=1, frames=21),
     ),
     "cogvideox-cpu": (
@@ -93,7 +93,8 @@ _CPU_LONG = {
         _settled(1000, clips=3, frames=5),
         _settled(1000, clips=2, frames=9),
         _settled(20, clips=1, frames=21),
-        _settled(800, clips=2, frames=9),
+        _settled(1450, clips=2, frames=9),
+        _settled(20, clips=1, frames=21),
     ),
 }
 
