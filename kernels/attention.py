@@ -82,6 +82,10 @@ def choose(call: KernelCall, kernel: str) -> tuple[Kernel, KernelCall]:
     """
     if call.precision not in PRECISIONS:
         raise ValueError(f"precision is one of {', '.join(PRECISIONS)}; got {call.precision!r}")
+    if call.needs_gradients:
+        raise ValueError(
+            "no kernel has a backward pass; call it under torch.no_grad(), or detach q, k and v"
+        )
     if kernel == "auto":
         able, reasons = candidates(call)
         if not able:
@@ -119,8 +123,8 @@ def block_sparse_attention(
         [B, H, plan.q_len, D] in q's dtype, laid out in memory as [B, N, H, D].
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or a kernel or precision asked for by
-            name cannot serve the call.
+        ValueError: shapes, dtypes or devices do not fit, gradients are needed, or a kernel or
+            precision asked for by name cannot serve the call.
     """
     check_call(q, k, v, plan)
     if scale is None:

@@ -60,7 +60,7 @@ def _shape_key(call: KernelCall, kernel: str) -> Hashable:
     )
     sizes = (plan.q_len, plan.k_len, plan.block_m, plan.block_n, plan.levels)
     lists = (tuple(plan.bounds.shape[:2]), plan.device)
-    return tensors, sizes, lists, call.scale, kernel, call.precision
+    return tensors, sizes, lists, call.scale, kernel, call.precision, call.needs_gradients
 
 
 def choose_kernels(call: KernelCall, kernel: str) -> KernelChoice:
@@ -175,7 +175,7 @@ class KernelFallback:
 
     @staticmethod
     def _is_sound(out: Tensor, call: KernelCall) -> bool:
-        """Whether a first output is free of NaN; False if the inputs already were not.
+        """Whether a first output is free of NaN; False if the inputs were not finite.
 
         One sync per kernel and shape.
 
@@ -185,6 +185,7 @@ class KernelFallback:
         # A sum with a NaN in it is one, and needs no memory; infinities can make one too.
         if not bool(out.sum(dtype=torch.float32).isnan()) or not bool(out.isnan().any()):
             return True
-        if any(bool(x.isnan().any()) for x in (call.q, call.k, call.v)):
+        # An infinite logit makes one too, in exact attention as well.
+        if not all(bool(x.isfinite().all()) for x in (call.q, call.k, call.v)):
             return False
         raise ArithmeticError("its first output for this shape holds a NaN")

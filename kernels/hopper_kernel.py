@@ -84,9 +84,7 @@ def _unsupported(call: KernelCall) -> str | None:
         return f"it takes a positive scale; got {call.scale}"
     if q.shape[0] * q.shape[1] > MAX_GRID_Y:
         return f"it takes up to {MAX_GRID_Y} heads times batch; got {q.shape[0] * q.shape[1]}"
-    if torch.is_grad_enabled() and (
-        q.requires_grad or call.k.requires_grad or call.v.requires_grad
-    ):
+    if call.needs_gradients:
         return "it has no backward pass"
     return None
 

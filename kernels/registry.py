@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .plan import BlockPlan
@@ -37,6 +38,11 @@ class KernelCall:
     plan: BlockPlan
     scale: float
     precision: str = "native"
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether somebody will ask for a backward pass, which no kernel has."""
+        return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ def _refuses(call: KernelCall) -> str | None:
         return f"it computes in the inputs' dtype only, not in {call.precision}"
     if call.q.dtype not in DTYPES:
         return f"it takes float32, bfloat16 and float16 tensors; got {call.q.dtype}"
+    if call.needs_gradients:
+        return "it has no backward pass"
     return None
 
 

@@ -154,7 +154,8 @@ def _attend_row(
         out.mul_(shrink)
         for part, v in values:
             out.addmm_(part, v)
-    return out.div_(total)
+    # A row that keeps nothing is 0, as in the other kernels; a NaN stays one.
+    return out.div_(total.masked_fill_(total == 0, 1.0))
 
 
 def _head_groups(call: KernelCall) -> Iterator[list[tuple[int, int]]]:

@@ -87,9 +87,7 @@ def _refuses(call: KernelCall) -> str | None:
     arch = architecture(q.device)
     if launch_for(arch, q.shape[3], call.precision, plan.block_m) is None:
         return f"it does not offer {call.precision} on {_named(arch)}"
-    if torch.is_grad_enabled() and (
-        q.requires_grad or call.k.requires_grad or call.v.requires_grad
-    ):
+    if call.needs_gradients:
         return "it has no backward pass"
     return None
 

@@ -81,7 +81,7 @@ NVIDIA: dict[int, Settings] = {
 NVIDIA_64: dict[int, Settings] = {
     80: {(128, "native"): Launch(32, 4, 3)},
     86: {(128, "native"): Launch(32, 4, 2), (128, "int8"): Launch(32, 4, 3)},
-    90: {},
+    90: {(128, "int8"): Launch(64, 4, 3)},
     120: {(128, "native"): Launch(32, 4, 2), (128, "int8"): Launch(32, 4, 3)},
 }
 # By the longest prefix of the architecture's name: gfx90a, gfx942 and gfx950, gfx11.., gfx12...

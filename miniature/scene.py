@@ -27,7 +27,7 @@ GROUND_COLOURS = {
 }
 RADIUS = (3.4, 4.6)
 RING_WIDTH = 2.4
-SPEED = (0.5, 1.3)
+SPEED = (0.3, 0.6)
 # In the middle of the first two, places of one phase are 2 pi tokens apart, the period of the
 # fastest rotary frequency: one head can find them all.
 _REGULAR = (4 * math.pi - 2, 4 * math.pi + 2)

@@ -5,7 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from sparse_video_attention.kernels import BlockPlan, registry
-from sparse_video_attention.kernels.fallback import KernelFallback, choose_kernels
+from sparse_video_attention.kernels.fallback import (
+    KernelFallback,
+    NoKernelServesError,
+    choose_kernels,
+)
 from sparse_video_attention.kernels.registry import Kernel, KernelCall, register
 from torch._subclasses import FakeTensorMode
 
@@ -172,6 +176,28 @@ def test_out_of_memory_passes_over_one_call_only(error):
     fast.value = 3.0
     run = runs.run(*inputs(), scale=0.25)
     assert run.kernel == "fast" and not run.notes
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_what_infinite_inputs_make_is_not_the_kernels_fault(bad, which):
+    runs, (*qkv, plan) = KernelFallback(), inputs()
+    overflown = [x.clone() for x in qkv]
+    overflown[which][0, 0, 0, 0] = bad
+    for _ in range(2):
+        assert runs.run(*overflown, plan, scale=0.25).kernel == "torch"
+        run = runs.run(*qkv, plan, scale=0.25)
+        assert run.kernel == "torch" and not run.notes
+        torch.testing.assert_close(run.out, dense(*qkv, 0.25))
+
+
+def test_a_call_that_needs_gradients_is_no_other_calls_choice():
+    fast = Fast(1.0, refuses=lambda call: "no backward" if call.needs_gradients else None)
+    runs, (q, k, v, plan) = KernelFallback(), inputs()
+    assert runs.run(q, k, v, plan, scale=0.25).kernel == "fast"
+    with pytest.raises(NoKernelServesError, match="it has no backward pass"):
+        runs.run(q, k, v.requires_grad_(), plan, scale=0.25)
+    assert fast.ran == ["native"]
 
 
 def test_a_plan_for_another_length_is_an_error_after_a_good_call_too():

@@ -229,3 +229,14 @@ def test_a_plan_for_other_heads_is_named():
     plan = BlockPlan.from_mask(mask, block_m=32, block_n=32, q_len=70, k_len=70)
     with pytest.raises(ValueError, match="3 heads; got batch 1 and 2 heads"):
         block_sparse_attention(q, k, v, plan)
+
+
+@pytest.mark.parametrize("needed", [0, 1, 2], ids=["q", "k", "v"])
+@pytest.mark.parametrize("kernel", ["auto", "torch"])
+def test_gradients_are_refused_and_not_lost(kernel, needed):
+    *qkv, plan = inputs()
+    qkv[needed].requires_grad_()
+    with pytest.raises(ValueError, match="no kernel has a backward pass; call it under torch.no"):
+        block_sparse_attention(*qkv, plan, kernel=kernel)
+    with torch.no_grad():
+        block_sparse_attention(*qkv, plan, kernel=kernel)

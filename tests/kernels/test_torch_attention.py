@@ -174,3 +174,14 @@ def test_any_plan_matches_the_definition(data):
     qkv = random_qkv(batch, heads, q_len, 16, k_len=k_len, seed=data.draw(st.integers(0, 2**20)))
     for attend in (MASK_WAYS if plan.levels == (1,) else WAYS).values():
         check(attend, qkv, plan)
+
+
+@BOTH
+@pytest.mark.parametrize("allowed", [(1,), (1, 2)])
+def test_a_row_that_keeps_nothing_is_zero(attend, allowed):
+    levels = torch.zeros(1, 1, 2, 2, dtype=torch.int8)
+    levels[..., 0, 0] = allowed[-1]
+    size = {"block_m": 32, "block_n": 32, "q_len": 64, "k_len": 64}
+    plan = BlockPlan.from_levels(levels, **size, packed=False, allowed=allowed)
+    out = attend(*random_qkv(1, 1, 64, 64), plan)
+    assert not out[:, :, 32:].any() and out[:, :, :32].all()

@@ -270,6 +270,7 @@ def test_what_an_architecture_does_not_offer(arch, precision):
         (86, 128, "int8", 2),
         (90, 64, "native", 3),
         (90, 128, "native", 2),
+        (90, 128, "int8", 2),
         (120, 128, "native", 2),
     ],
 )
