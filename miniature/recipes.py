@@ -83,6 +83,8 @@ _CPU_LONG = {
         _settled(600, clips=3, frames=5),
         _settled(1640, clips=2, frames=9),
         _settled(15, clips=1, frames=21),
+        _settled(700, clips=2, frames=9),
+        _settled(15, clips=1, frames=21),
     ),
     "cogvideox-cpu": (
         Stage(570, clips=4, frames=9, height=16, width=24),
@@ -94,6 +96,8 @@ _CPU_LONG = {
         _settled(1000, clips=2, frames=9),
         _settled(20, clips=1, frames=21),
         _settled(1450, clips=2, frames=9),
+        _settled(20, clips=1, frames=21),
+        _settled(700, clips=2, frames=9),
         _settled(20, clips=1, frames=21),
     ),
 }
