@@ -126,6 +126,10 @@ def block_sparse_attention(
         ValueError: shapes, dtypes or devices do not fit, gradients are needed, or a kernel or
             precision asked for by name cannot serve the call.
     """
+    if not isinstance(plan, BlockPlan):
+        raise ValueError(
+            f"plan is a BlockPlan (BlockPlan.from_mask makes one of a mask); got {type(plan)}"
+        )
     check_call(q, k, v, plan)
     if scale is None:
         scale = q.shape[-1] ** -0.5

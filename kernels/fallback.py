@@ -70,15 +70,17 @@ def choose_kernels(call: KernelCall, kernel: str) -> KernelChoice:
         kernel: "auto", or the name of the one that goes first.
     """
     able, reasons = candidates(call, kernel)
-    notes = [f"kernel {kernel} is not used: {reasons[kernel]}"] if kernel in reasons else []
+    notes = []
+    if not able and call.precision not in ("auto", "native"):
+        notes.append(f"precision {call.precision} is not to be had here; native is used")
+        able, reasons = candidates(replace(call, precision="native"), kernel)
+    if kernel in reasons:
+        notes.append(f"kernel {kernel} is not used: {reasons[kernel]}")
     slow = call.q.device.type == "cuda" and able and able[0][0].name == "torch"
     if slow and kernel == "auto" and "triton" in reasons:
         notes.append(
             f"plain PyTorch serves on this GPU, slowly; kernel triton does not: {reasons['triton']}"
         )
-    if not able and call.precision not in ("auto", "native"):
-        notes.append(f"precision {call.precision} is not to be had here; native is used")
-        able, reasons = candidates(replace(call, precision="native"), kernel)
     if not able:
         notes += [
             f"kernel {name} cannot serve the call: {reason}"

@@ -115,7 +115,7 @@ class SetAttentionBackend(io.ComfyNode):
         return right if right is not True else said(_check_config, config_file)
 
     @classmethod
-    def fingerprint_inputs(cls, config_file: str = "", **inputs: Any) -> str:
+    def fingerprint_inputs(cls, config_file: str | None = "", **inputs: Any) -> str:
         """The file, the checkpoint it names and the environment variable count as inputs."""
         from ..patching.backend_choice import (
             BUNDLED_CONFIGS,
@@ -125,11 +125,13 @@ class SetAttentionBackend(io.ComfyNode):
             environment_stamp,
         )
         from ..patching.config_file import config_text
+        from ..patching.sparge_choice import checkpoint_stamp
 
         text = config_text(
-            config_file or "", CONFIG_FOLDER, suffixes=CONFIG_SUFFIXES, bundled=BUNDLED_CONFIGS
+            config_file, CONFIG_FOLDER, suffixes=CONFIG_SUFFIXES, bundled=BUNDLED_CONFIGS
         )
-        return f"{environment_stamp()}\n{checkpoint_in(text)}\n{text}"
+        checkpoint = checkpoint_stamp(None) if config_file is None else checkpoint_in(text)
+        return f"{environment_stamp()}\n{checkpoint}\n{text}"
 
     @classmethod
     def execute(cls, model: io.Model.Type, **inputs: Any) -> io.NodeOutput:

@@ -115,12 +115,12 @@ class PatchPSA(io.ComfyNode):
         return right if right is not True else said(_check_preset, preset, config_file)
 
     @classmethod
-    def fingerprint_inputs(cls, config_file: str = "", **inputs: Any) -> str:
+    def fingerprint_inputs(cls, config_file: str | None = "", **inputs: Any) -> str:
         """The file's contents count as an input: an edited file is read again."""
         from ..patching.config_file import config_text
         from ..patching.psa_choice import CONFIG_FOLDER, CONFIG_SUFFIXES
 
-        return config_text(config_file or "", CONFIG_FOLDER, suffixes=CONFIG_SUFFIXES)
+        return config_text(config_file, CONFIG_FOLDER, suffixes=CONFIG_SUFFIXES)
 
     @classmethod
     def execute(

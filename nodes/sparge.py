@@ -121,7 +121,7 @@ class PatchSpargeAttention(io.ComfyNode):
         return said(check_layers, dense_layers)
 
     @classmethod
-    def fingerprint_inputs(cls, sparge_ckpt: str = "none", **inputs: Any) -> str:
+    def fingerprint_inputs(cls, sparge_ckpt: str | None = "none", **inputs: Any) -> str:
         """The file's date counts as an input: a replaced checkpoint is read again."""
         from ..patching.sparge_choice import checkpoint_stamp
 

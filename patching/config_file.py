@@ -30,8 +30,8 @@ def find_config_file(
 
     if not isinstance(name, str):
         raise ValueError(f"config_file {shown(name)}: it is the name of a file")
-    # Windows' "Copy as path" puts quotes around it.
-    text = name.strip().strip('"').strip()
+    # Windows' "Copy as path" puts quotes around it, shells others.
+    text = name.strip().strip("\"'").strip()
     if not text:
         return None
     path = _expanded(Path(text))
@@ -68,12 +68,28 @@ def _is_file(path: Path) -> bool:
         return False
 
 
+def _folder_stamp(folder: Path, suffixes: tuple[str, ...]) -> str:
+    """Changes whenever a file of these kinds in a folder does."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    stats = [(path, path.stat()) for path in files]
+    return "\n".join(f"{path} {stat.st_mtime_ns} {stat.st_size}" for path, stat in stats)
+
+
 def config_text(
-    name: str, folder_name: str, *, suffixes: tuple[str, ...], bundled: Path | None = None
+    name: str | None, folder_name: str, *, suffixes: tuple[str, ...], bundled: Path | None = None
 ) -> str:
-    """The file's contents, so that an edited file counts as a changed input; or what is wrong."""
+    """The file's contents, so that an edited file counts as a changed input; or what is wrong.
+
+    Args:
+        name: None where the input is linked and the name not known yet: any file of the folder
+            may be meant. Files elsewhere are not watched then.
+    """
+    import folder_paths
+
     try:
+        if name is None:
+            return _folder_stamp(Path(folder_paths.models_dir) / folder_name, suffixes)
         path = find_config_file(name, folder_name, suffixes=suffixes, bundled=bundled)
-        return "" if path is None else path.read_text(encoding="utf-8", errors="replace")
+        return "" if path is None else path.read_text(encoding="utf-8-sig", errors="replace")
     except (OSError, ValueError) as error:
         return str(error)

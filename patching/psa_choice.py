@@ -10,7 +10,8 @@ from .choice import make_choice
 from .config_file import find_config_file
 from .install import describe_model
 from .layout import WAN
-from .log import log
+from .log import log, shown
+from .schedule import MAX_TIMESTEPS
 from .settings import SparseChoice, SparsePolicy
 
 AUTO = "auto"
@@ -67,6 +68,11 @@ def psa_choice(
     Raises:
         ValueError: an input is not allowed, in one sentence.
     """
+    if type(warmup_steps) is not int or not -1 <= warmup_steps <= MAX_TIMESTEPS:
+        raise ValueError(
+            f"warmup_steps {shown(warmup_steps)}: allowed are whole numbers from -1 to "
+            f"{MAX_TIMESTEPS}"
+        )
     label, chosen = choose_preset(model, preset, config_file)
     policy: SparsePolicy
     if chosen.type == "dense":

@@ -68,6 +68,7 @@ class RunRecord:
         notes: things said once per run.
         dense_backends: the dense backends chosen, as the log says them; empty for none.
         backend_calls: dense calls by (site, who ran them), where a backend was chosen.
+        ended_early: it was stopped, or failed.
     """
 
     method: str
@@ -80,6 +81,7 @@ class RunRecord:
     notes: list[str] = field(default_factory=list)
     dense_backends: str = ""
     backend_calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+    ended_early: bool = False
     seconds: float = 0.0
     _warned: set[str] = field(default_factory=set)
     _started: float = field(default_factory=time.perf_counter)
@@ -149,10 +151,12 @@ class RunRecord:
         if not self.forwards:
             return f"{where}: the model was not called"
         if not self.calls:
-            nothing = (
-                f"{where}: no self-attention call reached this pack; another attention patch "
-                "or an acceleration that skips the model took them all"
-            )
+            nothing = f"{where}: no self-attention call reached this pack"
+            if not self.ended_early:
+                nothing += (
+                    "; another attention patch or an acceleration that skips the model took them "
+                    "all"
+                )
             return "; ".join([nothing, *self.notes])
         sparse = self.sparse()
         if sparse.calls:

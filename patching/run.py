@@ -114,6 +114,7 @@ class OuterSampleWrapper:
         try:
             out = executor(*run.steps.follow(args), **kwargs)
         except BaseException:
+            record.ended_early = True
             record.note("the run ended early")
             raise
         finally:

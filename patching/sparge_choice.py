@@ -33,7 +33,7 @@ def checkpoint_names() -> list[str]:
 
     if FOLDER not in folder_paths.folder_names_and_paths:
         return []
-    return [name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(".pt")]
+    return [name for name in folder_paths.get_filename_list(FOLDER) if name.lower().endswith(".pt")]
 
 
 def checkpoint_path(name: str) -> str | None:
@@ -62,8 +62,14 @@ def checkpoint_path(name: str) -> str | None:
     return str(path)
 
 
-def checkpoint_stamp(name: str) -> str:
-    """Changes whenever the file behind a sparge_ckpt input does."""
+def checkpoint_stamp(name: str | None) -> str:
+    """Changes whenever the file behind a sparge_ckpt input does.
+
+    Args:
+        name: None where the input is linked and the name not known yet: any may be meant.
+    """
+    if name is None:
+        return "\n".join(checkpoint_stamp(known) for known in checkpoint_names())
     try:
         path = checkpoint_path(name)
         if path is None:

@@ -73,6 +73,21 @@ def test_without_any_kernel_the_run_is_dense(model, install_band, sample, monkey
     assert "not today" in run_lines()[-1] or any("not today" in line for line in run_lines())
 
 
+def test_a_run_that_fails_before_its_first_call_blames_nobody(
+    model, install_band, sample, run_lines
+):
+    patched = install_band(model)
+
+    def fail(executor, *args, **kwargs):
+        raise RuntimeError("out of something")
+
+    patched.add_wrapper_with_key("diffusion_model", "zz_inside", fail)
+    with pytest.raises(RuntimeError, match="out of something"):
+        sample(patched)
+    assert "the run ended early" in run_lines()[-1]
+    assert "another attention patch" not in run_lines()[-1]
+
+
 @pytest.mark.core
 def test_a_cancelled_run_ends_as_comfyui_ends_it_and_the_next_is_clean(
     model, install_band, sample, run_lines

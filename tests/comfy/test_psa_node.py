@@ -167,7 +167,9 @@ def test_the_last_sparse_node_of_the_pack_acts_and_says_so(
         ({"preset": "Wan2.1_14b/psa_balancd"}, "did you mean 'Wan2.1_14b/psa_balanced'"),
         ({"preset": "nope"}, "preset 'nope' does not exist"),
         ({"config_file": "nowhere.yaml"}, "config_file 'nowhere.yaml': no such file"),
-        ({"warmup_steps": 101}, "101: allowed are whole numbers from -1 to 100"),
+        ({"warmup_steps": 101}, "warmup_steps 101: allowed are whole numbers from -1 to 100"),
+        ({"warmup_steps": -3}, "warmup_steps -3: allowed are whole numbers from -1 to 100"),
+        ({"warmup_steps": "x"}, "warmup_steps 'x': allowed are whole numbers from -1 to 100"),
         ({"dense_layers": "9"}, "layer 9 is outside this model"),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
@@ -198,3 +200,21 @@ def test_an_edited_preset_file_is_read_again(comfyui, tmp_path):
     first = PatchPSA.fingerprint_inputs(config_file=str(path))
     path.write_text("a: 2")
     assert PatchPSA.fingerprint_inputs(config_file=str(path)) != first
+
+
+def test_a_file_of_a_linked_name_is_read_again_when_it_is_edited(comfyui, tmp_path, monkeypatch):
+    """ComfyUI asks with None where an input comes from another node."""
+    import folder_paths
+    from sparse_video_attention.nodes.backend import SetAttentionBackend
+    from sparse_video_attention.nodes.psa import PatchPSA
+
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
+    for node, file in ((PatchPSA, "psa/a.yaml"), (SetAttentionBackend, "attention_configs/a.json")):
+        assert node.fingerprint_inputs(config_file=None) is not None, "there is no folder yet"
+        path = tmp_path / file
+        path.parent.mkdir()
+        path.write_text("{}")
+        first = node.fingerprint_inputs(config_file=None)
+        assert node.fingerprint_inputs(config_file=None) == first
+        path.write_text('{"a": 1}')
+        assert node.fingerprint_inputs(config_file=None) != first

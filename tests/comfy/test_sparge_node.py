@@ -104,9 +104,25 @@ def test_a_replaced_checkpoint_is_read_again(comfyui, checkpoint_folder):
     from sparse_video_attention.nodes.sparge import PatchSpargeAttention
 
     write_checkpoint(checkpoint_folder / "tuned.pt", "wan", 4, 2)
-    first = PatchSpargeAttention.fingerprint_inputs(sparge_ckpt="tuned.pt")
+    # None: the name comes from another node.
+    first = [PatchSpargeAttention.fingerprint_inputs(sparge_ckpt=n) for n in ("tuned.pt", None)]
     write_checkpoint(checkpoint_folder / "tuned.pt", "wan", 8, 2)
-    assert PatchSpargeAttention.fingerprint_inputs(sparge_ckpt="tuned.pt") != first
+    second = [PatchSpargeAttention.fingerprint_inputs(sparge_ckpt=n) for n in ("tuned.pt", None)]
+    assert all(before != after for before, after in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_replaced_checkpoint_of_a_file_is_read_again(
+    comfyui, checkpoint_folder, tmp_path, encoding
+):
+    from sparse_video_attention.nodes.backend import SetAttentionBackend
+
+    config = tmp_path / "config.json"
+    config.write_text('{"sparge": true, "sparge_ckpt": "tuned.pt"}', encoding=encoding)
+    write_checkpoint(checkpoint_folder / "tuned.pt", "wan", 4, 2)
+    first = SetAttentionBackend.fingerprint_inputs(config_file=str(config))
+    write_checkpoint(checkpoint_folder / "tuned.pt", "wan", 8, 2)
+    assert SetAttentionBackend.fingerprint_inputs(config_file=str(config)) != first
 
 
 @pytest.mark.parametrize(

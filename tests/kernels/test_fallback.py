@@ -131,6 +131,12 @@ def test_all_8_bit_kernels_come_before_any_other():
     assert named.ran == ["native"]
 
 
+def test_a_named_kernel_without_the_precision_is_not_said_to_be_unused():
+    run = KernelFallback().run(*inputs(), scale=0.25, kernel="torch", precision="int8")
+    assert (run.kernel, run.precision) == ("torch", "native")
+    assert run.notes == ("precision int8 is not to be had here; native is used",)
+
+
 @pytest.mark.parametrize("named", ["auto", "fast"])
 def test_native_is_never_given_up_for_8_bits(named):
     fast = Fast({"int8": 1.0, "native": 2.0}, precisions=("int8", "native"))

@@ -240,3 +240,9 @@ def test_gradients_are_refused_and_not_lost(kernel, needed):
         block_sparse_attention(*qkv, plan, kernel=kernel)
     with torch.no_grad():
         block_sparse_attention(*qkv, plan, kernel=kernel)
+
+
+def test_a_mask_in_place_of_a_plan_is_named():
+    q, k, v, _ = inputs()
+    with pytest.raises(ValueError, match="plan is a BlockPlan .BlockPlan.from_mask makes one"):
+        block_sparse_attention(q, k, v, torch.ones(3, 3, dtype=torch.bool))
