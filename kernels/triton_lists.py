@@ -40,7 +40,8 @@ def lists_kernel(
 
 
 def strided_lists(levels: Tensor, kept: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """lists.strided_lists in one pass over the levels; the same arguments and results."""
+    """lists.strided_lists in one pass over the levels, on the current device; the same arguments
+    and results."""
     levels = levels.contiguous()
     num_k_blocks = levels.shape[-1]
     rows = levels.numel() // max(num_k_blocks, 1)
@@ -49,12 +50,11 @@ def strided_lists(levels: Tensor, kept: tuple[int, ...]) -> tuple[Tensor, Tensor
     bounds = indices.new_empty(*levels.shape[:-1], len(kept) + 1)
     chunk = min(MAX_CHUNK, triton.next_power_of_2(max(num_k_blocks, 1)))
     if rows:
-        with torch.cuda.device_of(levels):
-            lists_kernel[(rows,)](
-                *(levels, indices, bounds, num_k_blocks),
-                LEVELS=sum(kept),
-                NUM_LEVELS=len(kept),
-                CHUNK=chunk,
-                num_warps=4,
-            )
+        lists_kernel[(rows,)](
+            *(levels, indices, bounds, num_k_blocks),
+            LEVELS=sum(kept),
+            NUM_LEVELS=len(kept),
+            CHUNK=chunk,
+            num_warps=4,
+        )
     return indices, bounds

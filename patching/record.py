@@ -157,7 +157,7 @@ class RunRecord:
                     "; another attention patch or an acceleration that skips the model took them "
                     "all"
                 )
-            return "; ".join([nothing, *self.notes])
+            return "; ".join([nothing, *self._remarks()])
         sparse = self.sparse()
         if sparse.calls:
             steps = f" on {sparse.steps} of {self.total_steps} steps" if self.total_steps else ""
@@ -174,12 +174,15 @@ class RunRecord:
         )
         parts = [f"{where}: {ran}", f"dense calls: {dense or 'none'}"]
         parts += [f"dense backends: {self._backends()}"] if self.dense_backends else []
-        return "; ".join([*parts, times, *self.notes])
+        return "; ".join([*parts, times, *self._remarks()])
 
     def backend_summary(self) -> str:
         """The run in one line, where only dense backends were chosen."""
         ran = f"dense attention on {self.model}: {self._backends()}; {self.seconds:.2f} s"
-        return "; ".join([ran, *self.notes])
+        return "; ".join([ran, *self._remarks()])
+
+    def _remarks(self) -> list[str]:
+        return [*self.notes, "the run ended early"] if self.ended_early else self.notes
 
     def _backends(self) -> str:
         counted = [f"{site} {ran} x {n}" for (site, ran), n in self.backend_calls.most_common()]

@@ -115,7 +115,6 @@ class OuterSampleWrapper:
             out = executor(*run.steps.follow(args), **kwargs)
         except BaseException:
             record.ended_early = True
-            record.note("the run ended early")
             raise
         finally:
             options.pop(RUN_KEY, None)

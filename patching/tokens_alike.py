@@ -33,11 +33,9 @@ def _has_own(module: nn.Module, method: str) -> bool:
     )
 
 
-def _is_comfyuis(module: nn.Module) -> bool:
-    """Of ComfyUI's WAN, and no class or method of it replaced for all models."""
-    return type(module).__module__ == _MODULE and not any(
-        _is_replaced(type(module), method) for method in _METHODS
-    )
+def _is_comfyuis(cls: type) -> bool:
+    """Of ComfyUI's WAN, and none of its methods replaced for all models."""
+    return cls.__module__ == _MODULE and not any(_is_replaced(cls, name) for name in _METHODS)
 
 
 def _is_as_made(module: nn.Module) -> bool:
@@ -54,22 +52,17 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
-def _is_as_made_with_its_parts(block: nn.Module) -> bool:
-    parts = [_unwrapped(part) for part in block.children()]
-    # Not the layers in the parts: LoRAs patch those, and they know no places.
-    attentions = [part for part in parts if not isinstance(part, (*_LAYERS, nn.Sequential))]
-    return all(map(_is_comfyuis, (block, *attentions))) and all(map(_is_as_made, (block, *parts)))
-
-
 def treats_tokens_alike(model: Any) -> bool:
     """Whether nothing between the first block and the head depends on a token's place.
 
     The head is not asked: tokens are back in place before it.
     """
-    return (
-        type(model).__name__ in _CLASSES
-        # A class of the same name from elsewhere may do anything.
-        and _is_comfyuis(model)
-        and _is_as_made(model)
-        and all(_is_as_made_with_its_parts(_unwrapped(block)) for block in model.blocks)
-    )
+    if type(model).__name__ not in _CLASSES:
+        return False
+    blocks = [_unwrapped(block) for block in model.blocks]
+    # Not the layers in the parts: LoRAs patch those, and they know no places.
+    parts = [_unwrapped(part) for block in blocks for part in block.children()]
+    # A class of the same name from elsewhere may do anything.
+    classes = {type(module) for module in (model, *blocks)}
+    classes |= {type(part) for part in parts if not isinstance(part, (*_LAYERS, nn.Sequential))}
+    return all(map(_is_comfyuis, classes)) and all(map(_is_as_made, (model, *blocks, *parts)))
