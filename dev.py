@@ -8,10 +8,11 @@ other two make sure of it.
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 
-from demo.options import add_options, forwarded
+from demo.options import add_options, check_options, forwarded
 from devtools.checks import run_checks
 from devtools.environment import ROOT, set_up
 from devtools.errors import DevError
@@ -40,22 +41,42 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _run_to_its_end(command: list[str]) -> int:
+    """Run a command that stops what it started: a request to end is handed on and waited for."""
+    process = subprocess.Popen(command, cwd=ROOT)
+    signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the terminal sent it to both
+            continue
+
+
 def main(arguments: list[str]) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "test":
         parser.error(f"unknown arguments: {' '.join(rest)}")
     try:
+        if options.command == "demo":
+            check_options(options)
         environment = set_up(options.comfyui)
         if options.command == "demo":
             demo = [str(environment.python), "-m", "demo", "--comfyui", str(environment.comfyui)]
-            return subprocess.call([*demo, *forwarded(options)], cwd=ROOT)
+            return _run_to_its_end([*demo, *forwarded(options)])
         if options.command == "test":
             if not options.quick:
                 provide_older_hosts(environment.pip("python dev.py test"))
             return run_checks(environment, rest, quick=options.quick)
     except DevError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except PermissionError as error:
+        print(
+            f"error: {error.filename} may not be written\n"
+            "  to fix it: check who owns this folder, or clone it to one of yours",
+            file=sys.stderr,
+        )
         return 1
     print(f"ready: {environment.python} and ComfyUI in {environment.comfyui}")
     return 0

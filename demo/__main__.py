@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 from devtools.errors import DevError
@@ -19,6 +20,8 @@ def main() -> int:
     sys.path.append(options.comfyui)
     from .run import run_demo
 
+    # As an exception it passes the with-blocks, which stop the server.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         page = run_demo(options)
     except DevError as error:

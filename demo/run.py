@@ -31,6 +31,7 @@ from .families import FAMILIES, Family, family_of
 from .frames import difference, load_frames, load_latent, psnr, to_bytes, upscale
 from .mask import draw_mask, radial_plan
 from .methods import RADIAL, Method
+from .options import check_options
 from .report import write_report
 from .session import RunResult
 from .sources import real_workflows, small_workflows, weights_of
@@ -156,15 +157,8 @@ def _compare(
 
 
 def _families(options: argparse.Namespace) -> list[Family]:
-    given = [options.unet, options.clip, options.vae]
-    if not any(given):
-        return list(FAMILIES)
-    if not all(given):
-        raise DevError(
-            "real weights come in three files, and not all were given",
-            "give --unet, --clip and --vae together, or none of them",
-        )
-    return [family_of(options.unet)]
+    check_options(options)
+    return list(FAMILIES) if options.unet is None else [family_of(options.unet)]
 
 
 def run_demo(options: argparse.Namespace) -> Path:

@@ -27,6 +27,11 @@ _FAILURES = (
     # (what pip says, what it means, what to do)
     (r"No space left on device|Errno 28", "the disk is full", "free about 12 GB"),
     (
+        r"from versions: none",
+        "the package index has a package in no version that this Python takes",
+        "use Python 3.10 to 3.13, and see that pip's index settings (pip config list) are right",
+    ),
+    (
         r"Could not find a version|No matching distribution",
         "a package has no build for this Python and system",
         "use Python 3.10 to 3.13 on Linux, macOS or Windows",

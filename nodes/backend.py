@@ -29,15 +29,9 @@ def _check_types(types: dict[str, str | None]) -> None:
 
 
 def _check_config(config_file: str | None) -> None:
-    from ..patching.backend_choice import BUNDLED_CONFIGS, CONFIG_FOLDER, CONFIG_SUFFIXES
-    from ..patching.config_file import find_config_file
-    from ..patching.lightx2v import read_lightx2v
+    from ..patching.backend_choice import read_config
 
-    path = find_config_file(
-        config_file or "", CONFIG_FOLDER, suffixes=CONFIG_SUFFIXES, bundled=BUNDLED_CONFIGS
-    )
-    if path is not None:
-        read_lightx2v(path)
+    read_config(config_file or "")
 
 
 class SetAttentionBackend(io.ComfyNode):

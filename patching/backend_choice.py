@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,9 @@ from ..radial_attn import RadialPolicy
 from ..third_party import DENSE_BACKENDS
 from ..third_party.routing import ENVIRONMENT_VARIABLE, IMPLEMENTATIONS
 from .choice import make_choice
-from .config_file import find_config_file
+from .config_file import find_config_file, plain_path
 from .install import describe_model
-from .lightx2v import read_lightx2v
+from .lightx2v import LightX2VConfig, read_lightx2v
 from .log import log, shown
 from .psa_choice import AUTO, psa_choice
 from .settings import AttentionSettings, AttentionSite, DenseChoice, SparseChoice
@@ -76,19 +78,25 @@ def _sparse(model: Any, name: str, sparge_ckpt: str) -> SparseChoice:
     return _sparge(model, sparge_ckpt or "none")
 
 
-def _unavailable(site: AttentionSite, name: str, on_unavailable: str) -> str | None:
-    """Why a backend cannot run here, said aloud; None if it can.
+def _unavailable(asked: Iterable[tuple[AttentionSite, str]], on_unavailable: str) -> dict[str, str]:
+    """What is said of each backend that cannot run here, aloud and once for all its places.
 
     Raises:
-        ValueError: it cannot, and on_unavailable is "error".
+        ValueError: there is one, and on_unavailable is "error".
     """
-    reason = DENSE_BACKENDS[name].unavailable()
-    if reason is None:
-        return None
-    if on_unavailable == "error":
-        raise ValueError(f"{site.value} {name!r} cannot run here: {reason}")
-    said = f"{site.value} {name} falls back to ComfyUI's own choice: {reason}"
-    log.warning(said)
+    places: dict[str, list[str]] = {}
+    for site, name in asked:
+        places.setdefault(name, []).append(site.value)
+    said = {}
+    for name, sites in places.items():
+        reason = DENSE_BACKENDS[name].unavailable()
+        if reason is None:
+            continue
+        where = ", ".join(sites)
+        if on_unavailable == "error":
+            raise ValueError(f"{where} {name!r} cannot run here: {reason}")
+        said[name] = f"{name} for {where} falls back to ComfyUI's own choice: {reason}"
+        log.warning(said[name])
     return said
 
 
@@ -106,6 +114,28 @@ def _from_environment() -> str | None:
         known = ", ".join(dict.fromkeys([*IMPLEMENTATIONS, *DENSE_BACKENDS]))
         raise ValueError(f"{ENVIRONMENT_VARIABLE} {name!r}: allowed are {known}")
     return backend
+
+
+def read_config(config_file: str) -> tuple[LightX2VConfig, str] | None:
+    """What the file of a config_file input says, its types by their own names, and its name.
+
+    Returns:
+        None for an empty input.
+
+    Raises:
+        ValueError: there is no such file, or something in it is not allowed; naming the file.
+    """
+    path = find_config_file(
+        config_file, CONFIG_FOLDER, suffixes=CONFIG_SUFFIXES, bundled=BUNDLED_CONFIGS
+    )
+    if path is None:
+        return None
+    config = read_lightx2v(path)
+    try:
+        types = {key: check_type(AttentionSite(key), name) for key, name in config.types.items()}
+    except ValueError as error:
+        raise ValueError(f"config_file {path.name!r}: {error}") from None
+    return replace(config, types=types), path.name
 
 
 def backend_settings(
@@ -137,26 +167,31 @@ def backend_settings(
     }
     types = {site: check_type(site, name) for site, name in given.items()}
     sparge_ckpt = ""
-    path = find_config_file(
-        config_file, CONFIG_FOLDER, suffixes=CONFIG_SUFFIXES, bundled=BUNDLED_CONFIGS
-    )
-    if path is not None:
-        config = read_lightx2v(path)
+    read = read_config(config_file)
+    if read is not None:
+        config, file_name = read
         if config.ignored:
-            log.info(f"{path.name}: keys not about attention are ignored: {config.ignored}")
-        for site, name in types.items():
-            if name == AUTO:
-                types[site] = check_type(site, config.types.get(site.value, AUTO))
+            log.info(f"{file_name}: keys not about attention are ignored: {config.ignored}")
+        types = {
+            site: config.types.get(site.value, AUTO) if name == AUTO else name
+            for site, name in types.items()
+        }
         sparge_ckpt = config.sparge_ckpt
         if config.sparge and self_attn_1_type == AUTO:
             # The dense type beside it serves the calls that stay dense.
             dense = types[AttentionSite.SELF]
             if dense in SPARSE_TYPES and dense != "sparge_attn":
                 raise ValueError(
-                    f"config_file {path.name!r}: self_attn_1_type {dense!r} and sparge are two "
+                    f"config_file {file_name!r}: self_attn_1_type {dense!r} and sparge are two "
                     "sparse methods for one place; leave out one of them"
                 )
             return _settings(model, types, dense, "sparge_attn", sparge_ckpt, on_unavailable)
+        if sparge_ckpt and types[AttentionSite.SELF] != "sparge_attn":
+            log.warning(
+                f"{file_name}: sparge_ckpt is not used, since self_attn_1_type is "
+                f"{types[AttentionSite.SELF]!r}; sparge true in the file, or sparge_attn as "
+                "self_attn_1_type, takes it"
+            )
     own = types[AttentionSite.SELF]
     sparse = own if own in SPARSE_TYPES else None
     return _settings(model, types, AUTO if sparse else own, sparse, sparge_ckpt, on_unavailable)
@@ -174,11 +209,11 @@ def _settings(
     if sparse is None and set(wanted.values()) == {AUTO}:
         wanted = dict.fromkeys(wanted, _from_environment() or AUTO)
     asked = [(site, name) for site, name in wanted.items() if name != AUTO]
-    reasons = [_unavailable(site, name, on_unavailable) for site, name in asked]
-    able = [pair for pair, reason in zip(asked, reasons, strict=True) if reason is None]
+    unable = _unavailable(asked, on_unavailable)
+    able = tuple((site, name) for site, name in asked if name not in unable)
     return AttentionSettings(
         sparse=None if sparse is None else _sparse(model, sparse, sparge_ckpt),
-        dense=DenseChoice(tuple(able), tuple(reason for reason in reasons if reason is not None)),
+        dense=DenseChoice(able, tuple(unable.values())),
     )
 
 
@@ -193,4 +228,5 @@ def checkpoint_in(config_text: str) -> str:
         name = json.loads(config_text).get("sparge_ckpt", "")
     except (ValueError, AttributeError, RecursionError):
         return ""
-    return checkpoint_stamp(name) if isinstance(name, str) and name else ""
+    name = plain_path(name) if isinstance(name, str) else ""
+    return checkpoint_stamp(name) if name else ""

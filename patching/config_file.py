@@ -8,6 +8,16 @@ from pathlib import Path
 from .log import shown
 
 
+def plain_path(text: str) -> str:
+    """A path as people paste it, without quotes and with the home directory in place of ~."""
+    # Windows' "Copy as path" puts quotes around it, shells others.
+    bare = text.strip().strip("\"'").strip()
+    try:
+        return str(Path(bare).expanduser()) if bare else ""
+    except RuntimeError:  # nobody has that name
+        return bare
+
+
 def find_config_file(
     name: str, folder_name: str, *, suffixes: tuple[str, ...], bundled: Path | None = None
 ) -> Path | None:
@@ -30,11 +40,10 @@ def find_config_file(
 
     if not isinstance(name, str):
         raise ValueError(f"config_file {shown(name)}: it is the name of a file")
-    # Windows' "Copy as path" puts quotes around it, shells others.
-    text = name.strip().strip("\"'").strip()
+    text = plain_path(name)
     if not text:
         return None
-    path = _expanded(Path(text))
+    path = Path(text)
     if path.suffix.lower() not in suffixes:
         allowed = " or ".join(suffixes)
         raise ValueError(f"config_file {shown(name)}: allowed are files in {allowed}")
@@ -51,14 +60,6 @@ def find_config_file(
     raise ValueError(
         f"config_file {shown(name)}: no such file; give a full path or a name in {folder}"
     )
-
-
-def _expanded(path: Path) -> Path:
-    """With the home directory in place of ~; as it is where nobody has that name."""
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        return path
 
 
 def _is_file(path: Path) -> bool:

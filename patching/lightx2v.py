@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .config_file import plain_path
 from .settings import AttentionSite
 
 SITE_KEYS = tuple(site.value for site in AttentionSite)
@@ -92,7 +93,7 @@ def read_lightx2v(path: str | Path) -> LightX2VConfig:
     config = LightX2VConfig(
         types=types,
         sparge=_typed(path, data, "sparge", bool, "true or false", False),
-        sparge_ckpt=_typed(path, data, "sparge_ckpt", str, "the path of a file", ""),
+        sparge_ckpt=plain_path(_typed(path, data, "sparge_ckpt", str, "the path of a file", "")),
         ignored=tuple(key for key in data if key not in _KNOWN),
     )
     for key in config.ignored:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..psa import ModelFacts, PsaPolicy, PsaPreset, choose_section, find_preset, load_sections
+from ..psa.config import unused_by_auto
 from ..psa.dense_preset import DensePreset
 from .choice import make_choice
 from .config_file import find_config_file
@@ -53,6 +54,9 @@ def choose_preset(model: Any, preset: str, config_file: str) -> tuple[str, PsaPr
         return preset, find_preset(sections, preset)[1]
     chosen = choose_section(model_facts(model), sections)
     log.info(f"PSA {chosen.why}")
+    unused = unused_by_auto(sections, chosen.section, chosen.preset)
+    if unused is not None:
+        log.warning(f"PSA {unused}")
     return f"{chosen.section}/{chosen.preset}", sections[chosen.section].presets[chosen.preset]
 
 

@@ -166,6 +166,33 @@ def load_presets(path: str | Path | None = None) -> dict[str, dict[str, PsaPrese
     return {name: dict(section.presets) for name, section in load_sections(path).items()}
 
 
+def unused_by_auto(sections: Mapping[str, PsaSection], section: str, preset: str) -> str | None:
+    """What a user's file gives that "auto" leaves unused, as a sentence; None if it uses the file.
+
+    Args:
+        sections: from load_sections with the user's file.
+        section, preset: what "auto" takes of them.
+    """
+    bundled = _bundled()
+    own = {name: value for name, value in sections.items() if value is not bundled.get(name)}
+    if not own:
+        return None
+    if section not in own:
+        return (
+            f"auto takes section {section!r}, which config_file does not have (it has "
+            f"{', '.join(own)}), so nothing of the file is used; name a preset as section/preset, "
+            "or rename a section"
+        )
+    shipped = bundled[section].presets if section in bundled else {}
+    given = [name for name, value in own[section].presets.items() if value is not shipped.get(name)]
+    if not given or preset in given:
+        return None
+    return (
+        f"auto takes preset {preset!r} of section {section!r}: config_file's {', '.join(given)} "
+        "are not used; name one as default_attention in that section"
+    )
+
+
 def find_preset(sections: Mapping[str, PsaSection], name: str) -> tuple[str, PsaPreset]:
     """(section, preset) by "section/preset", as the node names them.
 
@@ -178,8 +205,9 @@ def find_preset(sections: Mapping[str, PsaSection], name: str) -> tuple[str, Psa
         for preset, value in section.presets.items()
     }
     if not isinstance(name, str) or name not in named:
+        # Without its section a name fits several; the nearest text would be one of them by chance.
+        guess = nearest(name, named) if "/" in str(name) else " (a name is section/preset)"
         raise ValueError(
-            f"preset {shown(name)} does not exist{nearest(name, named)}; presets are "
-            f"{', '.join(named)}"
+            f"preset {shown(name)} does not exist{guess}; presets are {', '.join(named)}"
         )
     return named[name]

@@ -68,6 +68,8 @@ class SpargePolicy:
             if type(choice) not in (int, str) or choice not in allowed:
                 choices = ", ".join(str(option) for option in allowed)
                 raise ValueError(f"{name} must be one of {choices}; got {choice!r}")
+        if not isinstance(self.attention_sink, bool):
+            raise ValueError(f"attention_sink must be true or false; got {self.attention_sink!r}")
         for name, value, low in (
             ("topk", self.topk, 0.0),
             ("simthreshd1", self.simthreshd1, -1.0),

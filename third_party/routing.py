@@ -88,11 +88,14 @@ def attention_forward(
         The output in the layout of out_pattern, in q's dtype.
 
     Raises:
-        ValueError: a name is unknown or cannot run on this machine; a pattern does not fit.
+        ValueError: a name is unknown or cannot run on this machine; a pattern does not fit; k and v
+            differ in tokens.
     """
     q = _to_heads_first(q, q_pattern, dims, "q")
     k = _to_heads_first(k, k_pattern, dims, "k")
     v = _to_heads_first(v, v_pattern, dims, "v")
+    if k.shape[-2] != v.shape[-2]:
+        raise ValueError(f"k has {k.shape[-2]} tokens and v {v.shape[-2]}; they must be as many")
     named = backend_from_environment() if implementation is None else find_backend(implementation)
     order = [DENSE_BACKENDS[name] for name in IMPLEMENTATIONS.values()]
     out = _attend(order if named is None else [named], q, k, v, attn_mask, scale)

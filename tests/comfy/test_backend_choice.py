@@ -1,6 +1,7 @@
 """SetAttentionBackend in a real ComfyUI: what a name, a file or the environment chooses."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,13 @@ from sparse_video_attention.third_party import DENSE_BACKENDS
 from .conftest import SITES
 
 pytestmark = pytest.mark.comfy
+
+
+@pytest.fixture
+def backend_node(comfyui):
+    from sparse_video_attention.nodes.backend import SetAttentionBackend
+
+    return SetAttentionBackend
 
 
 @pytest.mark.parametrize("on_unavailable", ["fallback", "error"])
@@ -22,7 +30,8 @@ def test_a_library_the_environment_names_is_treated_as_an_input(
             set_backends(models("wan"), on_unavailable=on_unavailable)
     else:
         set_backends(models("wan"))
-        assert sum("flash_attn3 falls back to ComfyUI's own choice" in s for s in run_lines()) == 3
+        (said,) = (s for s in run_lines() if "falls back to ComfyUI's own choice" in s)
+        assert f"flash_attn3 for {', '.join(SITES)} falls back" in said
 
 
 @pytest.mark.core
@@ -45,7 +54,7 @@ def test_a_missing_library_falls_back_or_stops_as_asked(models, set_backends, sa
     model = models("wan")
     assert DENSE_BACKENDS["flash_attn3"].unavailable() is not None
     patched = set_backends(model, self_attn_1_type="flash_attn3")
-    assert any("flash_attn3 falls back to ComfyUI's own choice" in s for s in run_lines())
+    assert any("flash_attn3 for self_attn_1_type falls back to ComfyUI's" in s for s in run_lines())
     assert torch.equal(sample(patched), sample(model))
     (reason,) = run_history(patched).latest.notes
     assert "flash_attn_3 is not installed; to install it, " in reason and reason in run_lines()[-1]
@@ -108,7 +117,7 @@ GUIDE_SPARGE = """{
     ids=lambda value: repr(value)[:40],
 )
 def test_a_broken_configuration_is_refused_with_one_sentence(
-    models, set_backends, tmp_path, text, said
+    models, set_backends, backend_node, tmp_path, text, said
 ):
     path = tmp_path / "attention.json"
     path.write_bytes(text.encode("latin-1"))
@@ -116,6 +125,32 @@ def test_a_broken_configuration_is_refused_with_one_sentence(
         set_backends(models("wan"), config_file=str(path))
     assert said in str(refusal.value)
     assert "\n" not in str(refusal.value)
+    if "gone.pt" not in said:
+        assert path.name in str(refusal.value)
+    # What the file alone tells is said when the graph is queued, where the person sees it.
+    if not said.startswith(("gone.pt", "'psa' and sparge")):
+        assert said in backend_node.validate_inputs(config_file=str(path))
+
+
+@pytest.mark.parametrize("quote", ['"{}"', " '{}' ", "{}"])
+def test_a_checkpoints_path_is_taken_as_people_paste_it(
+    models, set_backends, backend_node, tmp_path, monkeypatch, quote
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "attention.json"
+    path.write_text(json.dumps({"sparge": True, "sparge_ckpt": quote.format("~/gone.pt")}))
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "gone.pt"))):
+        set_backends(models("wan"), config_file=str(path))
+    before = backend_node.fingerprint_inputs(config_file=str(path))
+    (tmp_path / "gone.pt").write_bytes(b"x")
+    assert backend_node.fingerprint_inputs(config_file=str(path)) != before
+
+
+def test_a_checkpoint_that_nothing_asks_for_is_said(models, set_backends, tmp_path, run_lines):
+    path = tmp_path / "attention.json"
+    path.write_text('{"self_attn_1_type": "torch_sdpa", "sparge_ckpt": "/gone.pt"}')
+    set_backends(models("wan"), config_file=str(path))
+    assert any("attention.json: sparge_ckpt is not used" in line for line in run_lines())
 
 
 @pytest.mark.core
@@ -128,7 +163,10 @@ def test_the_guides_configurations_work_by_name(models, set_backends, run_lines)
         "transformer_options"
     ]
     assert options["sparse_video_attention"].sparse.policy.name == "sparge"
-    assert any("cross_attn_1_type flash_attn3 falls back" in line for line in run_lines())
+    assert any(
+        "flash_attn3 for cross_attn_1_type, cross_attn_2_type falls back" in line
+        for line in run_lines()
+    )
 
 
 def test_inputs_win_over_the_file_and_other_keys_are_ignored_aloud(

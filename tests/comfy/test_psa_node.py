@@ -74,6 +74,11 @@ def test_everything_at_level_one_is_dense_in_any_order(
     assert relative_error(out, sample(model)) < 1e-4
 
 
+def test_a_users_file_that_auto_does_not_take_is_said(models, patch, preset_file, run_lines):
+    patch(models("wan"), config_file=preset_file("Wan2.1_1.3B"))
+    assert any("'Wan2.1_1.3b', which config_file does not have" in line for line in run_lines())
+
+
 def test_a_users_file_changes_what_auto_picks(models, patch, sample, preset_file):
     patched = patch(models("wan"), config_file=preset_file("Wan2.1_1.3b"))
     sample(patched)

@@ -190,10 +190,16 @@ class TestPipFailures:
                 "a package has no build for this Python and system",
                 "use Python 3.10",
             ),
+            (
+                "ERROR: Could not find a version that satisfies the requirement torch==2.11.0 "
+                "(from versions: none)\n",
+                "in no version that this Python takes",
+                "pip's index settings",
+            ),
             ("OSError: [Errno 28] No space left on device\n", "the disk is full", "free about"),
             ("ERROR: something new\n", "pip's last lines were:\nERROR: something new", "run "),
         ],
-        ids=["no-network", "no-build", "full-disk", "unknown"],
+        ids=["no-network", "no-build", "no-version", "full-disk", "unknown"],
     )
     def test_each_cause_has_its_sentence_and_its_fix(self, output, said, fix):
         error = pip_failure("installing PyTorch", output, AGAIN)

@@ -2,6 +2,7 @@
 
 import pytest
 from sparse_video_attention.psa import PsaPreset, find_preset, load_presets, load_sections
+from sparse_video_attention.psa.config import unused_by_auto
 from sparse_video_attention.psa.preset import BlockSize, SimThresholds
 
 from .conftest import PSA, preset
@@ -72,6 +73,35 @@ def test_lays_a_file_over_the_bundled_presets(preset_file):
     assert changed.presets["baseline"].description == "Nothing sparse here"
     assert changed.presets["psa_topk"] == before.presets["psa_topk"]
     assert list(changed.presets) == [*before.presets, "mine"]
+
+
+ONE = "{type: psa, mask_ratios: {1: [0, 1]}}"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, None),
+        (GUIDE, None),
+        ("wan2.1_1.3b: {attention_configs: {fast: " + ONE + "}}", "it has wan2.1_1.3b"),
+        ("Wan2.1_1.3b: {attention_configs: {a: " + ONE + ", b: " + ONE + "}}", "a, b are not used"),
+        ("Wan2.1_1.3b: {attention_configs: {psa_balanced: " + ONE + "}}", None),
+        ("Wan2.1_1.3b: {default_attention: psa_topk}", None),
+    ],
+    ids=["no-file", "used", "other-case", "not-the-default", "replaced", "default-alone"],
+)
+def test_says_what_auto_leaves_unused_of_a_file(preset_file, text, said):
+    sections = load_sections(None if text is None else preset_file(text))
+    chosen = sections["Wan2.1_1.3b"].default_attention
+    unused = unused_by_auto(sections, "Wan2.1_1.3b", chosen)
+    assert unused is None if said is None else said in unused
+
+
+def test_a_preset_without_its_section_is_not_guessed():
+    with pytest.raises(ValueError, match="'psa_balanced' does not exist .a name is section/preset"):
+        find_preset(load_sections(), "psa_balanced")
+    with pytest.raises(ValueError, match="did you mean 'Wan2.1_1.3b/psa_balanced'"):
+        find_preset(load_sections(), "wan2.1_1.3b/psa_balanced")
 
 
 def test_adds_a_new_section(preset_file):
