@@ -54,7 +54,7 @@ WAN = Family(
     show=lambda dense: wan_preview(),
     colours="the 16 latent channels in the colours of ComfyUI's own preview",
     miniature_show=wan_preview,
-    prompt=PROMPTS[0],
+    prompt=PROMPTS[2],
     weight="head.modulation",
 )
 COGVIDEOX = Family(
