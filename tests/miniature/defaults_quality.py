@@ -22,8 +22,8 @@ RECORD = Path(__file__).with_name("defaults_quality.json")
 FAMILIES = ("wan", "cogvideox")
 SEEDS = (11, 12)
 SIZE = (7, 24, 40)
-# Where a block is half a frame or a whole one, so that one block off is wrong for radial's mask.
-RADIAL_SIZES = {"wan": (13, 16, 32), "cogvideox": (13, 32, 32)}
+# Where a block is a frame, so that one block off is wrong for radial's mask.
+RADIAL_SIZE = (13, 16, 32)
 HOW = {"steps": 6, "guidance": 3.0}
 PROMPT = PROMPTS[0]
 
@@ -67,11 +67,10 @@ class DefaultsQuality:
 
     def __init__(self, comfy, family):
         self._miniature = Miniature(comfy, family, weights_path(family), torch.float32)
-        self._radial_size = RADIAL_SIZES[family]
         self._dense = {}
 
     def psnr(self, method, seed, kind=Setting):
-        shot = Shot(PROMPT, seed, self._radial_size if method == "radial" else SIZE)
+        shot = Shot(PROMPT, seed, RADIAL_SIZE if method == "radial" else SIZE)
         if shot not in self._dense:
             self._dense[shot] = self._miniature.sample(shot, setting=None, **HOW).video
         result = self._miniature.sample(shot, setting=kind(method, "defaults"), **HOW)
