@@ -50,6 +50,8 @@ def model_input() -> io.Model.Input:
 
 
 def dense_layers_input(default: str = "0", *, advanced: bool = False) -> io.String.Input:
+    # The published choice. On the trained miniatures (benchmarks/RESULTS.md) a dense first layer
+    # was far closer to dense attention on CogVideoX; of WAN's four layers the second one did most.
     return io.String.Input(
         "dense_layers",
         default=default,
@@ -57,8 +59,8 @@ def dense_layers_input(default: str = "0", *, advanced: bool = False) -> io.Stri
         **(ADVANCED if advanced else {}),
         tooltip=(
             "Transformer layers that keep full attention. Numbers and ranges, counted from 0: "
-            '"0", "0-2, 39", "-1" for the last layer; empty for none. The first layer matters most '
-            "for quality."
+            '"0", "0-2, 39", "-1" for the last layer; empty for none. As published, the first '
+            "layer is the one to keep."
         ),
     )
 

