@@ -132,7 +132,8 @@ def choose_section(
     name, why = _section(facts)
     if name not in sections:
         raise ValueError(f"section {name!r} is missing; sections are {', '.join(sections)}")
-    # For few steps too, since a MODEL does not say how many there will be: on the miniatures (4
-    # steps, benchmarks/RESULTS.md) psa_4steps was within 1 dB of it, keeping a little more.
+    # For few steps too, since a MODEL does not say how many there will be: on the CogVideoX
+    # miniature (4 steps, benchmarks/RESULTS.md) psa_4steps was 1 to 2 dB closer, keeping a little
+    # more, and the help page says so.
     preset = sections[name].default_attention
     return SectionChoice(name, preset, f"preset {name}/{preset}: {why}")
