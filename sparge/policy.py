@@ -43,8 +43,8 @@ class SpargePolicy:
     simthreshd1: float = -0.1
     cdfthreshd: float | None = None
     attention_sink: bool = False
-    # As published. On the trained miniatures (benchmarks/RESULTS.md) raster was closer to dense
-    # attention than Gilbert. Pooling was mostly closer than dropping; it is not the default since
+    # As published. On the trained miniatures (benchmarks/RESULTS.md) raster was mostly closer to
+    # dense attention than Gilbert. Pooling was mostly closer than dropping; it is not the default since
     # other libraries' kernels cannot pool, and its cost on GPUs has not been measured.
     block_order: str = "raster"
     skipped_blocks: str = "drop"
