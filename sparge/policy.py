@@ -44,8 +44,8 @@ class SpargePolicy:
     cdfthreshd: float | None = None
     attention_sink: bool = False
     # As published. On the trained miniatures (benchmarks/RESULTS.md) raster was mostly closer to
-    # dense attention than Gilbert. Pooling was mostly closer than dropping; it is not the default since
-    # other libraries' kernels cannot pool, and its cost on GPUs has not been measured.
+    # dense attention than Gilbert. Pooling was mostly closer than dropping; it is not the default
+    # since other libraries' kernels cannot pool, and its cost on GPUs has not been measured.
     block_order: str = "raster"
     skipped_blocks: str = "drop"
     checkpoint: SpargeCheckpoint | None = None
