@@ -72,11 +72,8 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except PermissionError as error:
-        print(
-            f"error: {error.filename} may not be written\n"
-            "  to fix it: check who owns this folder, or clone it to one of yours",
-            file=sys.stderr,
-        )
+        owned = DevError(str(error), "check who owns this folder, or clone it to one of yours")
+        print(f"error: {owned}", file=sys.stderr)
         return 1
     print(f"ready: {environment.python} and ComfyUI in {environment.comfyui}")
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import dev
 from devtools import comfyui, environment, older_hosts
 from devtools import pip as pip_module
 from devtools.comfyui import check_archive, comfyui_version, own_comfyui, provide_comfyui, unpack
@@ -87,6 +88,15 @@ class TestOwnComfyui:
         lines = said.stderr.splitlines()
         assert len(lines) == 2
         assert lines[0].startswith("error: --comfyui") and lines[1].startswith("  to fix it: ")
+
+    def test_a_folder_of_somebody_elses_is_said_without_a_traceback(self, monkeypatch, capsys):
+        def refuse(comfyui):
+            raise PermissionError(13, "Permission denied", "/theirs/.venv")
+
+        monkeypatch.setattr(dev, "set_up", refuse)
+        assert dev.main(["setup"]) == 1
+        first, second = capsys.readouterr().err.splitlines()
+        assert "/theirs/.venv" in first and second.startswith("  to fix it: check who owns")
 
 
 class TestArchive:

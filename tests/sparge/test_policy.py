@@ -186,6 +186,8 @@ def test_published_checkpoint_makes_a_plan_per_layer():
         ("block_order", "zigzag"),
         ("skipped_blocks", "keep"),
         ("block_n", 48),
+        ("attention_sink", "false"),
+        ("attention_sink", 1),
     ],
     ids=str,
 )

@@ -88,6 +88,12 @@ def test_a_pattern_that_does_not_fit_is_a_sentence(pattern, dims):
     assert repr(pattern) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_keys_without_values_are_refused():
+    q, k = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 5, 8)
+    with pytest.raises(ValueError, match="k has 5 tokens and v 4"):
+        attention_forward(q, k, q)
+
+
 def test_an_output_pattern_that_does_not_fit_is_a_sentence():
     x = torch.zeros(1, 2, 4, 8)
     with pytest.raises(ValueError, match="out_pattern 'b s c' does not fit out"):
