@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .models import family_of
 from .noise import spread_out
-from .prompts import text_features
+from .prompts import PROMPTS, Prompt, text_features
 from .recipe import Recipe
+from .scene import Draw
 from .seeds import private_seed
 from .video_set import VideoSet
 
@@ -44,9 +45,10 @@ def make_batch(recipe: Recipe, step: int) -> Batch:
     """The batch of a step."""
     stage, family = recipe.stage_at(step), family_of(recipe)
     generator = torch.Generator().manual_seed(private_seed("noise", recipe.seed, step))
-    clips = VideoSet(recipe.seed, stage.frames, stage.height, stage.width, stage.variety)
+    size = (stage.frames, stage.height, stage.width)
+    clips = VideoSet(recipe.seed, *size, stage.variety, stage.placement)
     first = step * _CLIPS_PER_STEP
-    drawn = [clips.clip(first + index) for index in range(stage.clips)]
+    drawn = [clips.clip(first + i, prompt) for i, prompt in enumerate(_prompts(recipe, step))]
     video = family.colours.encode(torch.stack([video for _, video in drawn]))
     dropped = torch.rand(stage.clips, generator=generator) < recipe.dropped_prompts
     context = [
@@ -56,6 +58,16 @@ def make_batch(recipe: Recipe, step: int) -> Batch:
     noise = torch.randn(video.shape, generator=generator)
     example = family.noising(video, noise, spread_out(stage.clips, generator))
     return Batch(example.noisy, example.target, example.timestep, torch.stack(context))
+
+
+def _prompts(recipe: Recipe, step: int) -> list[Prompt | None]:
+    """Of the clips of a step, None for those that show anything."""
+    stage = recipe.stage_at(step)
+    draw = Draw(private_seed("prompts", recipe.seed, step))
+    return [
+        PROMPTS[draw.integer(len(PROMPTS))] if draw.uniform(0.0, 1.0) < stage.stored else None
+        for _ in range(stage.clips)
+    ]
 
 
 def _one_thread() -> None:

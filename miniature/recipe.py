@@ -13,7 +13,8 @@ class Stage:
         steps: of the optimiser.
         clips: per step.
         frames, height, width: of a clip, in latent pixels.
-        variety: of the scenes, 0 to 1 (`draw_scene`).
+        variety, placement: of the scenes, 0 to 1 (`draw_scene`).
+        stored: share of clips that show one of the stored prompts (`PROMPTS`), 0 to 1.
     """
 
     steps: int
@@ -22,6 +23,8 @@ class Stage:
     height: int
     width: int
     variety: float = 1.0
+    placement: float = 1.0
+    stored: float = 0.0
 
     @property
     def tokens(self) -> int:

@@ -9,10 +9,19 @@ from .recipe import Recipe, Stage
 
 # Scenes that differ less, so that a small budget is enough for whole shapes and regular grounds.
 _SETTLED, _ALIKE = 0.05, 0.2
+# And shapes that keep to places of their own: drawn anywhere, three of them are one blob as often
+# as not, and a model this small then learns blobs, or leaves a single shape out.
+_APART = 0.25
 
 
 def _settled(steps: int, clips: int, frames: int, variety: float = _SETTLED) -> Stage:
     return Stage(steps, clips, frames, height=24, width=40, variety=variety)
+
+
+def _apart(steps: int, clips: int, frames: int) -> Stage:
+    """Mostly of the stored prompts, which are what is shown."""
+    stage = _settled(steps, clips, frames)
+    return replace(stage, placement=_APART, stored=0.75)
 
 
 _RECIPES: dict[str, Recipe] = {
@@ -38,7 +47,8 @@ _RECIPES: dict[str, Recipe] = {
             _settled(3000, clips=128, frames=1, variety=_ALIKE),
             _settled(2500, clips=48, frames=5, variety=_ALIKE),
             _settled(3500, clips=32, frames=9, variety=_ALIKE),
-            _settled(1000, clips=16, frames=21, variety=_ALIKE),
+            _settled(700, clips=16, frames=21, variety=_ALIKE),
+            _apart(300, clips=16, frames=21),
         ),
         warmup=100,
         cooldown=1500,
@@ -65,7 +75,8 @@ _RECIPES: dict[str, Recipe] = {
             _settled(3000, clips=128, frames=1, variety=_ALIKE),
             _settled(2500, clips=48, frames=5, variety=_ALIKE),
             _settled(2500, clips=32, frames=9, variety=_ALIKE),
-            _settled(800, clips=16, frames=21, variety=_ALIKE),
+            _settled(500, clips=16, frames=21, variety=_ALIKE),
+            _apart(300, clips=16, frames=21),
         ),
         warmup=100,
         cooldown=1500,
@@ -85,6 +96,10 @@ _CPU_LONG = {
         _settled(15, clips=1, frames=21),
         _settled(700, clips=2, frames=9),
         _settled(15, clips=1, frames=21),
+        _apart(100, clips=16, frames=1),
+        _apart(250, clips=2, frames=9),
+        _apart(30, clips=1, frames=21),
+        _apart(150, clips=2, frames=9),
     ),
     "cogvideox-cpu": (
         Stage(570, clips=4, frames=9, height=16, width=24),
@@ -99,6 +114,10 @@ _CPU_LONG = {
         _settled(20, clips=1, frames=21),
         _settled(700, clips=2, frames=9),
         _settled(20, clips=1, frames=21),
+        _apart(150, clips=16, frames=1),
+        _apart(300, clips=2, frames=9),
+        _apart(40, clips=1, frames=21),
+        _apart(220, clips=2, frames=9),
     ),
 }
 

@@ -87,12 +87,14 @@ class Scene:
     rainbow_period: float
 
 
-def draw_scene(prompt: Prompt, draw: Draw, variety: float = 1.0) -> Scene:
+def draw_scene(prompt: Prompt, draw: Draw, variety: float = 1.0, placement: float = 1.0) -> Scene:
     """A random scene that shows what the prompt says.
 
     Args:
         variety: how much sizes, wavelengths, directions of the ground, speeds and periods differ
-            between scenes, 0 (not at all) to 1. Places, phases and ways always do.
+            between scenes, 0 (not at all) to 1.
+        placement: the same of places and phases. Below 1 shapes have places of their own, apart
+            from each other, and everything moves the same way.
     """
     count = WORDS["count"].index(prompt.count) + 1
 
@@ -100,16 +102,26 @@ def draw_scene(prompt: Prompt, draw: Draw, variety: float = 1.0) -> Scene:
         middle = (low + high) / 2
         return middle + variety * (draw.uniform(low, high) - middle)
 
-    orbit_direction, orbit_phase = draw.sign(), draw.uniform(0.0, 1.0)
+    def placed(period: float, home: float) -> float:
+        away = (draw.uniform(0.0, period) - home + period / 2) % period - period / 2
+        return home + placement * away
+
+    def way() -> int:
+        sign = draw.sign()
+        return sign if placement == 1.0 else 1
+
+    orbit_direction, orbit_phase = way(), placed(1.0, home=0.5)
 
     def shape(index: int) -> _Shape:
+        across = (index + 0.5) / count
+        down = 0.5 if count == 1 else (0.3, 0.7)[index % 2]
         return _Shape(
             radius=varied(*RADIUS),
             shade=draw.uniform(0.85, 1.0),
-            start=(draw.uniform(0.0, 2.0), draw.uniform(0.0, 2.0)),
-            velocity=(draw.sign() * varied(*SPEED), draw.sign() * varied(*SPEED)),
-            angle=draw.uniform(0.0, math.pi / 2),
-            spin=draw.sign() * draw.uniform(0.1, 0.35),
+            start=(placed(2.0, home=across), placed(2.0, home=down)),
+            velocity=(way() * varied(*SPEED), way() * varied(*SPEED)),
+            angle=placed(math.pi / 2, home=math.pi / 4),
+            spin=way() * draw.uniform(0.1, 0.35),
             phase=orbit_phase + index / count + draw.uniform(-0.04, 0.04),
         )
 
@@ -118,10 +130,10 @@ def draw_scene(prompt: Prompt, draw: Draw, variety: float = 1.0) -> Scene:
         shapes=tuple(shape(index) for index in range(count)),
         wavelength=varied(*TEXTURE_WAVELENGTH[prompt.ground]),
         direction=varied(0.0, 2 * math.pi),
-        pan=draw.sign() * varied(*PAN_SPEED) if prompt.camera == "pans" else 0.0,
-        texture_phase=draw.uniform(0.0, 1.0),
+        pan=way() * varied(*PAN_SPEED) if prompt.camera == "pans" else 0.0,
+        texture_phase=placed(1.0, home=0.5),
         zoom_period=varied(*ZOOM_PERIOD),
-        zoom_phase=draw.uniform(0.0, 1.0),
+        zoom_phase=placed(1.0, home=0.5),
         orbit_period=orbit_direction * varied(*ORBIT_PERIOD),
         rainbow_period=varied(*RAINBOW_PERIOD),
     )

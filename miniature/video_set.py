@@ -18,7 +18,7 @@ class VideoSet:
     Attributes:
         seed: of all of them.
         frames, height, width: of every clip.
-        variety: how much scenes differ, 0 to 1 (`draw_scene`).
+        variety, placement: how much scenes differ, 0 to 1 (`draw_scene`).
     """
 
     seed: int
@@ -26,6 +26,7 @@ class VideoSet:
     height: int
     width: int
     variety: float = 1.0
+    placement: float = 1.0
 
     def clip(self, index: int, prompt: Prompt | None = None) -> tuple[Prompt, Tensor]:
         """The prompt and the video, fp32 [frames, height, width, 3] between 0 and 1.
@@ -35,7 +36,8 @@ class VideoSet:
         """
         draw = Draw(private_seed("clip", self.seed, index))
         chosen = draw_prompt(draw)
-        scene = draw_scene(chosen if prompt is None else prompt, draw, self.variety)
-        start = draw.uniform(0.0, 16.0)
+        shown = chosen if prompt is None else prompt
+        scene = draw_scene(shown, draw, self.variety, self.placement)
+        start = self.placement * draw.uniform(0.0, 16.0)
         size = {"frames": self.frames, "height": self.height, "width": self.width}
         return scene.prompt, render(scene, start=start, **size)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
@@ -9,6 +12,13 @@ from .backend import SetAttentionBackend
 from .psa import PatchPSA
 from .radial import PatchRadialAttention
 from .sparge import PatchSpargeAttention
+
+NODES: list[type[io.ComfyNode]] = [
+    PatchRadialAttention,
+    PatchPSA,
+    PatchSpargeAttention,
+    SetAttentionBackend,
+]
 
 
 class SparseVideoAttentionExtension(ComfyExtension):
@@ -18,4 +28,28 @@ class SparseVideoAttentionExtension(ComfyExtension):
 
         # Not in on_load, which older ComfyUIs have and do not call.
         register_folder()
-        return [PatchRadialAttention, PatchPSA, PatchSpargeAttention, SetAttentionBackend]
+        _warn_of_other_owners()
+        return list(NODES)
+
+
+def _warn_of_other_owners() -> None:
+    """ComfyUI lets the pack that it loads last have a node's name, without a word."""
+    from ..patching.log import log
+
+    # Imported by name it would be this folder where tools put the repository on the path.
+    listed = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})
+    names: dict[str, list[str]] = {}
+    for node in NODES:
+        name = node.GET_SCHEMA().node_id
+        other = listed.get(name)
+        if other is not None and other.__module__ != node.__module__:
+            owner = getattr(other, "RELATIVE_PYTHON_MODULE", other.__module__)
+            names.setdefault(owner, []).append(name)
+    for owner, taken in names.items():
+        log.warning(
+            "%s already there from %s: the ones of %s replace them; if these are two copies of "
+            "this pack, remove one",
+            ", ".join(taken) + (" is" if len(taken) == 1 else " are"),
+            owner,
+            Path(__file__).parents[1],
+        )

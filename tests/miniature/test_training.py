@@ -154,11 +154,21 @@ class TestSteps:
         empty = (context == text_features(None)).flatten(1).all(1).float().mean()
         assert 0.2 < float(empty) < 0.4
 
-    def test_a_stage_says_how_much_scenes_differ(self):
+    @pytest.mark.parametrize("stored", [0.0, 0.5, 1.0])
+    def test_a_stage_says_how_many_clips_show_what_is_stored(self, stored):
+        stage = Stage(1, clips=200, frames=1, height=2, width=2, stored=stored)
+        context = make_batch(replace(TOY, stages=(stage,), dropped_prompts=0.0), 0).context
+        alike = torch.stack([(context == text_features(p)).flatten(1).all(1) for p in PROMPTS])
+        # Of all the prompts there are, one in 243 is a stored one.
+        assert abs(float(alike.any(0).float().mean()) - stored) < (0.1 if stored < 1 else 1e-6)
+        assert stored == 0 or alike.any(1).all()
+
+    @pytest.mark.parametrize("how", ["variety", "placement"])
+    def test_a_stage_says_how_much_scenes_differ(self, how):
         stage = Stage(1, clips=3, frames=2, height=8, width=12)
         noisy = [
-            make_batch(replace(TOY, stages=(replace(stage, variety=variety),)), 0).noisy
-            for variety in (1.0, 0.0)
+            make_batch(replace(TOY, stages=(replace(stage, **{how: share}),)), 0).noisy
+            for share in (1.0, 0.0)
         ]
         plain = make_batch(replace(TOY, stages=(stage,)), 0).noisy
         assert torch.equal(noisy[0], plain) and not torch.allclose(noisy[1], plain, atol=0.05)

@@ -76,6 +76,34 @@ class TestSeeds:
         assert len({scene.texture_phase for scene in scenes}) == 40
         assert len({scene.orbit_period > 0 for scene in scenes}) == 2
 
+    def test_the_smaller_the_placement_the_oftener_all_shapes_are_seen_whole(self):
+        def whole(placement):
+            pixels = torch.zeros(40)
+            for seed in range(40):
+                scene = draw_scene(prompt(count="three"), Draw(seed), 0.0, placement)
+                video = render(scene, frames=1, height=24, width=40)
+                pixels[seed] = covered(video, "red").sum()
+            return int((pixels > 0.9 * pixels.max()).sum())
+
+        counts = [whole(placement) for placement in (0.0, 0.25, 1.0)]
+        assert counts[0] == 40 and counts[1] > counts[2] + 5
+
+    @pytest.mark.parametrize("placement", [0.0, 0.25, 1.0])
+    def test_placement_is_how_far_phases_differ_and_whether_ways_do(self, placement):
+        words = prompt(count="three", colour="rainbow", camera="pans")
+        scenes = [draw_scene(words, Draw(seed), placement=placement) for seed in range(40)]
+        phases = [scene.texture_phase for scene in scenes]
+        assert max(phases) - min(phases) <= placement + 1e-9
+        assert len(set(phases)) == (1 if placement == 0 else 40)
+        ways = {scene.pan > 0 for scene in scenes}
+        ways |= {speed > 0 for s in scenes for shape in s.shapes for speed in shape.velocity}
+        assert ways == ({True, False} if placement == 1 else {True})
+
+    def test_a_set_passes_its_placement_on(self):
+        sets = [VideoSet(3, **SIZE, placement=placement) for placement in (0.25, 1.0)]
+        assert not torch.allclose(*(clips.clip(5)[1] for clips in sets), atol=0.05)
+        assert torch.equal(sets[1].clip(5)[1], VideoSet(3, **SIZE).clip(5)[1])
+
     def test_a_set_passes_its_variety_on(self):
         sets = [VideoSet(3, **SIZE, variety=variety) for variety in (0.0, 1.0)]
         assert not torch.allclose(*(clips.clip(5)[1] for clips in sets), atol=0.05)
