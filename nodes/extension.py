@@ -11,6 +11,7 @@ from typing_extensions import override
 from .backend import SetAttentionBackend
 from .psa import PatchPSA
 from .radial import PatchRadialAttention
+from .report import AttentionReport
 from .sparge import PatchSpargeAttention
 
 NODES: list[type[io.ComfyNode]] = [
@@ -18,6 +19,7 @@ NODES: list[type[io.ComfyNode]] = [
     PatchPSA,
     PatchSpargeAttention,
     SetAttentionBackend,
+    AttentionReport,
 ]
 
 

@@ -59,7 +59,8 @@ class RunRecord:
     """Everything that happened to attention in one run of one sampler. Safe between threads.
 
     Attributes:
-        method: the sparse policy and its parameters, as the log says them.
+        method: the sparse policy and its parameters, as the log says them; empty where only dense
+            backends were chosen.
         model: class of the diffusion model.
         num_layers: its attention layers.
         total_steps: of this sampler; 0 if unknown.
@@ -145,6 +146,8 @@ class RunRecord:
 
     def summary(self) -> str:
         """The run in one line."""
+        if not self.method:
+            return self._backend_summary()
         where = f"{self.method} on {self.model or 'the model'}"
         if self.layouts:
             where += f", {' then '.join(self.layouts)} tokens"
@@ -176,8 +179,7 @@ class RunRecord:
         parts += [f"dense backends: {self._backends()}"] if self.dense_backends else []
         return "; ".join([*parts, times, *self._remarks()])
 
-    def backend_summary(self) -> str:
-        """The run in one line, where only dense backends were chosen."""
+    def _backend_summary(self) -> str:
         ran = f"dense attention on {self.model}: {self._backends()}; {self.seconds:.2f} s"
         return "; ".join([ran, *self._remarks()])
 

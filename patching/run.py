@@ -58,7 +58,7 @@ def noise_bounds(schedule: Schedule, model_patcher: Any) -> NoiseBounds:
 def _open_record(settings: AttentionSettings, diffusion_model: Any) -> RunRecord:
     choice, dense = settings.sparse, settings.dense
     return RunRecord(
-        method="dense attention" if choice is None else choice.policy.describe(),
+        method="" if choice is None else choice.policy.describe(),
         model=type(diffusion_model).__name__,
         num_layers=len(getattr(diffusion_model, "blocks", ())),
         dense_backends="" if dense is None else dense.describe(),
@@ -68,7 +68,7 @@ def _open_record(settings: AttentionSettings, diffusion_model: Any) -> RunRecord
 
 def _say(record: RunRecord, choice: SparseChoice | None) -> None:
     if choice is None:
-        log.info(record.backend_summary())
+        log.info(record.summary())
         return
     schedule = choice.schedule
     if schedule.warmup_is_too_long(record.total_steps):

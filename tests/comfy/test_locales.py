@@ -41,8 +41,8 @@ def test_english_is_what_the_server_tells_the_page(nodes):
     for node in nodes:
         info = node.GET_NODE_INFO_V1()
         inputs = {}
-        for group in info["input"].values():
-            for name, (_, options) in group.items():
+        for group in ("required", "optional"):
+            for name, (_, options) in info["input"].get(group, {}).items():
                 label = options.get("display_name") or name
                 inputs[name] = {"name": label, "tooltip": options["tooltip"]}
         shown[info["name"]] = {

@@ -9,7 +9,13 @@ import pytest
 pytestmark = [pytest.mark.comfy, pytest.mark.core]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-NODES = ("PatchRadialAttention", "PatchPSA", "PatchSpargeAttention", "SetAttentionBackend")
+NODES = (
+    "PatchRadialAttention",
+    "PatchPSA",
+    "PatchSpargeAttention",
+    "SetAttentionBackend",
+    "AttentionReport",
+)
 
 
 @pytest.fixture(scope="module")

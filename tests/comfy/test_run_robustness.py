@@ -225,7 +225,7 @@ def test_what_was_asked_for_and_missing_is_in_the_record(model, comfyui, sample)
     sample(patched)
     record = run_history(patched).latest
     assert "sage_attn3 for cross_attn_1_type falls back to ComfyUI's own choice" in (
-        record.backend_summary()
+        record.summary()
     )
 
 

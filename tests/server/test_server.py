@@ -104,6 +104,48 @@ class TestRuns:
         assert "nothing ran sparse" in line and "480 tokens are fewer than min_tokens 4096" in line
 
 
+class TestReport:
+    def test_shows_the_run_and_hands_the_latent_on(self, run, tiny):
+        from PIL import Image
+
+        plain = tiny(**QUICK, seed=21)
+        sampler = plain.sampler
+        reported = plain.setting()
+        for node in reported.nodes.values():
+            for name, value in node["inputs"].items():
+                if value == [sampler, 0]:
+                    node["inputs"][name] = ["report", 0]
+        model = reported.nodes[reported.find(PATCH)]["inputs"]["model"]
+        reported.nodes |= {
+            "report": {
+                "class_type": "AttentionReport",
+                "inputs": {"model": [reported.find(PATCH), 0], "samples": [sampler, 0]},
+            },
+            "picture": {
+                "class_type": "SaveImage",
+                "inputs": {"images": ["report", 1], "filename_prefix": "report"},
+            },
+        }
+        result = run(reported)
+        (picture,) = result.files["picture"]
+        colours = {colour for _, colour in Image.open(picture).convert("RGB").getcolors(1 << 20)}
+        assert len(colours) > 20
+        (latent,), (expected,) = (
+            done.files[workflow.find("SaveLatent")]
+            for done, workflow in ((result, reported), (run(plain), plain))
+        )
+        assert torch.equal(load_latent(latent), load_latent(expected))
+        # Without the patch the graph still runs.
+        reported.nodes["report"]["inputs"]["model"] = model
+        assert run(reported).files["picture"]
+
+    def test_is_listed_with_an_explanation_of_everything(self, object_info):
+        info = object_info["AttentionReport"]
+        assert info["category"] == "model/patch/attention" and info["output_node"]
+        assert info["output"] == ["LATENT", "IMAGE", "STRING"] and all(info["output_tooltips"])
+        assert all(options["tooltip"] for _, options in info["input"]["required"].values())
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("text", "said"),
