@@ -38,6 +38,7 @@ class SparseRun:
         layout: the token grid, as the pack logged it.
         psnr: dB, of its video against the dense one.
         latent_error: relative L2 error of its latent, None with real weights.
+        report: AttentionReport's picture.
     """
 
     method: Method
@@ -47,6 +48,7 @@ class SparseRun:
     layout: TokenLayout | None
     psnr: float
     latent_error: float | None
+    report: Image.Image
 
 
 @dataclass(frozen=True)
@@ -155,9 +157,11 @@ def sample_all(
         loading = "loading and warming up" if index == 0 else "warming up"
         _run(server, warm_up, f"{title}: {loading} ({method.title})")
     dense = _run(server, workflows[0][1].without(*PATCHES), f"{title}: dense")
-    return dense, [
-        _run(server, workflow, f"{title}: {method.title}") for method, workflow in workflows
-    ]
+    sparse = []
+    for method, workflow in workflows:
+        reported = workflow.reporting(method.node, f"report_{method.key}")
+        sparse.append(_run(server, reported, f"{title}: {method.title}"))
+    return dense, sparse
 
 
 def relative_error(reference: Tensor, other: Tensor) -> float:

@@ -133,6 +133,10 @@ def _section(comparison: Comparison) -> str:
     lines = "\n\n".join(
         html.escape(line) for run in comparison.runs for line in pack_lines(run.result.log)
     )
+    pictures = "".join(
+        f'<img alt="what ran with {html.escape(run.method.title)}" src="{_png(run.report)}">'
+        for run in comparison.runs
+    )
     prompt = ""
     if comparison.prompt is not None:
         prompt = f'<p class="soft">&ldquo;{html.escape(comparison.prompt)}&rdquo;</p>'
@@ -146,6 +150,8 @@ def _section(comparison: Comparison) -> str:
 <div>{mask}</div>
 <div><h3>Settings</h3>{_facts(comparison)}</div>
 </div>
+<h3 class="logged">What ran, as <i>Attention Report</i> shows it</h3>
+<div class="reports">{pictures}</div>
 <h3 class="logged">What the pack logged</h3><pre>{lines}</pre>
 </section>"""
 

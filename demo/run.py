@@ -104,6 +104,12 @@ def _node_settings(workflow: Workflow, method: Method) -> dict[str, object]:
     return {name: value for name, value in inputs.items() if not isinstance(value, list)}
 
 
+def _keep_report(family: Family, method: Method, run: RunResult) -> Image.Image:
+    picture = Image.open(run.files["report_picture"][0]).convert("RGB")
+    picture.save(OUTPUT / f"{family.key}_{method.key}_report.png")
+    return picture
+
+
 def _draw_radial_mask(family: Family, runs: Sequence[SparseRun]) -> Image.Image | None:
     for run in runs:
         if run.method is RADIAL and run.layout is not None:
@@ -135,6 +141,7 @@ def _compare(
             layout=logged_layout(result.log),
             psnr=psnr(footage.dense, frames),
             latent_error=error,
+            report=_keep_report(family, method, result),
         )
         for (method, workflow), result, frames, error in zip(
             workflows, sparse, footage.sparse, footage.latent_errors, strict=True

@@ -122,6 +122,23 @@ class Workflow:
         new.nodes["latent"] = {"class_type": "SaveLatent", "inputs": inputs}
         return new
 
+    def reporting(self, patch: str, prefix: str) -> Workflow:
+        """With an AttentionReport of a patched model behind the sampler; its picture is saved.
+
+        Args:
+            patch: class of the node that patches the model.
+        """
+        new, sampler = self._copy(), self.sampler
+        for node in new.nodes.values():
+            for name, value in node["inputs"].items():
+                if value == [sampler, 0]:
+                    node["inputs"][name] = ["report", 0]
+        inputs: dict[str, Any] = {"model": [self.find(patch), 0], "samples": [sampler, 0]}
+        new.nodes["report"] = {"class_type": "AttentionReport", "inputs": inputs}
+        inputs = {"images": ["report", 1], "filename_prefix": prefix}
+        new.nodes["report_picture"] = {"class_type": "SaveImage", "inputs": inputs}
+        return new
+
     def saving_frames(self, prefix: str) -> Workflow:
         """With SaveImage beside SaveVideo: every frame without loss."""
         new = self._copy()

@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from sparse_video_attention.kernels import TokenLayout
 
@@ -207,7 +208,8 @@ def comparison(tmp_path):
     def run(method, seconds, **results):
         log = LOG + "[sparse_video_attention] <b>bold</b>"
         result = RunResult(seconds + 1, seconds, {}, log)
-        return SparseRun(method, SETTINGS, result, layout=layout, **results)
+        report = Image.new("RGB", (8, 4), "white")
+        return SparseRun(method, SETTINGS, result, layout=layout, report=report, **results)
 
     return Comparison(
         family=WAN,
@@ -252,7 +254,9 @@ class TestReport:
     def test_it_is_one_file_with_everything_in_it(self, comparison, tmp_path):
         page = self.write(comparison, tmp_path)
         sources = re.findall(r'(?:src|href)="([^"]*)"', page)
-        assert len(sources) == 2
+        # The video, the mask, and a report per method.
+        assert len(sources) == 2 + len(comparison.runs)
+        assert all(f"what ran with {run.method.title}" in page for run in comparison.runs)
         assert {source.partition(",")[0] for source in sources} == {
             "data:video/mp4;base64",
             "data:image/png;base64",

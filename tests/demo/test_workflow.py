@@ -83,6 +83,18 @@ def test_the_prompt_is_what_leads_into_the_positive_input(shipped):
     assert positive["_meta"]["title"] == "Prompt"
 
 
+def test_a_report_stands_between_the_sampler_and_all_that_followed_it(shipped):
+    reported = shipped.reporting(PATCH, "pictures/report")
+    sampler = reported.sampler
+    report = reported.nodes["report"]["inputs"]
+    assert report == {"model": [reported.find(PATCH), 0], "samples": [sampler, 0]}
+    followed = [place for place in links(shipped) if links(shipped)[place] == (sampler, 0)]
+    assert followed and all(links(reported)[place] == ("report", 0) for place in followed)
+    picture = reported.nodes["report_picture"]["inputs"]
+    assert picture == {"images": ["report", 1], "filename_prefix": "pictures/report"}
+    assert "report" not in shipped.nodes
+
+
 def test_a_node_that_is_not_there_is_named():
     with pytest.raises(KeyError, match="0 nodes of KSampler or SamplerCustomAdvanced"):
         _ = Workflow({}).sampler

@@ -109,25 +109,9 @@ class TestReport:
         from PIL import Image
 
         plain = tiny(**QUICK, seed=21)
-        sampler = plain.sampler
-        reported = plain.setting()
-        for node in reported.nodes.values():
-            for name, value in node["inputs"].items():
-                if value == [sampler, 0]:
-                    node["inputs"][name] = ["report", 0]
-        model = reported.nodes[reported.find(PATCH)]["inputs"]["model"]
-        reported.nodes |= {
-            "report": {
-                "class_type": "AttentionReport",
-                "inputs": {"model": [reported.find(PATCH), 0], "samples": [sampler, 0]},
-            },
-            "picture": {
-                "class_type": "SaveImage",
-                "inputs": {"images": ["report", 1], "filename_prefix": "report"},
-            },
-        }
+        reported = plain.reporting(PATCH, "report")
         result = run(reported)
-        (picture,) = result.files["picture"]
+        (picture,) = result.files["report_picture"]
         colours = {colour for _, colour in Image.open(picture).convert("RGB").getcolors(1 << 20)}
         assert len(colours) > 20
         (latent,), (expected,) = (
@@ -136,8 +120,8 @@ class TestReport:
         )
         assert torch.equal(load_latent(latent), load_latent(expected))
         # Without the patch the graph still runs.
-        reported.nodes["report"]["inputs"]["model"] = model
-        assert run(reported).files["picture"]
+        reported.nodes["report"]["inputs"]["model"] = [reported.find("UNETLoader"), 0]
+        assert run(reported).files["report_picture"]
 
     def test_is_listed_with_an_explanation_of_everything(self, object_info):
         info = object_info["AttentionReport"]
