@@ -11,17 +11,17 @@ from .recipe import Recipe, Stage
 _SETTLED, _ALIKE = 0.05, 0.2
 # And shapes that keep to places of their own: drawn anywhere, three of them are one blob as often
 # as not, and a model this small then learns blobs, or leaves a single shape out.
-_APART = 0.25
+_APART, _IN_PLACE = 0.25, 0.12
 
 
 def _settled(steps: int, clips: int, frames: int, variety: float = _SETTLED) -> Stage:
     return Stage(steps, clips, frames, height=24, width=40, variety=variety)
 
 
-def _apart(steps: int, clips: int, frames: int) -> Stage:
+def _apart(steps: int, clips: int, frames: int, placement: float = _APART) -> Stage:
     """Mostly of the stored prompts, which are what is shown."""
     stage = _settled(steps, clips, frames)
-    return replace(stage, placement=_APART, stored=0.75)
+    return replace(stage, placement=placement, stored=0.75)
 
 
 _RECIPES: dict[str, Recipe] = {
@@ -100,6 +100,9 @@ _CPU_LONG = {
         _apart(250, clips=2, frames=9),
         _apart(30, clips=1, frames=21),
         _apart(150, clips=2, frames=9),
+        _apart(220, clips=2, frames=9, placement=_IN_PLACE),
+        _apart(60, clips=1, frames=21, placement=_IN_PLACE),
+        _apart(60, clips=2, frames=9, placement=_IN_PLACE),
     ),
     "cogvideox-cpu": (
         Stage(570, clips=4, frames=9, height=16, width=24),
@@ -118,6 +121,9 @@ _CPU_LONG = {
         _apart(300, clips=2, frames=9),
         _apart(40, clips=1, frames=21),
         _apart(220, clips=2, frames=9),
+        _apart(260, clips=2, frames=9, placement=_IN_PLACE),
+        _apart(80, clips=1, frames=21, placement=_IN_PLACE),
+        _apart(100, clips=2, frames=9, placement=_IN_PLACE),
     ),
 }
 

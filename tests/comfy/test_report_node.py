@@ -4,7 +4,7 @@ import pytest
 import torch
 from sparse_video_attention.patching import run_history
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.core]
 
 
 @pytest.fixture
