@@ -18,7 +18,8 @@ class VideoSet:
     Attributes:
         seed: of all of them.
         frames, height, width: of every clip.
-        variety, placement: how much scenes differ, 0 to 1 (`draw_scene`).
+        variety, placement: how much scenes differ, 0 to 1 (`draw_scene`); clips begin at any time
+            up to 16 placement frames.
     """
 
     seed: int

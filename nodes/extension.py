@@ -48,10 +48,12 @@ def _warn_of_other_owners() -> None:
             owner = getattr(other, "RELATIVE_PYTHON_MODULE", other.__module__)
             names.setdefault(owner, []).append(name)
     for owner, taken in names.items():
-        log.warning(
-            "%s already there from %s: the ones of %s replace them; if these are two copies of "
-            "this pack, remove one",
-            ", ".join(taken) + (" is" if len(taken) == 1 else " are"),
-            owner,
-            Path(__file__).parents[1],
-        )
+        are = "is" if len(taken) == 1 else "are"
+        what = f"{', '.join(taken)} {are} already there from {owner}"
+        if owner.startswith("custom_nodes."):
+            log.warning(
+                f"{what}: those of {Path(__file__).parents[1]} replace them; if these are two "
+                "copies of this pack, remove one"
+            )
+        else:
+            log.warning(f"{what}, and ComfyUI keeps its own")

@@ -33,7 +33,7 @@ class AttentionReport(io.ComfyNode):
                     "samples",
                     tooltip=(
                         "The result of the sampler, which is passed on as it is: so the report is "
-                        "made after the run. With two samplers, put one report after each."
+                        "made after the run, and of the run that made it."
                     ),
                 ),
             ],
@@ -46,8 +46,13 @@ class AttentionReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: io.Model.Type, samples: dict[str, Any]) -> io.NodeOutput:
+        from ..patching.log import log, one_line
         from ..patching.report import attention_report
 
-        picture, text = attention_report(model)
-        shown = ui.PreviewImage(picture, cls=cls).as_dict() | {"text": (text,)}
+        picture, text = attention_report(model, samples)
+        shown: dict[str, Any] = {"text": (text,)}
+        try:
+            shown |= ui.PreviewImage(picture, cls=cls).as_dict()
+        except OSError as error:  # a full disk must not cost the samples
+            log.warning(f"the report's picture could not be shown: {one_line(error)}")
         return io.NodeOutput(samples, picture, text, ui=shown)

@@ -6,9 +6,9 @@ from typing import Any
 
 from ..kernels import registry
 from .forward import diffusion_model_wrapper
+from .history import RunHistory
 from .layout import model_family, supported_families, unreadable_reason
 from .log import log
-from .record import RunHistory
 from .router import OVERRIDE_KEY, AttentionRouter, find_router
 from .run import RUN_KEY, OuterSampleWrapper, RunState
 from .settings import SETTINGS_KEY, AttentionSettings
@@ -89,6 +89,8 @@ def install(model: Any, settings: AttentionSettings) -> Any:
 
 def run_history(model: Any) -> RunHistory | None:
     """Records of a patched MODEL's runs, None if this pack did not patch it."""
+    if not hasattr(model, "get_attachment"):
+        return None
     history = model.get_attachment(KEY)
     return history if isinstance(history, RunHistory) else None
 

@@ -45,6 +45,20 @@ class SparseSummary(NamedTuple):
     kernels: list[str]
 
 
+def dense_layer_reason(layer: int) -> str:
+    """Why the calls of a layer are dense that was chosen to be."""
+    return f"layer {layer} is in dense_layers"
+
+
+def _spans(numbers: set[int]) -> str:
+    """As dense_layers is written: "0-4, 35"."""
+    ordered = sorted(numbers)
+    starts = [n for n in ordered if n - 1 not in numbers]
+    ends = [n for n in ordered if n + 1 not in numbers]
+    spans = zip(starts, ends, strict=True)
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)
+
+
 def _read(call: CallRecord, densities: dict[int, float]) -> CallRecord:
     """The call with plain numbers in place of what was on the device."""
     seconds = call.seconds if call.watch is None else call.watch.seconds()
@@ -137,9 +151,23 @@ class RunRecord:
             kernels=[name for name, _ in Counter(call.ran for call in calls).most_common()],
         )
 
+    def told_reasons(self) -> dict[str, str]:
+        """How each reason of dense calls is told: dense_layers together, others as they are."""
+        reasons = {call.reason: call.reason for call in self.calls if call.reason is not None}
+        layers = {
+            call.layer
+            for call in self.calls
+            if call.layer is not None and call.reason == dense_layer_reason(call.layer)
+        }
+        if len(layers) > 1:
+            together = f"layers {_spans(layers)} are in dense_layers"
+            reasons |= {dense_layer_reason(layer): together for layer in layers}
+        return reasons
+
     def dense_reasons(self) -> Counter[str]:
-        """How many self-attention calls were dense, by reason."""
-        return Counter(call.reason for call in self.calls if call.reason is not None)
+        """How many self-attention calls were dense, by reason as told."""
+        told = self.told_reasons()
+        return Counter(told[call.reason] for call in self.calls if call.reason is not None)
 
     def dense_seconds(self) -> float:
         return sum(call.seconds for call in self.calls if call.reason is not None)
@@ -208,10 +236,3 @@ class RunRecord:
                 f"{name}: {len(sparse)} of {len(calls)} calls sparse, {density}{seconds:.3f} s"
             )
         return lines
-
-
-class RunHistory:
-    """The latest finished run of a patched MODEL and of everything cloned from it."""
-
-    def __init__(self) -> None:
-        self.latest: RunRecord | None = None

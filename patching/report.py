@@ -1,4 +1,4 @@
-"""What the AttentionReport node shows: the latest run of a patched MODEL, as picture and text."""
+"""What the AttentionReport node shows: a run of a patched MODEL, as picture and text."""
 
 from __future__ import annotations
 
@@ -9,28 +9,46 @@ import torch
 from torch import Tensor
 
 from .install import run_history
+from .log import log, one_line
+from .record import RunRecord
 from .report_picture import run_picture, text_picture
 
+UNPATCHED = (
+    "No node of Sparse Video Attention has patched this model: all attention ran as ComfyUI does "
+    "it."
+)
+NOT_SAMPLED = (
+    "No run of this model is known: connect samples to the sampler that uses it. If it is, its "
+    "result came from ComfyUI's cache; with another seed it runs again."
+)
+ANOTHER = "The latest run of this model; these samples are not what it returned."
 
-def attention_report(model: Any) -> tuple[Tensor, str]:
-    """(picture, fp32 [1, height, width, 3] between 0 and 1; text) of a MODEL's latest run.
 
-    A MODEL without a run, or without a patch of this pack, is no error: a graph in which the patch
-    is bypassed still runs, and the report says that nothing was patched.
+def attention_report(model: Any, samples: dict[str, Any]) -> tuple[Tensor, str]:
+    """(picture, fp32 [1, height, width, 3] between 0 and 1; text) of the run that made samples.
+
+    Never an error, since a finished latent waits behind it: a graph in which the patch is bypassed
+    still runs, and the report says that nothing was patched.
+
+    Args:
+        samples: a LATENT; where no run returned it, the model's latest run is shown and that said.
     """
     history = run_history(model)
-    if history is None:
-        text = (
-            "No node of Sparse Video Attention has patched this model: all attention ran as "
-            "ComfyUI does it."
-        )
-    elif history.latest is None:
-        text = "This model has not been sampled yet: connect samples to the sampler that uses it."
-    else:
-        record = history.latest
-        return _image(run_picture(record)), "\n".join([record.summary(), *record.step_lines()])
-    return _image(text_picture(text)), text
+    if history is None or history.latest is None:
+        text = UNPATCHED if history is None else NOT_SAMPLED
+        return _picture(None, text), text
+    record = history.run_of(samples.get("samples"))
+    remarks = [] if record is not None else [ANOTHER]
+    record = record or history.latest
+    text = "\n".join([*remarks, record.summary(), *record.step_lines()])
+    return _picture(record, *remarks), text
 
 
-def _image(picture: Any) -> Tensor:
+def _picture(record: RunRecord | None, *remarks: str) -> Tensor:
+    """A small blank one where it cannot be drawn."""
+    try:
+        picture = text_picture(*remarks) if record is None else run_picture(record, *remarks)
+    except Exception as error:  # the latent is more important
+        log.warning(f"the report has no picture: {one_line(error)}")
+        return torch.zeros(1, 64, 64, 3)
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -19,13 +18,14 @@ Name = int | None
 WIDTH, MARGIN, LINE, TEXT = 880, 24, 20, 14
 # Room for the names of layers, and the height of the bars of seconds.
 LABELS, BARS = 64, 72
-BACKGROUND, INK, FAINT = (255, 255, 255), (32, 32, 36), (225, 225, 228)
+BACKGROUND, INK, NOT_CALLED = (255, 255, 255), (32, 32, 36), (236, 236, 238)
 # Of a sparse call of density 0 and 1: dark where much was left out.
 SPARSE = ((8, 64, 105), (190, 225, 215))
-# Of the reasons why calls were dense, the commonest first; the last is for all that follow.
+# Of the reasons why calls were dense, the commonest first; the last is for all that follow. A run
+# has two or three: its first steps, its dense layers, and what else came up.
 DENSE: tuple[Colour, ...] = (
     (160, 160, 166),
-    (208, 203, 194),
+    (196, 168, 132),
     (240, 178, 84),
     (222, 110, 60),
     (178, 62, 84),
@@ -46,20 +46,29 @@ def reason_colours(record: RunRecord) -> dict[str, Colour]:
     return {reason: DENSE[min(place, len(DENSE) - 1)] for place, reason in enumerate(reasons)}
 
 
-def call_colour(call: CallRecord, reasons: dict[str, Colour]) -> Colour:
-    """Of one call."""
-    if call.reason is not None:
-        return reasons[call.reason]
-    return density_colour(1.0 if call.density is None else float(call.density))
-
-
 @cache
 def _font() -> Any:
-    return ImageFont.load_default(TEXT)
+    try:
+        return ImageFont.load_default(TEXT)
+    except TypeError:
+        raise RuntimeError("it needs Pillow 10.1 or newer: pip install -U Pillow") from None
 
 
 def _wrapped(text: str, indent: int = 0) -> list[str]:
-    return textwrap.wrap(text, int((WIDTH - 2 * MARGIN - indent) / (0.55 * TEXT))) or [""]
+    """Lines that fit, broken at spaces where there are any."""
+    room, lines = WIDTH - 2 * MARGIN - indent, [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".lstrip()
+        if _font().getlength(longer) <= room:
+            lines[-1] = longer
+            continue
+        lines += [word] if lines[-1] else []
+        lines[-1] = word
+        while _font().getlength(lines[-1]) > room:
+            fits = next(n for n in range(len(word), 0, -1) if _font().getlength(word[:n]) <= room)
+            lines[-1], word = word[:fits], word[fits:]
+            lines.append(word)
+    return lines
 
 
 def _names(seen: Iterable[Name], length: int) -> list[Name]:
@@ -96,7 +105,7 @@ class _Chart:
 
     def __init__(self, record: RunRecord) -> None:
         self.record = record
-        self.reasons = reason_colours(record)
+        self.reasons, self._told = reason_colours(record), record.told_reasons()
         self.layers = _names((call.layer for call in record.calls), record.num_layers)
         self.steps = _names((call.step for call in record.calls), record.total_steps)
         room = WIDTH - 2 * MARGIN - LABELS
@@ -105,11 +114,18 @@ class _Chart:
         self.left = MARGIN + LABELS
         self.height = round(self.down * len(self.layers)) + BARS + 6 * LINE
 
+        self.cells: dict[tuple[Name, Name], list[CallRecord]] = defaultdict(list)
+        for call in record.calls:
+            self.cells[call.layer, call.step].append(call)
+        self.has_gaps = len(self.cells) < len(self.layers) * len(self.steps)
+
+    def _colour(self, call: CallRecord) -> Colour:
+        if call.reason is not None:
+            return self.reasons[self._told[call.reason]]
+        return density_colour(1.0 if call.density is None else float(call.density))
+
     def draw_calls(self, page: _Page) -> None:
         """A cell per layer and step; its calls (two with guidance) side by side."""
-        cells: dict[tuple[Name, Name], list[CallRecord]] = defaultdict(list)
-        for call in self.record.calls:
-            cells[call.layer, call.step].append(call)
         page.write("layer", MARGIN, page.y)
         page.y += LINE
         gap = 1 if min(self.across, self.down) >= 6 else 0
@@ -118,13 +134,12 @@ class _Chart:
             self._label(page, row, layer, self.left - 8, y + self.down / 2, "rm")
             for column, step in enumerate(self.steps):
                 x = self.left + column * self.across
-                calls = cells.get((layer, step), [])
+                calls = self.cells.get((layer, step), [])
                 width, height = self.across - gap, self.down - gap
-                page.patch(x, y, width, height, FAINT)
+                page.patch(x, y, width, height, NOT_CALLED)
                 for place, call in enumerate(calls):
                     begin = x + width * place / len(calls)
-                    colour = call_colour(call, self.reasons)
-                    page.patch(begin, y, x + width - begin, height, colour)
+                    page.patch(begin, y, x + width - begin, height, self._colour(call))
         page.y += round(self.down * len(self.layers)) + 4
 
     def _label(self, page: _Page, place: int, name: Name, x: float, y: float, anchor: str) -> None:
@@ -176,23 +191,24 @@ class _Chart:
         for reason, colour in self.reasons.items():
             page.patch(MARGIN, page.y + 2, TEXT, TEXT, colour)
             page.paragraph(f"dense: {counts[reason]} x {reason}", 24)
+        if self.has_gaps:
+            page.patch(MARGIN, page.y + 2, TEXT, TEXT, NOT_CALLED)
+            page.paragraph("not called", 24)
 
 
-def run_picture(record: RunRecord) -> Image.Image:
+def run_picture(record: RunRecord, *remarks: str) -> Image.Image:
     """What ran, RGB, WIDTH pixels wide.
 
     Args:
         record: of a finished run.
+        remarks: sentences above it.
     """
-    told: Sequence[str] = record.summary().split("; ")
+    told = [*remarks, *record.summary().split("; ")]
     lines = sum(len(_wrapped(part)) for part in told)
     if not record.calls:
-        page = _Page(lines * LINE + 2 * MARGIN)
-        for part in told:
-            page.paragraph(part)
-        return page.image
+        return text_picture(*told)
     chart = _Chart(record)
-    lines += 2 + sum(len(_wrapped(f"dense: 123456 x {why}", 24)) for why in chart.reasons)
+    lines += 3 + sum(len(_wrapped(f"dense: 123456 x {why}", 24)) for why in chart.reasons)
     page = _Page(lines * LINE + chart.height + 2 * MARGIN)
     for part in told:
         page.paragraph(part)
@@ -203,8 +219,9 @@ def run_picture(record: RunRecord) -> Image.Image:
     return page.image.crop((0, 0, WIDTH, page.y + MARGIN))
 
 
-def text_picture(text: str) -> Image.Image:
-    """A sentence in place of a picture of a run."""
-    page = _Page(len(_wrapped(text)) * LINE + 2 * MARGIN)
-    page.paragraph(text)
+def text_picture(*sentences: str) -> Image.Image:
+    """Sentences in place of a picture of a run."""
+    page = _Page(sum(len(_wrapped(text)) for text in sentences) * LINE + 2 * MARGIN)
+    for text in sentences:
+        page.paragraph(text)
     return page.image

@@ -13,7 +13,7 @@ from .attention_call import AttentionCall, classify, read_call
 from .dense_calls import DenseCalls
 from .log import log, one_line
 from .plans import PlanCache
-from .record import CallRecord
+from .record import CallRecord, dense_layer_reason
 from .run import RUN_KEY, RunState
 from .settings import SETTINGS_KEY, AttentionSettings, AttentionSite
 from .timing import Stopwatch
@@ -209,7 +209,7 @@ def _dense_reason(
     if layer is None:
         return "ComfyUI does not say which layer a call belongs to"
     if layer in choice.schedule.dense_layers:
-        return f"layer {layer} is in dense_layers"
+        return dense_layer_reason(layer)
     if vace:
         return "a VACE block, and dense_vace_blocks is on"
     if call.mask is not None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .history import RunHistory
 from .log import log, one_line
-from .record import RunHistory, RunRecord
+from .record import RunRecord
 from .sampler_steps import SamplerSteps
 from .schedule import NoiseBounds, Schedule
 from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice
@@ -111,6 +112,7 @@ class OuterSampleWrapper:
             bounds = noise_bounds(choice.schedule, guider.model_patcher)
         run = options[RUN_KEY] = RunState(record, bounds)
         self._at_start(options)
+        out = None
         try:
             out = executor(*run.steps.follow(args), **kwargs)
         except BaseException:
@@ -118,13 +120,12 @@ class OuterSampleWrapper:
             raise
         finally:
             options.pop(RUN_KEY, None)
-            self._history.latest = record
-            self._close(record, choice)
+            self._close(record, choice, out)
         return out
 
-    @staticmethod
-    def _close(record: RunRecord, choice: SparseChoice | None) -> None:
+    def _close(self, record: RunRecord, choice: SparseChoice | None, result: Any) -> None:
         try:
+            self._history.add(record, result)
             record.finish()
             _say(record, choice)
         except Exception as error:  # it must not hide what ended the run

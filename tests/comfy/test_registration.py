@@ -41,7 +41,7 @@ def test_every_node_is_there_with_all_its_inputs(host, load):
     for name in NODES:
         node = host.NODE_CLASS_MAPPINGS[name]
         listed = node.INPUT_TYPES()
-        inputs = {**listed["required"], **listed["optional"]}
+        inputs = listed["required"] | listed.get("optional", {})
         assert list(inputs) == [given.id for given in node.GET_SCHEMA().inputs]
         assert all(options["tooltip"] for _, options in inputs.values())
     assert [Path(path).name for path in folder_paths.get_folder_paths("sparge")] == ["sparge"]

@@ -16,7 +16,7 @@ def report(comfyui, tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
 
     def run(model, samples=None):
-        out = AttentionReport.execute(model, {"samples": 0} if samples is None else samples)
+        out = AttentionReport.execute(model, {"samples": None} if samples is None else samples)
         (shown,) = out.ui["images"]
         assert (tmp_path / shown["subfolder"] / shown["filename"]).is_file()
         assert out.ui["text"] == (out.result[2],)
@@ -31,11 +31,10 @@ def model(models):
 
 
 def test_the_report_is_of_the_run_and_the_samples_stay_as_they_are(
-    model, install_band, sample, report, caplog
+    model, install_band, sample, report
 ):
     patched = install_band(model)
-    sample(patched, steps=4)
-    given = {"samples": torch.zeros(1), "noise_mask": None}
+    given = {"samples": sample(patched, steps=4), "noise_mask": None}
     samples, picture, text = report(patched, given)
     assert samples is given
     assert picture.dtype == torch.float32 and picture.shape[0] == 1 and picture.shape[3] == 3
@@ -46,17 +45,17 @@ def test_the_report_is_of_the_run_and_the_samples_stay_as_they_are(
     assert "first 1 of 4 steps" in lines[0]
 
 
-def test_what_is_cloned_from_the_patched_model_has_the_same_report(
-    model, install_band, sample, report
-):
+def test_of_two_runs_of_a_model_each_latent_has_its_own_report(model, install_band, sample, report):
     patched = install_band(model)
-    clone = patched.clone()
-    sample(clone, steps=2)
-    assert report(patched)[2] == report(clone)[2]
-    assert "of 2 steps" in report(patched)[2]
+    # ComfyUI answers the second queue of the same seed from its cache: the model has run since.
+    latents = {steps: sample(patched.clone(), steps=steps) for steps in (2, 3)}
+    for steps, latent in latents.items():
+        assert f"of {steps} steps" in report(patched, {"samples": latent})[2].splitlines()[0]
+    said = report(patched, {"samples": latents[2] * 2})[2].splitlines()
+    assert said[0].startswith("The latest run of this model") and "of 3 steps" in said[1]
 
 
-def test_the_latest_run_is_shown_also_where_it_was_cut_short(model, install_band, sample, report):
+def test_the_latest_run_may_have_been_cut_short(model, install_band, sample, report):
     patched = install_band(model)
     sample(patched, steps=2)
 
@@ -65,16 +64,40 @@ def test_the_latest_run_is_shown_also_where_it_was_cut_short(model, install_band
 
     with pytest.raises(KeyboardInterrupt):
         sample(patched, steps=4, callback=stop)
-    assert "the run ended early" in report(patched)[2].splitlines()[0]
+    assert "the run ended early" in report(patched)[2].splitlines()[1]
 
 
 def test_dense_backends_alone_have_a_report(model, set_backends, sample, report, fake_backend):
     fake_backend("xformers")
     patched = set_backends(model, self_attn_1_type="xformers")
-    sample(patched, steps=2)
-    assert "dense attention on WanModel: self_attn_1_type xformers" in report(patched)[2]
+    samples = {"samples": sample(patched, steps=2)}
+    text = report(patched, samples)[2]
+    assert text.startswith("dense attention on WanModel: self_attn_1_type xformers")
 
 
 def test_a_model_without_patch_or_run_is_no_error(model, install_band, report):
     assert "has patched this model" in report(model)[2]
-    assert "has not been sampled yet" in report(install_band(model))[2]
+    assert "has patched this model" in report(object())[2]
+    assert "No run of this model is known" in report(install_band(model))[2]
+
+
+def test_a_picture_that_cannot_be_drawn_or_shown_costs_no_samples(
+    model, install_band, sample, comfyui, monkeypatch, tmp_path, caplog
+):
+    import folder_paths
+    from PIL import ImageFont
+    from sparse_video_attention.nodes.report import AttentionReport
+    from sparse_video_attention.patching import report_picture
+
+    patched = install_band(model)
+    given = {"samples": sample(patched, steps=2)}
+    no_folder = tmp_path / "file"
+    no_folder.write_text("")
+    monkeypatch.setattr(folder_paths, "temp_directory", str(no_folder))
+    monkeypatch.setattr(ImageFont, "load_default", lambda: None)
+    report_picture._font.cache_clear()
+    samples, picture, text = AttentionReport.execute(patched, given).result
+    report_picture._font.cache_clear()
+    assert samples is given and picture.shape == (1, 64, 64, 3) and "of 2 steps" in text
+    assert any("needs Pillow 10.1 or newer" in said for said in caplog.messages)
+    assert any("could not be shown" in said for said in caplog.messages)

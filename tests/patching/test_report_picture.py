@@ -7,6 +7,7 @@ import pytest
 from sparse_video_attention.patching.record import CallRecord, RunRecord
 from sparse_video_attention.patching.report_picture import (
     DENSE,
+    NOT_CALLED,
     WIDTH,
     density_colour,
     reason_colours,
@@ -72,8 +73,10 @@ class TestCells:
         sparse = density_colour(0.3)
         assert pixels(run_picture(cut))[sparse] < pixels(run_picture(whole))[sparse] / 2
         image = np.asarray(run_picture(cut))
-        assert (image == (225, 225, 228)).all(-1).any()
-        assert not (np.asarray(run_picture(whole)) == (225, 225, 228)).all(-1).any()
+        assert (image == NOT_CALLED).all(-1).sum() > 4 * 6 * 100
+        assert not (np.asarray(run_picture(whole)) == NOT_CALLED).all(-1).any()
+        # Cells before the cut are the same in both.
+        assert pixels(run_picture(cut))[DENSE[0]] > 0
 
 
 class TestSeconds:
@@ -102,12 +105,32 @@ class TestColours:
     def test_any_number_of_reasons(self):
         made = RunRecord("psa", "WanModel", 40, 2)
         made.calls = [
-            CallRecord(0, layer, "dense", None, f"layer {layer} is in dense_layers", None, 0.1)
-            for layer in range(40)
+            CallRecord(0, layer, "dense", None, f"fault {layer}", None, 0.1) for layer in range(40)
         ]
         colours = reason_colours(made)
         assert len(colours) == 40 and set(colours.values()) == set(DENSE)
         assert run_picture(made).height > 40 * 20
+
+    def test_dense_layers_are_one_reason_and_a_rare_fault_stands_out(self):
+        made = RunRecord("radial", "WanModel", 40, 2)
+        dense = {0, 1, 2, 7, 38, 39}
+        reasons = {layer: f"layer {layer} is in dense_layers" for layer in dense} | {20: FAULT}
+        made.calls = [
+            CallRecord(step, layer, "dense", None, reasons[layer], None, 0.1)
+            if layer in reasons and (layer != 20 or step)
+            else CallRecord(step, layer, "triton", 0.3, None, None, 0.1)
+            for step in range(2)
+            for layer in range(40)
+        ]
+        made.forwards = 2
+        together = "layers 0-2, 7, 38-39 are in dense_layers"
+        assert made.dense_reasons() == {together: 12, FAULT: 1}
+        assert reason_colours(made) == {together: DENSE[0], FAULT: DENSE[1]}
+        assert f"12 x {together}" in made.summary()
+        found = pixels(run_picture(made))
+        # A mark in the list each, and a cell of equal size per call.
+        cell = found[DENSE[1]] - 14 * 14
+        assert cell > 0 and found[DENSE[0]] - 14 * 14 > 12 * cell
 
 
 class TestAnyRun:
@@ -143,5 +166,16 @@ class TestAnyRun:
         assert run_picture(made).height < 200
 
     def test_with_a_word_that_has_no_end_and_letters_of_any_script(self):
-        made = record(notes=["x" * 500, "因为 – ünïcödé"])
+        made = record(notes=["W" * 500, "W" * 70 + " " + "1" * 108, "因为 – ünïcödé"])
         assert (np.asarray(run_picture(made))[:, -20:] == 255).all()
+
+    def test_with_a_pillow_that_is_too_old_says_so(self, monkeypatch):
+        from PIL import ImageFont
+        from sparse_video_attention.patching import report_picture
+
+        monkeypatch.setattr(ImageFont, "load_default", lambda: None)
+        report_picture._font.cache_clear()
+        with pytest.raises(RuntimeError, match=r"Pillow 10\.1 or newer"):
+            run_picture(record())
+        monkeypatch.undo()
+        run_picture(record())

@@ -1,0 +1,71 @@
+"""The latest runs of a patched MODEL, and which of them a latent came from."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .record import RunRecord
+
+# A graph that splits a schedule has two or three runs of a model, and ComfyUI's cache keeps others.
+KEPT_RUNS = 4
+_SAMPLED = 64
+# Nodes may hand a latent on in half precision.
+_TOLERANCE = 1e-2
+
+
+class _Mark(NamedTuple):
+    """What a latent is known by: its shape and some of its values, fp32 on the CPU."""
+
+    shape: tuple[int, ...]
+    values: Tensor
+
+    def distance(self, other: _Mark) -> float:
+        """0 for the same latent, above 1 for another one."""
+        if self.shape != other.shape:
+            return float("inf")
+        allowed = _TOLERANCE * (1 + self.values.abs())
+        worst = float(((self.values - other.values).abs() / allowed).max())
+        return worst if worst == worst else float("inf")
+
+
+def _mark(latent: Any) -> _Mark | None:
+    """Of anything that a sampler may return; None for what is no plain tensor."""
+    if type(latent) is not Tensor or latent.layout is not torch.strided or not latent.numel():
+        return None
+    places = torch.linspace(0, latent.numel() - 1, min(_SAMPLED, latent.numel())).long()
+    values = latent.detach().flatten()[places.to(latent.device)]
+    return _Mark(tuple(latent.shape), values.float().cpu())
+
+
+class RunHistory:
+    """The latest finished runs of a patched MODEL and of everything cloned from it."""
+
+    def __init__(self) -> None:
+        self._runs: deque[tuple[RunRecord, _Mark | None]] = deque(maxlen=KEPT_RUNS)
+
+    @property
+    def latest(self) -> RunRecord | None:
+        return self._runs[-1][0] if self._runs else None
+
+    def add(self, record: RunRecord, result: Any = None) -> None:
+        """Keep a run.
+
+        Args:
+            result: the latent it returned, None if it did not come to that.
+        """
+        self._runs.append((record, _mark(result)))
+
+    def run_of(self, latent: Any) -> RunRecord | None:
+        """The run that returned a latent, the later one of two that are alike; None if unknown."""
+        wanted = _mark(latent)
+        if wanted is None:
+            return None
+        known = [(mark.distance(wanted), record) for record, mark in self._runs if mark is not None]
+        if not known:
+            return None
+        distance, record = min(reversed(known), key=lambda entry: entry[0])
+        return record if distance <= 1 else None
