@@ -5,6 +5,7 @@ import threading
 import time
 import uuid
 
+import numpy as np
 import pytest
 import torch
 import websocket
@@ -110,7 +111,8 @@ def blue(picture):
     from sparse_video_attention.patching.report_picture import density_colour
 
     shades = {density_colour(share / 1000) for share in range(1001)}
-    return [pixel for pixel in Image.open(picture).convert("RGB").getdata() if pixel in shades]
+    pixels = np.asarray(Image.open(picture).convert("RGB")).reshape(-1, 3).tolist()
+    return [pixel for pixel in pixels if tuple(pixel) in shades]
 
 
 class TestReport:
