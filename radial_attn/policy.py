@@ -29,7 +29,7 @@ class RadialPolicy:
     block_size: int = 128
     decay_factor: float = 0.2
     # On the trained miniatures (benchmarks/RESULTS.md) pooling was closer to dense attention on
-    # CogVideoX, most of all at the larger size, and not on WAN: the published way stays.
+    # CogVideoX, most of all with small blocks, and not on WAN: the published way stays.
     skipped_blocks: str = "drop"
     family: str = "wan"
 
