@@ -36,7 +36,8 @@ def _mark(latent: Any) -> _Mark | None:
     """Of anything that a sampler may return; None for what is no plain tensor."""
     if type(latent) is not Tensor or latent.layout is not torch.strided or not latent.numel():
         return None
-    places = torch.linspace(0, latent.numel() - 1, min(_SAMPLED, latent.numel())).long()
+    # In whole numbers: a long video has more values than fp32 can count.
+    places = torch.arange(_SAMPLED) * (latent.numel() - 1) // (_SAMPLED - 1)
     values = latent.detach().flatten()[places.to(latent.device)]
     return _Mark(tuple(latent.shape), values.float().cpu())
 

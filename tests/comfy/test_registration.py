@@ -63,6 +63,18 @@ def test_two_copies_of_the_pack_are_noticed(host, load, tmp_path, caplog):
     assert "remove one" in said
 
 
+def test_a_node_that_comfyui_has_itself_is_told(host, monkeypatch, caplog):
+    class Own:
+        pass
+
+    monkeypatch.setattr(host, "NODE_CLASS_MAPPINGS", {"PatchPSA": Own})
+    # ComfyUI names its own nodes for packs to leave alone.
+    assert asyncio.run(host.load_custom_node(str(REPOSITORY), {"PatchPSA"}))
+    assert host.NODE_CLASS_MAPPINGS["PatchPSA"] is Own
+    said = f"PatchPSA is already there from {Own.__module__}, and ComfyUI keeps its own"
+    assert any(said in message for message in caplog.messages)
+
+
 @pytest.mark.parametrize(
     ("node", "inputs", "said"),
     [

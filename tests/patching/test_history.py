@@ -83,3 +83,12 @@ def test_the_mark_of_a_run_does_not_hold_its_latent():
     del result
     gc.collect()
     assert gone() is None
+
+
+def test_a_latent_of_more_values_than_fp32_counts_is_known():
+    # Its last place, 2^24 + 3, is the place after it in fp32.
+    large = torch.zeros((1 << 24) + 4, dtype=torch.uint8)
+    record = RunRecord("long")
+    history = RunHistory()
+    history.add(record, large)
+    assert history.run_of(large) is record
