@@ -9,6 +9,7 @@ from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
 from .backend import SetAttentionBackend
+from .preview import PreviewAttentionMask
 from .psa import PatchPSA
 from .radial import PatchRadialAttention
 from .report import AttentionReport
@@ -19,6 +20,7 @@ NODES: list[type[io.ComfyNode]] = [
     PatchPSA,
     PatchSpargeAttention,
     SetAttentionBackend,
+    PreviewAttentionMask,
     AttentionReport,
 ]
 

@@ -107,7 +107,7 @@ def _step(
     return step, choice.schedule.dense_step_reason(step, total, sigma, bounds)
 
 
-def _layout_reason(choice: SparseChoice, tokens: ForwardTokens) -> str | None:
+def layout_reason(choice: SparseChoice, tokens: ForwardTokens) -> str | None:
     """Why a layout rules out sparse attention, or None."""
     layout = tokens.layout
     if layout.num_tokens in (tokens.text_length, tokens.image_length):
@@ -157,7 +157,7 @@ def _decide(
     if isinstance(tokens, str):
         state.dense_reason = tokens
         return
-    state.dense_reason = _layout_reason(state.choice, tokens) or step_reason
+    state.dense_reason = layout_reason(state.choice, tokens) or step_reason
     if state.dense_reason is None:
         _prepare_sparse(state, state.choice, tokens.layout, _video(args, kwargs).device)
 

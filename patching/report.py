@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .install import run_history
 from .log import log, one_line
+from .page import image_tensor, text_picture
 from .record import RunRecord
-from .report_picture import run_picture, text_picture
+from .report_picture import run_picture
 
 UNPATCHED = (
     "No node of Sparse Video Attention has patched this model: all attention ran as ComfyUI does "
@@ -51,4 +51,4 @@ def _picture(record: RunRecord | None, *remarks: str) -> Tensor:
     except Exception as error:  # the latent is more important
         log.warning(f"the report has no picture: {one_line(error)}")
         return torch.zeros(1, 64, 64, 3)
-    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
+    return image_tensor(picture)

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from functools import cache
-from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from .page import LINE, MARGIN, SPARSE, TEXT, WIDTH, Colour, Page, text_picture, wrapped
 from .record import CallRecord, RunRecord
 
-Colour = tuple[int, int, int]
 # A layer or step, None where it is not known.
 Name = int | None
 
-WIDTH, MARGIN, LINE, TEXT = 880, 24, 20, 14
 # Room for the names of layers, and the height of the bars of seconds.
 LABELS, BARS = 64, 72
-BACKGROUND, INK, NOT_CALLED = (255, 255, 255), (32, 32, 36), (236, 236, 238)
-# Of a sparse call of density 0 and 1: dark where much was left out.
-SPARSE = ((8, 64, 105), (190, 225, 215))
+NOT_CALLED = (236, 236, 238)
 # Of the reasons why calls were dense, the commonest first; the last is for all that follow. A run
 # has two or three: its first steps, its dense layers, and what else came up.
 DENSE: tuple[Colour, ...] = (
@@ -46,58 +41,11 @@ def reason_colours(record: RunRecord) -> dict[str, Colour]:
     return {reason: DENSE[min(place, len(DENSE) - 1)] for place, reason in enumerate(reasons)}
 
 
-@cache
-def _font() -> Any:
-    try:
-        return ImageFont.load_default(TEXT)
-    except TypeError:
-        raise RuntimeError("it needs Pillow 10.1 or newer: pip install -U Pillow") from None
-
-
-def _wrapped(text: str, indent: int = 0) -> list[str]:
-    """Lines that fit, broken at spaces where there are any."""
-    room, lines = WIDTH - 2 * MARGIN - indent, [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".lstrip()
-        if _font().getlength(longer) <= room:
-            lines[-1] = longer
-            continue
-        lines += [word] if lines[-1] else []
-        lines[-1] = word
-        while _font().getlength(lines[-1]) > room:
-            fits = next(n for n in range(len(word), 0, -1) if _font().getlength(word[:n]) <= room)
-            lines[-1], word = word[:fits], word[fits:]
-            lines.append(word)
-    return lines
-
-
 def _names(seen: Iterable[Name], length: int) -> list[Name]:
     """0 to length - 1 and whatever else was seen; what is not known is last."""
     found = set(seen)
     numbers = sorted({name for name in found if name is not None} | set(range(length)))
     return [*numbers, *([None] if None in found else [])]
-
-
-class _Page:
-    """A picture that is filled from the top."""
-
-    def __init__(self, height: int) -> None:
-        self.image = Image.new("RGB", (WIDTH, height), BACKGROUND)
-        self.draw = ImageDraw.Draw(self.image)
-        self.y = MARGIN
-
-    def write(self, text: str, x: float, y: float, anchor: str = "la") -> None:
-        self.draw.text((x, y), text, INK, font=_font(), anchor=anchor)
-
-    def paragraph(self, text: str, indent: int = 0) -> None:
-        for line in _wrapped(text, indent):
-            self.write(line, MARGIN + indent, self.y)
-            self.y += LINE
-
-    def patch(self, x: float, y: float, width: float, height: float, colour: Colour) -> None:
-        """A filled rectangle, a pixel at least."""
-        right, bottom = max(x, x + width - 1), max(y, y + height - 1)
-        self.draw.rectangle((x, y, right, bottom), colour)
 
 
 class _Chart:
@@ -124,7 +72,7 @@ class _Chart:
             return self.reasons[self._told[call.reason]]
         return density_colour(1.0 if call.density is None else float(call.density))
 
-    def draw_calls(self, page: _Page) -> None:
+    def draw_calls(self, page: Page) -> None:
         """A cell per layer and step; its calls (two with guidance) side by side."""
         page.write("layer", MARGIN, page.y)
         page.y += LINE
@@ -142,7 +90,7 @@ class _Chart:
                     page.patch(begin, y, x + width - begin, height, self._colour(call))
         page.y += round(self.down * len(self.layers)) + 4
 
-    def _label(self, page: _Page, place: int, name: Name, x: float, y: float, anchor: str) -> None:
+    def _label(self, page: Page, place: int, name: Name, x: float, y: float, anchor: str) -> None:
         """The number of a row or column, where there is room for it."""
         cell, room = (self.across, 24.0) if anchor == "ma" else (self.down, TEXT + 2.0)
         every = next(
@@ -153,7 +101,7 @@ class _Chart:
             shown = "?" if name is None else str(name + 1 if anchor == "ma" else name)
             page.write(shown, x, y, anchor)
 
-    def draw_seconds(self, page: _Page) -> None:
+    def draw_seconds(self, page: Page) -> None:
         """Names of the steps, and under each a bar of the seconds of its calls."""
         for column, step in enumerate(self.steps):
             middle = self.left + (column + 0.5) * self.across
@@ -178,7 +126,7 @@ class _Chart:
                         page.patch(x, bottom, self.across - (self.across >= 6), height, colour)
         page.y += BARS + LINE // 2
 
-    def draw_legend(self, page: _Page) -> None:
+    def draw_legend(self, page: Page) -> None:
         """What the colours mean."""
         sparse = self.record.sparse()
         if sparse.calls:
@@ -204,12 +152,12 @@ def run_picture(record: RunRecord, *remarks: str) -> Image.Image:
         remarks: sentences above it.
     """
     told = [*remarks, *record.summary().split("; ")]
-    lines = sum(len(_wrapped(part)) for part in told)
+    lines = sum(len(wrapped(part)) for part in told)
     if not record.calls:
         return text_picture(*told)
     chart = _Chart(record)
-    lines += 3 + sum(len(_wrapped(f"dense: 123456 x {why}", 24)) for why in chart.reasons)
-    page = _Page(lines * LINE + chart.height + 2 * MARGIN)
+    lines += 3 + sum(len(wrapped(f"dense: 123456 x {why}", 24)) for why in chart.reasons)
+    page = Page(lines * LINE + chart.height + 2 * MARGIN)
     for part in told:
         page.paragraph(part)
     page.y += LINE // 2
@@ -217,11 +165,3 @@ def run_picture(record: RunRecord, *remarks: str) -> Image.Image:
     chart.draw_seconds(page)
     chart.draw_legend(page)
     return page.image.crop((0, 0, WIDTH, page.y + MARGIN))
-
-
-def text_picture(*sentences: str) -> Image.Image:
-    """Sentences in place of a picture of a run."""
-    page = _Page(sum(len(_wrapped(text)) for text in sentences) * LINE + 2 * MARGIN)
-    for text in sentences:
-        page.paragraph(text)
-    return page.image

@@ -49,6 +49,14 @@ class SparsePolicy(Protocol):
     ) -> BlockPlan:
         """The plan of one call. q, k: [B, H, N, D], any strides, in the policy's order."""
 
+    def forecast(self, layout: TokenLayout) -> tuple[BlockPlan, str] | str:
+        """What is known of every plan of a layout before there are q and k.
+
+        Returns:
+            A plan for all heads on the CPU and what its rows and columns are, or why nothing is
+            known. Not for layouts with a dense_reason.
+        """
+
 
 class StaticPolicy(SparsePolicy, Protocol):
     """A policy with is_static True: one plan for all calls of a layout."""

@@ -40,3 +40,7 @@ class DensePreset:
             RuntimeError: always.
         """
         raise RuntimeError(self.dense_reason(layout))
+
+    def forecast(self, layout: TokenLayout) -> str:
+        """As dense_reason."""
+        return self.dense_reason(layout)

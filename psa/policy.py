@@ -123,6 +123,16 @@ class PsaPolicy:
         importance = token_importance(
             q, k, block_m=self.block_m, block_n=self.block_n, scale=scale, twins=self.twins
         )
+        levels = self._levels(importance)
+        if self.sim_thresholds is not None:
+            cap = similarity_cap(
+                k, block_n=self.block_n, **self.sim_thresholds._asdict(), twins=self.twins
+            )
+            torch.minimum(levels, cap.unsqueeze(2), out=levels)
+        return self._with_text(levels, layout, packed=False)
+
+    def _levels(self, importance: Tensor) -> Tensor:
+        """int8 [B, H, M, N] from fp32 importance: by the ratios, no row empty."""
         levels = assign_levels(
             importance,
             dict(self.mask_ratios),
@@ -133,11 +143,9 @@ class PsaPolicy:
         )
         if self._may_empty_rows(levels.shape[-1]):
             keep_best_block(levels, importance)
-        if self.sim_thresholds is not None:
-            cap = similarity_cap(
-                k, block_n=self.block_n, **self.sim_thresholds._asdict(), twins=self.twins
-            )
-            torch.minimum(levels, cap.unsqueeze(2), out=levels)
+        return levels
+
+    def _with_text(self, levels: Tensor, layout: TokenLayout, *, packed: bool) -> BlockPlan:
         keep_text(levels, layout, block_m=self.block_m, block_n=self.block_n)
         return BlockPlan.from_levels(
             levels,
@@ -145,9 +153,21 @@ class PsaPolicy:
             block_n=self.block_n,
             q_len=layout.num_tokens,
             k_len=layout.num_tokens,
-            packed=False,
+            packed=packed,
             allowed=self.levels,
         )
+
+    def forecast(self, layout: TokenLayout) -> tuple[BlockPlan, str] | str:
+        """With topk every row has the same levels, by rank; the other mode asks q and k."""
+        if self.mask_mode == "thresholdbound":
+            return "how many blocks a call keeps depends on its queries and keys (thresholdbound)"
+        rows, columns = (-(-layout.num_tokens // size) for size in (self.block_m, self.block_n))
+        falling = torch.arange(columns, 0, -1, dtype=torch.float32).expand(1, 1, rows, columns)
+        levels = self._levels(falling)
+        said = "key blocks by importance, the highest first: which these are, every call finds out"
+        if self.sim_thresholds is not None:
+            said += "; the similarity cap keeps more of some"
+        return self._with_text(levels, layout, packed=True), said
 
     def _may_empty_rows(self, num_k_blocks: int) -> bool:
         ratios = dict(self.mask_ratios)

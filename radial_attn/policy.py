@@ -117,3 +117,7 @@ class RadialPolicy:
     ) -> BlockPlan:
         """The static plan: it depends on neither q, k, the layer nor the scale."""
         return self.static_plan(layout, q.device)
+
+    def forecast(self, layout: TokenLayout) -> tuple[BlockPlan, str]:
+        """(the static plan, what it is)."""
+        return self.static_plan(layout, "cpu"), "the mask of every sparse call, all heads alike"

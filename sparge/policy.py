@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..kernels import BlockPlan, TokenLayout
@@ -13,6 +14,7 @@ from ..kernels.plan import BLOCK_SIZES
 from ..kernels.twins import Twins
 from .checkpoint import SpargeCheckpoint
 from .dynamic_map import block_map
+from .thresholds import topk_counts
 
 SKIPPED_BLOCKS = ("drop", "pool")
 BLOCK_ORDERS = ("raster", "Gilbert")
@@ -138,6 +140,10 @@ class SpargePolicy:
             subtract_key_mean=True,
             twins=self.twins,
         )
+        return self._with_text(kept, layout, packed=False)
+
+    def _with_text(self, kept: Tensor, layout: TokenLayout, *, packed: bool) -> BlockPlan:
+        """The plan of a block map, with rows and columns of tokens outside the video kept."""
         tokens = layout.num_tokens
         if layout.prefix_tokens:
             kept[:, :, : -(-layout.prefix_tokens // self.block_m)] = True
@@ -153,7 +159,25 @@ class SpargePolicy:
             q_len=tokens,
             k_len=tokens,
             pooled_remainder=self.skipped_blocks == "pool",
-            packed=False,
+            packed=packed,
+        )
+
+    def forecast(self, layout: TokenLayout) -> tuple[BlockPlan, str] | str:
+        """With topk every row keeps as many blocks at least; thresholds ask q and k."""
+        if self.checkpoint is not None or self.cdfthreshd is not None:
+            which = "cdfthreshd" if self.checkpoint is None else self.checkpoint.name
+            return f"how many blocks a call keeps depends on its queries and keys ({which})"
+        rows, columns = (-(-layout.num_tokens // size) for size in (self.block_m, self.block_n))
+        kept = torch.zeros(1, 1, rows, columns, dtype=torch.bool)
+        kept[..., : topk_counts(self.topk, columns)] = True
+        # An incomplete last block is unlike any other.
+        if layout.num_tokens % self.block_m:
+            kept[..., -1, :] = True
+        if layout.num_tokens % self.block_n:
+            kept[..., -1] = True
+        return self._with_text(kept, layout, packed=True), (
+            "key blocks by score, the highest first: which these are, every call finds out; blocks "
+            "whose tokens are unlike each other are kept as well"
         )
 
     def _tuned(self, checkpoint: SpargeCheckpoint, layer: int, q: Tensor) -> Tensor:

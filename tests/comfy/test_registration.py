@@ -14,6 +14,7 @@ NODES = (
     "PatchPSA",
     "PatchSpargeAttention",
     "SetAttentionBackend",
+    "PreviewAttentionMask",
     "AttentionReport",
 )
 

@@ -87,7 +87,7 @@ def test_a_picture_that_cannot_be_drawn_or_shown_costs_no_samples(
     import folder_paths
     from PIL import ImageFont
     from sparse_video_attention.nodes.report import AttentionReport
-    from sparse_video_attention.patching import report_picture
+    from sparse_video_attention.patching import page
 
     patched = install_band(model)
     given = {"samples": sample(patched, steps=2)}
@@ -95,9 +95,9 @@ def test_a_picture_that_cannot_be_drawn_or_shown_costs_no_samples(
     no_folder.write_text("")
     monkeypatch.setattr(folder_paths, "temp_directory", str(no_folder))
     monkeypatch.setattr(ImageFont, "load_default", lambda: None)
-    report_picture._font.cache_clear()
+    page._font.cache_clear()
     samples, picture, text = AttentionReport.execute(patched, given).result
-    report_picture._font.cache_clear()
+    page._font.cache_clear()
     assert samples is given and picture.shape == (1, 64, 64, 3) and "of 2 steps" in text
     assert any("needs Pillow 10.1 or newer" in said for said in caplog.messages)
     assert any("could not be shown" in said for said in caplog.messages)

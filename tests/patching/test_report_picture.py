@@ -171,10 +171,10 @@ class TestAnyRun:
 
     def test_with_a_pillow_that_is_too_old_says_so(self, monkeypatch):
         from PIL import ImageFont
-        from sparse_video_attention.patching import report_picture
+        from sparse_video_attention.patching import page
 
         monkeypatch.setattr(ImageFont, "load_default", lambda: None)
-        report_picture._font.cache_clear()
+        page._font.cache_clear()
         with pytest.raises(RuntimeError, match=r"Pillow 10\.1 or newer"):
             run_picture(record())
         monkeypatch.undo()

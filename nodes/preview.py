@@ -1,0 +1,67 @@
+"""PreviewAttentionMask: the mask, density and gain of a run to come."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from .host import where_known
+from .schedule_inputs import CATEGORY
+
+
+class PreviewAttentionMask(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PreviewAttentionMask",
+            display_name="Preview Attention Mask",
+            category=CATEGORY,
+            description=(
+                "Shows, before anything is sampled, which blocks of the video attend to each "
+                "other, the density of sparse attention, and how much faster the run can be."
+            ),
+            **where_known(
+                io.Schema, search_aliases=["sparse attention", "attention mask", "radial mask"]
+            ),
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model from a sparse node of this pack."),
+                io.Latent.Input("samples", tooltip="The empty latent video that the sampler gets."),
+                io.Int.Input(
+                    "steps",
+                    default=20,
+                    min=1,
+                    max=10000,
+                    optional=True,
+                    tooltip=(
+                        "Steps of the sampler, or of one of several, so that its dense steps can "
+                        "be counted."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Image.Output(tooltip="The mask: dark blocks are left out, lines part frames."),
+                io.Float.Output(
+                    display_name="density",
+                    tooltip="Of sparse calls, 1.0 if there are none, NaN where only a run tells.",
+                ),
+                io.Float.Output(
+                    display_name="speedup",
+                    tooltip=(
+                        "How much faster the run can be, by operations counted; NaN where only a "
+                        "run tells."
+                    ),
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: io.Model.Type, samples: dict[str, Any], steps: int = 20
+    ) -> io.NodeOutput:
+        from ..patching.preview import attention_preview
+
+        made = attention_preview(model, samples, steps)
+        shown = ui.PreviewImage(made.picture, cls=cls).as_dict() | {"text": (made.text,)}
+        return io.NodeOutput(made.picture, made.density, made.speedup, ui=shown)

@@ -1,0 +1,167 @@
+"""What the PreviewAttentionMask node shows: the mask, density and gain of a run to come."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..kernels import BlockPlan
+from .forward import layout_reason
+from .install import describe_model
+from .layout import WAN, read_tokens
+from .operations import layer_calls, layer_operations
+from .page import image_tensor, text_picture
+from .preview_picture import plan_picture
+from .report import UNPATCHED
+from .run import noise_bounds
+from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice
+
+# What ComfyUI's text encoders of these models give at least.
+WAN_TEXT, COGVIDEOX_TEXT = 512, 226
+NO_METHOD = "No sparse method is on this model: all attention is dense."
+
+
+class Preview(NamedTuple):
+    """picture: fp32 [1, height, width, 3] between 0 and 1. density, speedup: NaN if unknown."""
+
+    picture: Tensor
+    density: float
+    speedup: float
+    text: str
+
+
+class _Gain(NamedTuple):
+    """What operations say of a run: how much faster it is, and in words."""
+
+    speedup: float
+    text: str
+
+
+def attention_preview(model: Any, samples: dict[str, Any], steps: int) -> Preview:
+    """What a patched MODEL will do with a latent.
+
+    Args:
+        samples: a LATENT of video, as for the sampler; its values do not matter.
+        steps: of the sampler.
+
+    Raises:
+        ValueError: samples is no video latent.
+    """
+    choice, reason = _sparse_choice(model)
+    if choice is None:
+        return _told(reason, density=1.0, speedup=1.0)
+    family, _ = describe_model(model)
+    net = model.model.diffusion_model
+    video = _video_like(model, samples)
+    text_tokens = WAN_TEXT if family == WAN else COGVIDEOX_TEXT
+    context = torch.empty(1, text_tokens, 1, device="meta")
+    tokens = read_tokens(net, (video, None, context), {})
+    method = f"{choice.policy.describe()} on {type(net).__name__}"
+    if isinstance(tokens, str):
+        return _told(method, f"All attention stays dense: {tokens}.", density=1.0, speedup=1.0)
+    layout = tokens.layout
+    head = f"{method}, {layout} = {layout.num_tokens} tokens"
+    dense = layout_reason(choice, tokens)
+    if dense is not None:
+        return _told(head, f"All attention stays dense: {dense}.", density=1.0, speedup=1.0)
+    steps_text, sparse_steps = _steps(model, choice, steps)
+    known = choice.policy.forecast(layout)
+    if isinstance(known, str):
+        unknown = f"Density and gain are not known before a run: {known}."
+        return _told(head, steps_text, unknown, density=math.nan, speedup=math.nan)
+    plan, meaning = known
+    gain = _gain(net, family, choice, layout.num_tokens, text_tokens, plan, sparse_steps / steps)
+    density = f"Density of sparse calls: {plan.density():.3f} ({meaning})."
+    sentences = (head, density, steps_text, gain.text)
+    in_frames = choice.policy.is_static and choice.policy.order(layout) is None
+    picture = plan_picture(plan, layout, *sentences, in_frames=in_frames)
+    return _preview(picture, plan.density(), gain.speedup, *sentences)
+
+
+def _sparse_choice(model: Any) -> tuple[SparseChoice | None, str]:
+    """(what the nodes chose, why there is nothing to preview)."""
+    options = getattr(model, "model_options", {}).get("transformer_options", {})
+    settings: AttentionSettings | None = options.get(SETTINGS_KEY)
+    if settings is None:
+        return None, UNPATCHED
+    return settings.sparse, NO_METHOD
+
+
+def _video_like(model: Any, samples: dict[str, Any]) -> Tensor:
+    """[B, C, T, H, W] without memory: the latent as the sampler hands it to the model."""
+    from comfy.sample import fix_empty_latent_channels
+
+    latent = samples.get("samples")
+    if type(latent) is Tensor and latent.ndim in (4, 5) and latent.numel():
+        # Newer hosts also bring an empty latent to the size that the model's VAE has.
+        ratios = [
+            samples.get(name)
+            for name in inspect.signature(fix_empty_latent_channels).parameters
+            if name.startswith("downscale_ratio")
+        ]
+        latent = fix_empty_latent_channels(model, latent, *ratios)
+    if type(latent) is not Tensor or latent.ndim != 5 or not latent.numel():
+        shape = list(latent.shape) if isinstance(latent, Tensor) else type(latent).__name__
+        raise ValueError(
+            f"samples {shape}: a latent video is needed, [batch, channels, frames, height, width]"
+        )
+    return torch.empty(latent.shape, device="meta")
+
+
+def _steps(model: Any, choice: SparseChoice, steps: int) -> tuple[str, int]:
+    """(which of a sampler's steps are dense, in words; how many are not)."""
+    from comfy.samplers import calculate_sigmas
+
+    schedule = choice.schedule
+    sigmas = [0.0] * steps
+    said = ""
+    if schedule.bounded_by_noise:
+        sigmas = calculate_sigmas(
+            model.get_model_object("model_sampling"), "simple", steps
+        ).tolist()
+        said = " with the scheduler simple"
+    bounds = noise_bounds(schedule, model)
+    reasons = [
+        schedule.dense_step_reason(step, steps, sigmas[step], bounds) for step in range(steps)
+    ]
+    dense = [reason for reason in reasons if reason is not None]
+    if not dense:
+        return "No step stays dense.", steps
+    told = ", ".join(dict.fromkeys(dense))
+    return f"{len(dense)} of {steps} steps stay dense{said}: {told}.", steps - len(dense)
+
+
+def _gain(
+    net: Any,
+    family: str,
+    choice: SparseChoice,
+    tokens: int,
+    text_tokens: int,
+    plan: BlockPlan,
+    sparse_steps: float,
+) -> _Gain:
+    """sparse_steps: their share, 0 to 1."""
+    work = layer_operations(net, family, tokens, text_tokens)
+    sparse_layers, layers = layer_calls(net, choice.schedule)
+    saved = sparse_steps * sparse_layers / layers * (1 - plan.density())
+    share = work.attention / (work.attention + work.other)
+    speedup = 1 / (1 - saved * share)
+    return _Gain(
+        speedup,
+        f"{sparse_layers} of {layers} layers may run sparse. Attention is {share:.0%} of a dense "
+        f"step's operations; {1 - saved:.0%} of it are left: {speedup:.2f}x as fast, if all "
+        "operations take equally long.",
+    )
+
+
+def _told(*sentences: str, density: float, speedup: float) -> Preview:
+    return _preview(text_picture(*sentences), density, speedup, *sentences)
+
+
+def _preview(picture: Image.Image, density: float, speedup: float, *sentences: str) -> Preview:
+    return Preview(image_tensor(picture), density, speedup, "\n".join(sentences))

@@ -1,0 +1,192 @@
+"""PreviewAttentionMask in a real ComfyUI: what it says is what a run then does."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sparse_video_attention.patching import run_history
+from sparse_video_attention.patching.page import SPARSE
+from sparse_video_attention.patching.preview_picture import FRAME, OUTSIDE
+from sparse_video_attention.radial_attn import radial_block_mask
+
+pytestmark = [pytest.mark.comfy, pytest.mark.core]
+
+# 480p for 81 frames, as WAN's VAE makes it.
+WAN_480P = (1, 16, 21, 60, 104)
+
+
+def patch(model, name, **inputs):
+    from sparse_video_attention.nodes.extension import NODES
+
+    (node,) = [node for node in NODES if node.__name__ == name]
+    return node.execute(model, **inputs).result[0]
+
+
+@pytest.fixture
+def preview(comfyui, tmp_path, monkeypatch):
+    """preview(model, shape or samples, **inputs): (picture uint8 [H, W, 3], density, gain, text)"""
+    import folder_paths
+    from sparse_video_attention.nodes.preview import PreviewAttentionMask
+
+    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
+
+    def run(model, given, **inputs):
+        samples = given if isinstance(given, dict) else {"samples": torch.zeros(given)}
+        out = PreviewAttentionMask.execute(model, samples, **inputs)
+        (shown,) = out.ui["images"]
+        assert (tmp_path / shown["subfolder"] / shown["filename"]).is_file()
+        picture, density, gain = out.result
+        assert picture.dtype == torch.float32 and picture.shape[0] == 1 and picture.shape[3] == 3
+        (text,) = out.ui["text"]
+        return (picture[0] * 255).round().byte().numpy(), density, gain, text
+
+    return run
+
+
+def pixels(picture, colour):
+    return (picture == np.array(colour, dtype=np.uint8)).all(-1)
+
+
+def test_the_picture_is_the_mask_with_the_borders_of_frames(models, preview):
+    model = patch(models("wan"), "PatchRadialAttention")
+    picture, density, _, text = preview(model, WAN_480P)
+    mask = radial_block_mask(21, 30 * 52)
+    # No row of this one is without its own block, so it is the plan.
+    assert mask.diagonal().all() and density == pytest.approx(float(mask.float().mean()))
+    assert f"{density:.3f}" in text and "21x30x52 = 32760 tokens" in text
+    inside = pixels(picture, SPARSE[0]) | pixels(picture, SPARSE[1]) | pixels(picture, FRAME)
+    rows, columns = (np.flatnonzero(inside.mean(axis) > 0.5) for axis in (1, 0))
+    cell = len(rows) // len(mask)
+    assert len(rows) == len(columns) == cell * len(mask) and cell >= 1
+    shown = picture[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    # Twenty lines of a pixel each way, the last pixel of a cell at times.
+    lines = np.flatnonzero(pixels(shown, FRAME).mean(0) > 0.9)
+    assert lines.tolist() == [int(f * 1560 * len(rows) / 32760) for f in range(1, 21)]
+    away = np.setdiff1d(np.arange(len(rows)), lines)
+    expected = mask.repeat_interleave(cell, 0).repeat_interleave(cell, 1).numpy()
+    assert (pixels(shown, SPARSE[1]) == expected)[np.ix_(away, away)].all()
+
+
+def test_text_is_parted_from_the_video(models, preview):
+    shape = (1, 16, 13, 60, 90)
+    model = patch(models("cogvideox"), "PatchRadialAttention", block_size=64)
+    picture, density, _, text = preview(model, shape)
+    mask = radial_block_mask(13, 30 * 45, block_size=64, prefix_tokens=226)
+    mask[~mask.diagonal()] = True
+    assert density == pytest.approx(float(mask.float().mean()))
+    assert "13x30x45 (226 before) = 17776 tokens" in text and pixels(picture, OUTSIDE).any()
+
+
+@pytest.mark.parametrize("steps", [1, 4, 9])
+@pytest.mark.parametrize("name", ["PatchRadialAttention", "PatchPSA", "PatchSpargeAttention"])
+def test_what_is_said_is_what_a_run_does(name, steps, models, preview, sample):
+    inputs = {
+        "PatchRadialAttention": {"block_size": 16, "decay_factor": 0.2, "dense_layers": "0"},
+        "PatchPSA": {"preset": "Wan2.1_1.3b/psa_topk", "last_dense_timesteps": 1},
+        # All blocks count as alike, so that no more than topk are kept.
+        "PatchSpargeAttention": {"topk": 0.4, "simthreshd1": -1.0, "end_percent": 0.6},
+    }[name]
+    model = patch(models("wan"), name, min_tokens=0, **inputs)
+    _, density, gain, text = preview(model, (1, 16, 6, 16, 20), steps=steps)
+    sample(model, shape=(1, 16, 6, 16, 20), steps=steps, scheduler="simple")
+    record = run_history(model).latest
+    sparse = record.sparse()
+    dense_steps = steps - sparse.steps
+    told = f"{dense_steps} of {steps} steps stay dense" if dense_steps else "No step stays dense"
+    assert told in text
+    if sparse.calls:
+        assert density == pytest.approx(sparse.density, abs=1e-6)
+        assert f"{sparse.layers} of {record.num_layers} layers may run sparse" in text
+        assert gain > 1
+    else:
+        assert gain == 1
+
+
+def test_the_gain_is_that_of_the_operations(models, preview):
+    model = patch(models("wan"), "PatchRadialAttention", dense_layers="0", dense_timesteps=3)
+    _, density, gain, text = preview(model, WAN_480P, steps=10)
+    net = model.model.diffusion_model
+    tokens, dim = 32760, net.dim
+    weights = sum(
+        weight.numel()
+        for name, weight in net.blocks[0].named_parameters()
+        # Keys and values of the text are made once per token of the text.
+        if weight.ndim == 2 and not name.startswith(("cross_attn.k.", "cross_attn.v."))
+    )
+    attention, other = 4 * tokens**2 * dim, tokens * (2 * weights + 4 * 512 * dim)
+    layers = len(net.blocks)
+    dense = 10 * layers * (attention + other)
+    sparse = dense - 7 * (layers - 1) * attention * (1 - density)
+    assert gain == pytest.approx(dense / sparse, rel=1e-6)
+    assert f"{gain:.2f}x as fast" in text
+
+
+def test_cogvideox_layers_are_counted_with_their_weights(models, preview):
+    model = patch(models("cogvideox"), "PatchRadialAttention", dense_timesteps=0, dense_layers="")
+    _, density, gain, _ = preview(model, (1, 16, 13, 60, 90))
+    net = model.model.diffusion_model
+    weights = sum(
+        weight.numel()
+        for name, weight in net.blocks[0].named_parameters()
+        # Modulation is made once per forward.
+        if weight.ndim == 2 and not name.startswith("norm")
+    )
+    tokens = 226 + 13 * 30 * 45
+    attention, other = 4 * tokens**2 * net.dim, 2 * tokens * weights
+    assert gain == pytest.approx((attention + other) / (density * attention + other), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "why"),
+    [
+        ("PatchPSA", {"preset": "Wan2.1_1.3b/psa_balanced"}, "(thresholdbound)"),
+        ("PatchSpargeAttention", {"cdfthreshd": 0.9}, "(cdfthreshd)"),
+    ],
+    ids=["psa", "sparge"],
+)
+def test_what_only_a_run_tells_is_not_guessed(name, inputs, why, models, preview):
+    _, density, gain, text = preview(patch(models("wan"), name, **inputs), WAN_480P)
+    assert math.isnan(density) and math.isnan(gain)
+    assert "not known before a run" in text and why in text and "steps stay dense" in text
+
+
+def test_what_stays_dense_says_why(models, preview, set_backends):
+    wan = models("wan")
+    small = (1, 16, 3, 30, 52)
+    for model, shape, said in (
+        (wan, WAN_480P, "No node of Sparse Video Attention has patched this model"),
+        (set_backends(wan, self_attn_1_type="torch_sdpa"), WAN_480P, "No sparse method is on"),
+        (patch(wan, "PatchRadialAttention"), small, "1170 tokens are fewer than min_tokens 4096"),
+        (patch(wan, "PatchPSA", preset="Wan2.1_1.3b/baseline"), WAN_480P, "is dense attention"),
+    ):
+        _, density, gain, text = preview(model, shape)
+        assert said in text and (density, gain) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("samples", "said"),
+    [
+        (torch.zeros(16, 21, 60, 104), None),
+        (torch.zeros(1, 16, 0, 60, 104), "samples [1, 16, 0, 60, 104]: a latent video is needed"),
+        (None, "samples NoneType: a latent video is needed"),
+    ],
+    ids=["picture", "empty", "none"],
+)
+def test_what_is_no_latent_video_is_refused(samples, said, models, preview):
+    model = patch(models("wan"), "PatchRadialAttention")
+    if said is None:
+        # ComfyUI makes one frame of a picture's latent, and so does the sampler.
+        assert "single frame" in preview(model, {"samples": samples})[3]
+        return
+    with pytest.raises(ValueError) as error:
+        preview(model, {"samples": samples})
+    assert said in str(error.value)
+
+
+def test_the_model_stays_as_it_is(models, preview):
+    model = patch(models("wan"), "PatchRadialAttention")
+    before = dict(model.model_options["transformer_options"])
+    preview(model, WAN_480P)
+    assert model.model_options["transformer_options"] == before
+    assert run_history(model).latest is None
