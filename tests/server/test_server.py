@@ -141,6 +141,30 @@ class TestReport:
         assert all(options["tooltip"] for _, options in info["input"]["required"].values())
 
 
+class TestPreview:
+    def test_shows_the_mask_of_the_run_beside_it(self, run, tiny):
+        workflow = tiny(**QUICK)
+        sampler = workflow.nodes[workflow.sampler]["inputs"]
+        latent = sampler.get("latent_image") or sampler["latent"]
+        inputs = {"model": [workflow.find(PATCH), 0], "samples": latent, "steps": 3}
+        workflow.nodes["preview"] = {"class_type": "PreviewAttentionMask", "inputs": inputs}
+        inputs = {"images": ["preview", 0], "filename_prefix": "preview"}
+        workflow.nodes["mask"] = {"class_type": "SaveImage", "inputs": inputs}
+        result = run(workflow)
+        (mask,) = result.files["mask"]
+        # The first and the last shade: left out and kept.
+        assert len(set(map(tuple, blue(mask)))) == 2
+        assert logged_density(result.log) < 1
+
+    def test_is_listed_with_an_explanation_of_everything(self, object_info):
+        info = object_info["PreviewAttentionMask"]
+        assert info["category"] == "model/patch/attention" and info["output_node"]
+        assert info["output"] == ["IMAGE", "FLOAT", "FLOAT"] and all(info["output_tooltips"])
+        assert info["output_name"] == ["IMAGE", "density", "speedup"]
+        inputs = {**info["input"]["required"], **info["input"]["optional"]}
+        assert all(options["tooltip"] for _, options in inputs.values())
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("text", "said"),
