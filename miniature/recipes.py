@@ -10,7 +10,8 @@ from .recipe import Recipe, Stage
 # Scenes that differ less, so that a small budget is enough for whole shapes and regular grounds.
 _SETTLED, _ALIKE = 0.05, 0.2
 # And shapes that keep to places of their own: drawn anywhere, three of them are one blob as often
-# as not, and a model this small then learns blobs, or leaves a single shape out.
+# as not, and a model this small then learns blobs, or leaves a single shape out. Where they are is
+# learned from pictures first, sixteen a step, then from clips.
 _APART, _IN_PLACE = 0.25, 0.12
 
 
@@ -44,11 +45,13 @@ _RECIPES: dict[str, Recipe] = {
         ffn_dim=768,
         num_layers=6,
         stages=(
-            _settled(3000, clips=128, frames=1, variety=_ALIKE),
+            _settled(2600, clips=128, frames=1, variety=_ALIKE),
             _settled(2500, clips=48, frames=5, variety=_ALIKE),
             _settled(3500, clips=32, frames=9, variety=_ALIKE),
             _settled(700, clips=16, frames=21, variety=_ALIKE),
-            _apart(300, clips=16, frames=21),
+            _apart(400, clips=128, frames=1, placement=_IN_PLACE),
+            _apart(300, clips=32, frames=9, placement=_IN_PLACE),
+            _apart(200, clips=16, frames=21, placement=_IN_PLACE),
         ),
         warmup=100,
         cooldown=1500,
@@ -72,11 +75,13 @@ _RECIPES: dict[str, Recipe] = {
         ffn_dim=1024,
         num_layers=5,
         stages=(
-            _settled(3000, clips=128, frames=1, variety=_ALIKE),
+            _settled(2600, clips=128, frames=1, variety=_ALIKE),
             _settled(2500, clips=48, frames=5, variety=_ALIKE),
             _settled(2500, clips=32, frames=9, variety=_ALIKE),
             _settled(500, clips=16, frames=21, variety=_ALIKE),
-            _apart(300, clips=16, frames=21),
+            _apart(400, clips=128, frames=1, placement=_IN_PLACE),
+            _apart(300, clips=32, frames=9, placement=_IN_PLACE),
+            _apart(200, clips=16, frames=21, placement=_IN_PLACE),
         ),
         warmup=100,
         cooldown=1500,
@@ -103,6 +108,10 @@ _CPU_LONG = {
         _apart(220, clips=2, frames=9, placement=_IN_PLACE),
         _apart(60, clips=1, frames=21, placement=_IN_PLACE),
         _apart(60, clips=2, frames=9, placement=_IN_PLACE),
+        _apart(300, clips=16, frames=1, placement=_IN_PLACE),
+        _apart(500, clips=2, frames=9, placement=_IN_PLACE),
+        _apart(50, clips=1, frames=21, placement=_IN_PLACE),
+        _apart(250, clips=2, frames=9, placement=_IN_PLACE),
     ),
     "cogvideox-cpu": (
         Stage(570, clips=4, frames=9, height=16, width=24),
@@ -124,6 +133,10 @@ _CPU_LONG = {
         _apart(260, clips=2, frames=9, placement=_IN_PLACE),
         _apart(80, clips=1, frames=21, placement=_IN_PLACE),
         _apart(100, clips=2, frames=9, placement=_IN_PLACE),
+        _apart(300, clips=16, frames=1, placement=_IN_PLACE),
+        _apart(500, clips=2, frames=9, placement=_IN_PLACE),
+        _apart(50, clips=1, frames=21, placement=_IN_PLACE),
+        _apart(250, clips=2, frames=9, placement=_IN_PLACE),
     ),
 }
 

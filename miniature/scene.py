@@ -32,9 +32,10 @@ SPEED = (0.3, 0.6)
 # fastest rotary frequency: one head can find them all.
 _REGULAR = (4 * math.pi - 2, 4 * math.pi + 2)
 TEXTURE_WAVELENGTH = {"stripes": _REGULAR, "tiles": _REGULAR, "gradient": (48.0, 64.0)}
-# In frames. In one no shape moves further than half its size, which a small model can follow; a
-# long video shows the same moment again (three shapes in an orbit stand alike after a third of it).
-ORBIT_PERIOD, ZOOM_PERIOD, RAINBOW_PERIOD = (42.0, 54.0), (8.0, 14.0), (24.0, 36.0)
+# In frames. An orbit is as slow as what bounces: WAN's attention is relative and hardly knows which
+# frame it is in, so in the frames of one clip shapes must not take the places of their neighbours.
+# A video of 21 frames shows zooms and colours again.
+ORBIT_PERIOD, ZOOM_PERIOD, RAINBOW_PERIOD = (110.0, 130.0), (8.0, 14.0), (24.0, 36.0)
 PAN_SPEED = (0.6, 1.4)
 ZOOM = 0.2
 
