@@ -26,8 +26,8 @@ SIZE = (7, 24, 40)
 RADIAL_SIZE = (13, 16, 32)
 HOW = {"steps": 6, "guidance": 3.0}
 PROMPT = PROMPTS[0]
-# PSA keeps so little that a block off is lost among its errors over a single disc.
-PSA_PROMPT = PROMPTS[3]
+# Over a single disc a block off is lost: among PSA's errors, and in all that Sparge keeps.
+BUSY_PROMPT = PROMPTS[3]
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,9 @@ class DefaultsQuality:
         self._dense = {}
 
     def psnr(self, method, seed, kind=Setting):
-        prompt = PSA_PROMPT if method == "psa" else PROMPT
-        shot = Shot(prompt, seed, RADIAL_SIZE if method == "radial" else SIZE)
+        shot = Shot(BUSY_PROMPT, seed, SIZE)
+        if method == "radial":
+            shot = Shot(PROMPT, seed, RADIAL_SIZE)
         if shot not in self._dense:
             self._dense[shot] = self._miniature.sample(shot, setting=None, **HOW).video
         result = self._miniature.sample(shot, setting=kind(method, "defaults"), **HOW)
