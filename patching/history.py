@@ -58,7 +58,11 @@ class RunHistory:
         Args:
             result: the latent it returned, None if it did not come to that.
         """
-        self._runs.append((record, _mark(result)))
+        try:
+            mark = _mark(result)
+        except RuntimeError:  # of the device, which may be lost; the run is known without it
+            mark = None
+        self._runs.append((record, mark))
 
     def run_of(self, latent: Any) -> RunRecord | None:
         """The run that returned a latent, the later one of two that are alike; None if unknown."""

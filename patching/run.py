@@ -125,8 +125,8 @@ class OuterSampleWrapper:
 
     def _close(self, record: RunRecord, choice: SparseChoice | None, result: Any) -> None:
         try:
+            self._history.add(record, result)
             record.finish()
             _say(record, choice)
-            self._history.add(record, result)
         except Exception as error:  # it must not hide what ended the run
             log.warning(f"the run's record is incomplete: {one_line(error)}")

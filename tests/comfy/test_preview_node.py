@@ -10,7 +10,7 @@ from sparse_video_attention.patching.page import SPARSE
 from sparse_video_attention.patching.preview_picture import FRAME, OUTSIDE
 from sparse_video_attention.radial_attn import radial_block_mask
 
-pytestmark = [pytest.mark.comfy, pytest.mark.core]
+pytestmark = pytest.mark.comfy
 
 # 480p for 81 frames, as WAN's VAE makes it.
 WAN_480P = (1, 16, 21, 60, 104)
@@ -48,6 +48,7 @@ def pixels(picture, colour):
     return (picture == np.array(colour, dtype=np.uint8)).all(-1)
 
 
+@pytest.mark.core
 def test_the_picture_is_the_mask_with_the_borders_of_frames(models, preview):
     model = patch(models("wan"), "PatchRadialAttention")
     picture, density, _, text = preview(model, WAN_480P)
@@ -78,6 +79,7 @@ def test_text_is_parted_from_the_video(models, preview):
     assert "13x30x45 (226 before) = 17776 tokens" in text and pixels(picture, OUTSIDE).any()
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("steps", [1, 4, 9])
 @pytest.mark.parametrize("name", ["PatchRadialAttention", "PatchPSA", "PatchSpargeAttention"])
 def test_what_is_said_is_what_a_run_does(name, steps, models, preview, sample):
@@ -103,6 +105,7 @@ def test_what_is_said_is_what_a_run_does(name, steps, models, preview, sample):
         assert gain == 1
 
 
+@pytest.mark.core
 def test_the_gain_is_that_of_the_operations(models, preview):
     model = patch(models("wan"), "PatchRadialAttention", dense_layers="0", dense_timesteps=3)
     _, density, gain, text = preview(model, WAN_480P, steps=10)
@@ -151,6 +154,7 @@ def test_what_only_a_run_tells_is_not_guessed(name, inputs, why, models, preview
     assert "not known before a run" in text and why in text and "steps stay dense" in text
 
 
+@pytest.mark.core
 def test_what_stays_dense_says_why(models, preview, set_backends):
     wan = models("wan")
     small = (1, 16, 3, 30, 52)
@@ -184,6 +188,7 @@ def test_what_is_no_latent_video_is_refused(samples, said, models, preview):
     assert said in str(error.value)
 
 
+@pytest.mark.core
 def test_the_model_stays_as_it_is(models, preview):
     model = patch(models("wan"), "PatchRadialAttention")
     before = dict(model.model_options["transformer_options"])

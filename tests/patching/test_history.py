@@ -92,3 +92,14 @@ def test_a_latent_of_more_values_than_fp32_counts_is_known():
     history = RunHistory()
     history.add(record, large)
     assert history.run_of(large) is record
+
+
+def test_a_latent_that_cannot_be_read_costs_no_record(monkeypatch):
+    def lost(*_):
+        raise RuntimeError("device-side assert")
+
+    record, history, result = RunRecord("run"), RunHistory(), latent(0)
+    monkeypatch.setattr(torch.Tensor, "cpu", lost)
+    history.add(record, result)
+    monkeypatch.undo()
+    assert history.latest is record and history.run_of(result) is None
