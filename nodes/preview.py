@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from .host import where_known
 from .schedule_inputs import CATEGORY
+from .shown import picture_and_text
 
 
 class PreviewAttentionMask(io.ComfyNode):
@@ -63,5 +64,5 @@ class PreviewAttentionMask(io.ComfyNode):
         from ..patching.preview import attention_preview
 
         made = attention_preview(model, samples, steps)
-        shown = ui.PreviewImage(made.picture, cls=cls).as_dict() | {"text": (made.text,)}
+        shown = picture_and_text(cls, made.picture, made.text)
         return io.NodeOutput(made.picture, made.density, made.speedup, ui=shown)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from .host import where_known
 from .schedule_inputs import CATEGORY
+from .shown import picture_and_text
 
 
 class AttentionReport(io.ComfyNode):
@@ -46,13 +47,7 @@ class AttentionReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: io.Model.Type, samples: dict[str, Any]) -> io.NodeOutput:
-        from ..patching.log import log, one_line
         from ..patching.report import attention_report
 
         picture, text = attention_report(model, samples)
-        shown: dict[str, Any] = {"text": (text,)}
-        try:
-            shown |= ui.PreviewImage(picture, cls=cls).as_dict()
-        except OSError as error:  # a full disk must not cost the samples
-            log.warning(f"the report's picture could not be shown: {one_line(error)}")
-        return io.NodeOutput(samples, picture, text, ui=shown)
+        return io.NodeOutput(samples, picture, text, ui=picture_and_text(cls, picture, text))

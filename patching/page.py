@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from .log import log, one_line
 
 Colour = tuple[int, int, int]
 
@@ -73,6 +76,14 @@ def text_picture(*sentences: str) -> Image.Image:
     return page.image
 
 
-def image_tensor(picture: Image.Image) -> Tensor:
-    """An RGB picture as ComfyUI's IMAGE, fp32 [1, height, width, 3] between 0 and 1."""
+def image_tensor(draw: Callable[[], Image.Image]) -> Tensor:
+    """An RGB picture as ComfyUI's IMAGE, fp32 [1, height, width, 3] between 0 and 1.
+
+    A small blank one where it cannot be drawn: a picture must not end a graph.
+    """
+    try:
+        picture = draw()
+    except Exception as error:
+        log.warning(f"there is no picture: {one_line(error)}")
+        return torch.zeros(1, 64, 64, 3)
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]

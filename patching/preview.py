@@ -7,7 +7,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..kernels import BlockPlan
@@ -79,8 +78,10 @@ def attention_preview(model: Any, samples: dict[str, Any], steps: int) -> Previe
     density = f"Density of sparse calls: {plan.density():.3f} ({meaning})."
     sentences = (head, density, steps_text, gain.text)
     in_frames = choice.policy.is_static and choice.policy.order(layout) is None
-    picture = plan_picture(plan, layout, *sentences, in_frames=in_frames)
-    return _preview(picture, plan.density(), gain.speedup, *sentences)
+    picture = image_tensor(lambda: plan_picture(plan, layout, *sentences, in_frames=in_frames))
+    # Where all steps or layers are dense there is no sparse call.
+    kept = plan.density() if gain.speedup > 1 else 1.0
+    return Preview(picture, kept, gain.speedup, "\n".join(sentences))
 
 
 def _sparse_choice(model: Any) -> tuple[SparseChoice | None, str]:
@@ -160,8 +161,5 @@ def _gain(
 
 
 def _told(*sentences: str, density: float, speedup: float) -> Preview:
-    return _preview(text_picture(*sentences), density, speedup, *sentences)
-
-
-def _preview(picture: Image.Image, density: float, speedup: float, *sentences: str) -> Preview:
-    return Preview(image_tensor(picture), density, speedup, "\n".join(sentences))
+    picture = image_tensor(lambda: text_picture(*sentences))
+    return Preview(picture, density, speedup, "\n".join(sentences))

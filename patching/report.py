@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .install import run_history
-from .log import log, one_line
 from .page import image_tensor, text_picture
 from .record import RunRecord
 from .report_picture import run_picture
@@ -45,10 +43,6 @@ def attention_report(model: Any, samples: dict[str, Any]) -> tuple[Tensor, str]:
 
 
 def _picture(record: RunRecord | None, *remarks: str) -> Tensor:
-    """A small blank one where it cannot be drawn."""
-    try:
-        picture = text_picture(*remarks) if record is None else run_picture(record, *remarks)
-    except Exception as error:  # the latent is more important
-        log.warning(f"the report has no picture: {one_line(error)}")
-        return torch.zeros(1, 64, 64, 3)
-    return image_tensor(picture)
+    if record is None:
+        return image_tensor(lambda: text_picture(*remarks))
+    return image_tensor(lambda: run_picture(record, *remarks))

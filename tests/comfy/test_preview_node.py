@@ -102,7 +102,7 @@ def test_what_is_said_is_what_a_run_does(name, steps, models, preview, sample):
         assert f"{sparse.layers} of {record.num_layers} layers may run sparse" in text
         assert gain > 1
     else:
-        assert gain == 1
+        assert gain == density == 1
 
 
 @pytest.mark.core
@@ -195,3 +195,17 @@ def test_the_model_stays_as_it_is(models, preview):
     preview(model, WAN_480P)
     assert model.model_options["transformer_options"] == before
     assert run_history(model).latest is None
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_end_the_graph(
+    models, preview, monkeypatch, caplog
+):
+    from sparse_video_attention.patching import page
+
+    def too_old(*_):
+        raise RuntimeError("it needs Pillow 10.1 or newer")
+
+    monkeypatch.setattr(page, "_font", too_old)
+    picture, density, _, _ = preview(patch(models("wan"), "PatchRadialAttention"), WAN_480P)
+    assert picture.shape == (64, 64, 3) and density < 1
+    assert any("Pillow 10.1" in message for message in caplog.messages)
