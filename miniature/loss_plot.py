@@ -43,7 +43,12 @@ def plot_losses(training: Training, path: Path) -> None:
         draw.text((at(end - stage.steps, 0)[0] + 3, MARGIN - 16), label, fill=(120, 120, 120))
     for tenths in range(0, 11, 2):
         draw.text((6, at(0, top * tenths / 10)[1] - 6), f"{top * tenths / 10:.2f}", fill="black")
-    draw.point([at(i, loss) for i, loss in enumerate(losses)], fill=(170, 190, 220))
-    draw.line([at(i, loss) for i, loss in enumerate(smoothed(losses))], fill=(20, 80, 160), width=2)
-    draw.text((MARGIN, height - 30), f"{len(losses)} steps, {training.seconds:.0f} s", fill="black")
+    first = training.first_step
+    dots = [at(step, loss) for step, loss in enumerate(losses, first)]
+    mean = [at(step, loss) for step, loss in enumerate(smoothed(losses), first)]
+    draw.point(dots, fill=(170, 190, 220))
+    draw.line(mean, fill=(20, 80, 160), width=2)
+    draw.text(
+        (MARGIN, height - 30), f"{training.step} steps, {training.seconds:.0f} s", fill="black"
+    )
     image.save(path)

@@ -83,8 +83,8 @@ class Recipe:
             left -= stage.steps
         raise ValueError(f"step {step}: the recipe has {self.steps}")
 
-    def learning_rate(self, step: int) -> float:
-        """Between 0 and 1, times matrix_lr and vector_lr."""
-        rising = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+    def learning_rate(self, step: int, first_step: int = 0) -> float:
+        """Between 0 and 1, times matrix_lr and vector_lr; it rises from first_step on."""
+        rising = min(1.0, (step - first_step + 1) / self.warmup) if self.warmup else 1.0
         falling = min(1.0, (self.steps - step) / self.cooldown) if self.cooldown else 1.0
         return rising * falling

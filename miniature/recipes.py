@@ -25,6 +25,11 @@ def _apart(steps: int, clips: int, frames: int, placement: float = _APART) -> St
     return replace(stage, placement=placement, stored=0.75)
 
 
+def _shown(steps: int, clips: int, frames: int) -> Stage:
+    """Of nothing but the stored prompts."""
+    return replace(_apart(steps, clips, frames, placement=_IN_PLACE), stored=1.0)
+
+
 _RECIPES: dict[str, Recipe] = {
     "wan-cpu": Recipe(
         family="wan",
@@ -112,6 +117,10 @@ _CPU_LONG = {
         _apart(500, clips=2, frames=9, placement=_IN_PLACE),
         _apart(50, clips=1, frames=21, placement=_IN_PLACE),
         _apart(250, clips=2, frames=9, placement=_IN_PLACE),
+        _shown(300, clips=16, frames=1),
+        _shown(500, clips=2, frames=9),
+        _shown(40, clips=1, frames=21),
+        _shown(400, clips=2, frames=9),
     ),
     "cogvideox-cpu": (
         Stage(570, clips=4, frames=9, height=16, width=24),

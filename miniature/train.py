@@ -6,18 +6,21 @@ The state is kept under outputs/miniature/<recipe>/, and the same command goes o
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from .batches import batches
 from .loss_plot import plot_losses
 from .recipes import RECIPES
 from .training import Training, save_state
+from .weights import card_path, weights_path
 
 OUTPUT = Path(__file__).resolve().parents[1] / "outputs" / "miniature"
 SMOOTHING = 50
@@ -40,11 +43,23 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         help="that make clips ahead (default: 0 on a CPU, else all cores but two)",
     )
+    parser.add_argument(
+        "--from-weights",
+        action="store_true",
+        help="without a state, go on from the repository's weights, at the step their card says",
+    )
     parser.add_argument("--compile", action="store_true", help="compile the blocks")
     parser.add_argument("--minutes", type=float, help="stop after this long (default: at the end)")
     parser.add_argument("--save-every", type=float, default=60.0, metavar="SECONDS")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="(default: %(default)s)")
     return parser
+
+
+def _begin_with_weights(training: Training) -> None:
+    family = training.recipe.family
+    weights = {name: weight.float() for name, weight in load_file(weights_path(family)).items()}
+    card = json.loads(card_path(family).read_text(encoding="utf-8"))
+    training.begin_with(weights, step=card["steps"], seconds=card["seconds"])
 
 
 def train(options: argparse.Namespace) -> Training:
@@ -64,6 +79,8 @@ def train(options: argparse.Namespace) -> Training:
     )
     if path.exists():
         training.load(torch.load(path, map_location="cpu", weights_only=True))
+    elif options.from_weights:
+        _begin_with_weights(training)
 
     stopped = False
 

@@ -33,7 +33,8 @@ class Training:
 
     Attributes:
         step: how many are done.
-        losses: of every step done.
+        first_step: the one that this training began with: 0, or where weights were taken over.
+        losses: of the steps done since then.
         seconds: spent in steps, over all runs.
     """
 
@@ -61,7 +62,7 @@ class Training:
         if compiled:
             for block in self.model.get_submodule("blocks").children():
                 block.compile(dynamic=False)
-        self.step = 0
+        self.step = self.first_step = 0
         self.losses: list[float] = []
         self.seconds = 0.0
 
@@ -83,7 +84,7 @@ class Training:
         batch = make_batch(self.recipe, self.step) if batch is None else batch
         loss = self._backward(batch.to(self.device))
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
-        rate = self.recipe.learning_rate(self.step)
+        rate = self.recipe.learning_rate(self.step, self.first_step)
         rates = (self.recipe.matrix_lr, self.recipe.vector_lr)
         for optimiser, full in zip(self.optimisers, rates, strict=True):
             for group in optimiser.param_groups:
@@ -129,6 +130,7 @@ class Training:
         return {
             "recipe": repr(self.recipe),
             "step": self.step,
+            "first_step": self.first_step,
             "losses": self.losses,
             "seconds": self.seconds,
             "model": self.model.state_dict(),
@@ -142,16 +144,34 @@ class Training:
         Raises:
             ValueError: it belongs to a model of another size.
         """
-        shapes = {name: tuple(w.shape) for name, w in state["model"].items()}
-        own = {name: tuple(w.shape) for name, w in self.model.state_dict().items()}
-        if shapes != own:
-            raise ValueError("the saved state belongs to a model of another size")
-        self.model.load_state_dict(state["model"])
+        self._take_over(state["model"])
         self.average = {n: w.to(self.device) for n, w in state["average"].items()}
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
         self.step, self.losses = state["step"], list(state["losses"])
+        self.first_step = state["first_step"]
         self.seconds = state["seconds"]
+
+    def begin_with(self, weights: dict[str, Tensor], *, step: int, seconds: float) -> None:
+        """Go on from weights alone: the optimisers begin anew, with a warm-up of their own.
+
+        Args:
+            step, seconds: how long they have been trained.
+
+        Raises:
+            ValueError: they belong to a model of another size.
+        """
+        self._take_over(weights)
+        self.average = {n: w.detach().clone() for n, w in self.model.state_dict().items()}
+        self.step = self.first_step = step
+        self.seconds = seconds
+
+    def _take_over(self, weights: dict[str, Tensor]) -> None:
+        shapes = {name: tuple(w.shape) for name, w in weights.items()}
+        own = {name: tuple(w.shape) for name, w in self.model.state_dict().items()}
+        if shapes != own:
+            raise ValueError("the saved state belongs to a model of another size")
+        self.model.load_state_dict(weights)
 
 
 def save_state(training: Training, path: Path) -> None:

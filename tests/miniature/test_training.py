@@ -1,6 +1,5 @@
 """Training: what a step learns from, what it does, and that it can be stopped anywhere."""
 
-import argparse
 from dataclasses import replace
 
 import pytest
@@ -17,35 +16,11 @@ from miniature.noise import (
     zero_terminal_alphas,
 )
 from miniature.prompts import PROMPTS, text_features
-from miniature.recipe import Recipe, Stage
+from miniature.recipe import Stage
 from miniature.sample import guided, sample_flow, sample_v
 from miniature.training import Training, save_state
 
-TOY = Recipe(
-    family="wan",
-    dim=128,
-    ffn_dim=64,
-    num_layers=1,
-    stages=(
-        Stage(4, clips=3, frames=2, height=8, width=8),
-        Stage(4, clips=2, frames=3, height=8, width=12),
-    ),
-    warmup=2,
-    cooldown=3,
-    ema_steps=4,
-)
-COGVIDEOX = Recipe("cogvideox", 64, 256, 1, TOY.stages, warmup=2, cooldown=3, ema_steps=4)
-
-
-def trained(recipe, steps, **options):
-    training = Training(recipe, **options)
-    for _ in range(steps):
-        training.losses.append(float(training.run_step()))
-    return training
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+from .toy import COGVIDEOX, TOY, options_of, same, trained
 
 
 class TestInterruption:
@@ -69,18 +44,7 @@ class TestInterruption:
         monkeypatch.setitem(train_module.RECIPES, "toy", TOY)
 
         def run(minutes):
-            options = argparse.Namespace(
-                recipe="toy",
-                device="cpu",
-                precision=None,
-                workers=1,
-                compile=False,
-                data_processes=0,
-                minutes=minutes,
-                save_every=1e9,
-                output=tmp_path,
-            )
-            return train_module.train(options)
+            return train_module.train(options_of("toy", tmp_path, minutes=minutes))
 
         assert run(0.0).step == 1
         assert run(0.0).step == 2
