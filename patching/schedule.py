@@ -126,9 +126,9 @@ class Schedule:
         ):
             if type(percent) not in (int, float) or not 0.0 <= percent <= 1.0:
                 raise ValueError(f"{name} {percent!r}: allowed are 0.0 to 1.0")
-        if self.start_percent > self.end_percent:
+        if self.start_percent >= self.end_percent:
             raise ValueError(
-                f"start_percent {self.start_percent} is after end_percent {self.end_percent}; "
+                f"start_percent {self.start_percent} is not below end_percent {self.end_percent}; "
                 "sparse attention would never act"
             )
 

@@ -47,8 +47,8 @@ def test_all_layers_dense_is_the_unpatched_result(models, patch_radial, sample, 
     [
         {"dense_timesteps": 4},
         {"last_dense_timesteps": 100},
-        {"start_percent": 1.0},
-        {"end_percent": 0.0},
+        {"start_percent": 0.99},
+        {"end_percent": 0.01, "dense_timesteps": 1},
     ],
     ids=lambda inputs: next(iter(inputs)),
 )

@@ -137,7 +137,13 @@ def test_what_cannot_be_placed_is_dense_and_says_so():
         ),
         ({"start_percent": -0.1}, "start_percent -0.1: allowed are 0.0 to 1.0"),
         ({"end_percent": math.nan}, "end_percent nan: allowed are 0.0 to 1.0"),
-        ({"start_percent": 0.8, "end_percent": 0.2}, "start_percent 0.8 is after end_percent 0.2"),
+        *(
+            (
+                {"start_percent": start, "end_percent": end},
+                f"start_percent {start} is not below end_percent {end}",
+            )
+            for start, end in ((0.8, 0.2), (0.5, 0.5), (0.0, 0.0), (1.0, 1.0))
+        ),
     ],
 )
 def test_a_schedule_that_makes_no_sense_is_refused(values, said):
