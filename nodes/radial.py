@@ -20,6 +20,22 @@ from .schedule_inputs import (
     skipped_blocks_input,
 )
 
+BLOCK_SIZES = (128, 64)
+
+
+def _tokens_per_block(block_size: object) -> int:
+    """A linked input may bring any value, and a number as a float.
+
+    Raises:
+        ValueError: it is none of BLOCK_SIZES.
+    """
+    from ..patching.log import shown
+
+    if isinstance(block_size, int | float) and block_size in BLOCK_SIZES:
+        return int(block_size)
+    allowed = " and ".join(map(str, BLOCK_SIZES))
+    raise ValueError(f"block_size {shown(block_size)}: allowed are {allowed}")
+
 
 class PatchRadialAttention(io.ComfyNode):
     @classmethod
@@ -48,7 +64,7 @@ class PatchRadialAttention(io.ComfyNode):
                 dense_timesteps_input(),
                 io.Combo.Input(
                     "block_size",
-                    options=[128, 64],
+                    options=list(BLOCK_SIZES),
                     default=128,
                     optional=True,
                     tooltip=(
@@ -94,6 +110,6 @@ class PatchRadialAttention(io.ComfyNode):
         from ..patching import AttentionSettings, install, make_choice
         from ..radial_attn import RadialPolicy
 
-        policy = RadialPolicy(block_size, decay_factor, skipped_blocks)
+        policy = RadialPolicy(_tokens_per_block(block_size), decay_factor, skipped_blocks)
         choice = make_choice(model, policy, dense_layers=dense_layers, **shared)
         return io.NodeOutput(install(model, AttentionSettings(sparse=choice)))

@@ -15,7 +15,10 @@ pytestmark = pytest.mark.comfy
         ({"dense_layers": "-5"}, "layer -5 is outside this model"),
         ({"decay_factor": 2.5}, "decay_factor"),
         ({"decay_factor": float("nan")}, "decay_factor"),
-        ({"block_size": 100}, "block_size"),
+        ({"block_size": 100}, "block_size 100: allowed are 128 and 64"),
+        ({"block_size": 64.5}, "block_size 64.5: allowed are 128 and 64"),
+        ({"block_size": "128"}, "block_size '128': allowed are 128 and 64"),
+        ({"block_size": [128]}, "block_size [128]: allowed are 128 and 64"),
         ({"kernel": "nope"}, "kernel 'nope'"),
         ({"kernel": "triton"}, "kernel 'triton' cannot run here"),
     ],
@@ -29,6 +32,13 @@ def test_bad_input_is_refused_with_one_sentence(models, patch_radial, inputs, sa
     assert said in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert repr(model.model_options) == options
+
+
+@pytest.mark.parametrize("given", [64, 64.0])
+def test_a_block_size_linked_from_a_float_is_a_block_size(models, patch_radial, given):
+    patched = patch_radial(models("wan"), block_size=given)
+    settings = patched.model_options["transformer_options"]["sparse_video_attention"]
+    assert repr(settings.sparse.policy.block_size) == "64"
 
 
 @pytest.mark.core

@@ -49,8 +49,8 @@ def number(kind, low, high):
 
 
 def choice(*options):
-    # 128.0 and True equal an option, and are none.
-    return lambda value: any(type(value) is type(o) and value == o for o in options)
+    # 128.0 is a size that has come through a float; no other option equals a float.
+    return lambda value: any(type(value) in (type(o), float) and value == o for o in options)
 
 
 def boolean(value):
@@ -134,7 +134,7 @@ def faults(node, inputs):
     wrong = {name for name, value in inputs.items() if not is_allowed(ALLOWS[node][name], value)}
     start, end = inputs.get("start_percent", 0.0), inputs.get("end_percent", 1.0)
     if not wrong & {"start_percent", "end_percent"}:
-        if float(unwrapped(start)) > float(unwrapped(end)):
+        if float(unwrapped(start)) >= float(unwrapped(end)):
             wrong |= {"start_percent", "end_percent"}
     if node == "PatchPSA" and inputs.get("preset") == "Mine/own":
         if str(inputs.get("config_file", "")) in FILES[node]:
