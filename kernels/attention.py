@@ -58,14 +58,15 @@ def candidates(
 ) -> tuple[list[tuple[Kernel, KernelCall]], dict[str, str]]:
     """Kernels that can serve the call, fastest first, and the reason against each of the others.
 
-    A kernel without a rank has not been measured on this kind of device and is left out, unless
-    it is the one `named`. call.precision may be "auto"; the calls returned have it decided.
+    A kernel without a rank has not been measured on this kind of device, or would keep a run
+    waiting; it is left out, unless it is the one `named`. call.precision may be "auto"; the calls
+    returned have it decided.
     """
     able, reasons = [], {}
     for name, kernel in kernels().items():
         resolved, reason = _resolve(kernel, call)
         if reason is None and name != named and kernel.rank(resolved) <= 0:
-            reason = "it has not been measured here yet; it runs where it is chosen by name"
+            reason = "it has not been measured here, and runs only where it is chosen by name"
         if reason is None:
             able.append((kernel, resolved))
         else:

@@ -30,7 +30,7 @@ class SparseBackend:
         load: imports the library; returns the function that runs a call.
         block_size: (call) -> its query and key block size for this call.
         precision: the one it computes in, "native" or "int8".
-        rank: expected speed relative to the torch kernel.
+        rank: expected speed relative to the torch kernel; 0 to run only when asked for by name.
         also_refuses: (call) -> what constraints cannot say.
     """
 

@@ -4,7 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sparse_video_attention.kernels import BlockPlan, available, block_sparse_attention
+from sparse_video_attention.kernels import (
+    BlockPlan,
+    available,
+    block_sparse_attention,
+    registry,
+)
+from sparse_video_attention.kernels.attention import candidates
 from sparse_video_attention.kernels.registry import KernelCall
 from sparse_video_attention.third_party.sparse_kernels import SPARSE_BACKENDS
 
@@ -153,6 +159,22 @@ def test_an_old_flash_attn4_is_a_reason(stand_in):
 def test_flex_is_out_where_it_would_not_be_compiled(monkeypatch):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     assert "torch.compile is switched off" in replace(SPARSE_BACKENDS["flex"]).unavailable()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nobody_waits_for_flex_to_compile_who_has_not_named_it(qkv, monkeypatch, dtype):
+    """fp32 is what no other fast kernel takes, bf16 what may be left where Triton's has failed."""
+    kernels = {"torch": registry.kernels()["torch"], "flex": on_cpu("flex").kernel()}
+    monkeypatch.setattr(registry, "_KERNELS", kernels)
+    registry.unavailable_reason.cache_clear()
+    call = a_call(qkv, random_plan((256, 256), (128, 128))[0], precision="auto")
+    call = replace(call, q=call.q.to(dtype), k=call.k.to(dtype), v=call.v.to(dtype))
+    able, reasons = candidates(call)
+    named, _ = candidates(call, "flex")
+    registry.unavailable_reason.cache_clear()
+    assert [kernel.name for kernel, _ in able] == ["torch"]
+    assert "only where it is chosen by name" in reasons["flex"]
+    assert "flex" in [kernel.name for kernel, _ in named]
 
 
 @pytest.mark.parametrize("name", ["flash_attn4", "spas_sage_attn", "sparse_sageattn"])
