@@ -40,7 +40,7 @@ def _unavailable() -> str | None:
     if not torch.cuda.is_available():
         return "there is no CUDA or ROCm device (in tests, TRITON_INTERPRET=1 runs it on CPUs)"
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    reasons = [_unlisted(device) for device in devices]
+    reasons = [_unfit(device) for device in devices]
     if all(reasons):
         return reasons[0]
     # Building Triton's launcher needs a C compiler; without one this raises and says so.
@@ -48,10 +48,12 @@ def _unavailable() -> str | None:
     return None
 
 
-def _unlisted(device: torch.device) -> str | None:
+def _unfit(device: torch.device) -> str | None:
     arch = architecture(device)
     if settings_for(arch) is not None:
-        return None
+        from .triton_compiler import cannot_compile_for
+
+        return cannot_compile_for(arch)
     if isinstance(arch, str):
         return f"it has no settings for {_named(arch)}"
     return f"it needs {_named(MIN_NVIDIA)} or newer; {device} has {_named(arch)}"
@@ -69,7 +71,7 @@ def _refuses(call: KernelCall) -> str | None:
     if interpreted != (q.device.type == "cpu"):
         runs_on = "CPU tensors (TRITON_INTERPRET is set)" if interpreted else "a GPU"
         return f"it runs on {runs_on}; got {q.device}"
-    if not interpreted and (reason := _unlisted(q.device)):
+    if not interpreted and (reason := _unfit(q.device)):
         return reason
     if q.dtype not in (torch.float16, torch.bfloat16) and not (
         interpreted and q.dtype == torch.float32

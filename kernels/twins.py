@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .memory_errors import is_out_of_memory
+from .triton_launch import architecture
 
 LOGGER = logging.getLogger("sparse_video_attention")
 # Tensor cores that take bf16.
@@ -22,6 +23,13 @@ MIN_CAPABILITY = (8, 0)
 
 
 T = TypeVar("T")
+
+
+def _compiles_nothing(device: torch.device) -> bool:
+    # Imports Triton. The reason is said where the attention kernel is not used for it.
+    from .triton_compiler import cannot_compile_for
+
+    return cannot_compile_for(architecture(device)) is not None
 
 
 class Twins:
@@ -55,6 +63,8 @@ class Twins:
             return None
         try:
             if torch.cuda.get_device_capability(x.device) < MIN_CAPABILITY:
+                return None
+            if _compiles_nothing(x.device):
                 return None
             twin = importlib.import_module(module)
             if refuses(twin) is not None:

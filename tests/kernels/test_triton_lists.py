@@ -104,6 +104,7 @@ def test_where_triton_cannot_compile_torch_makes_the_lists(monkeypatch):
     monkeypatch.setattr(lists, "_has_triton", lambda: True)
     monkeypatch.setattr(lists, "_TWINS", Twins())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(f"{Twins.__module__}.architecture", lambda device: 80)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     for _ in range(3):
         made = strided_lists(levels.as_subclass(LooksLikeCuda), (1,))

@@ -18,6 +18,7 @@ def pretend_cuda(monkeypatch):
     """A stand-in for a CUDA tensor, on a machine that looks as if it had one."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(f"{Twins.__module__}.architecture", lambda device: 90)
     return SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
 
 
