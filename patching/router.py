@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.fallback import KernelFallback, NoKernelServesError
+from ..kernels.fallback import KernelFallback, KernelRun, NoKernelServesError
 from .attention_call import AttentionCall, classify, read_call
 from .dense_calls import DenseCalls
 from .log import log, one_line
@@ -16,6 +16,7 @@ from .plans import PlanCache
 from .record import CallRecord, dense_layer_reason
 from .run import RUN_KEY, RunState
 from .settings import SETTINGS_KEY, AttentionSettings, AttentionSite
+from .speed import SpeedCheck, may_be_slower
 from .timing import Stopwatch
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class AttentionRouter:
 
     Attributes:
         previous: the override found when patching; it gets every call that is not taken.
-        plans, kernels, dense: caches that live as long as the patched MODEL.
+        plans, kernels, dense, speed: caches that live as long as the patched MODEL.
     """
 
     def __init__(self, previous: Override | None) -> None:
@@ -54,6 +55,7 @@ class AttentionRouter:
         self.plans = PlanCache()
         self.kernels = KernelFallback()
         self.dense = DenseCalls()
+        self.speed = SpeedCheck()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionRouter:
         """Itself: options are copied per run, caches and their locks are shared."""
@@ -67,6 +69,7 @@ class AttentionRouter:
         """A router with these caches that hands calls on to another override."""
         router = AttentionRouter(override)
         router.plans, router.kernels, router.dense = self.plans, self.kernels, self.dense
+        router.speed = self.speed
         return router
 
     # A compiled graph would freeze the decision of the first layer for all: hosts drop the
@@ -88,11 +91,14 @@ class AttentionRouter:
 
         layer = forward.next_layer(call.transformer_options)
         reason = _dense_reason(call, forward, layer, forward.from_vace_block(layer))
+        if reason is None and (slower := self.speed.slower(_kind_of(call, forward))):
+            reason = slower.reason
+            _say(forward, slower.notes)
         watch = Stopwatch(call.q.device)
         if reason is None:
             assert layer is not None
             try:
-                out, ran, density = self._run_sparse(call, forward, layer)
+                sparse, density = self._run_sparse(call, forward, layer)
             except NoKernelServesError as error:
                 reason = str(error)
             except Exception as error:  # a sampling run must not end for this
@@ -102,8 +108,10 @@ class AttentionRouter:
                 watch = Stopwatch(call.q.device)
             else:
                 watch.stop()
+                ran = _named(sparse)
                 forward.calls.append(CallRecord(forward.step, layer, ran, density, None, watch))
-                return out
+                self._compare_speed(func, args, kwargs, call, site, forward, layer, sparse)
+                return sparse.out
         out, ran = self._run_dense(func, args, kwargs, call, site)
         watch.stop()
         forward.calls.append(CallRecord(forward.step, layer, ran, None, reason, watch))
@@ -161,10 +169,40 @@ class AttentionRouter:
             return self.previous(func, *args, **kwargs)
         return func(*args, **kwargs)
 
+    def _compare_speed(
+        self,
+        func: Override,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        call: AttentionCall,
+        site: AttentionSite | None,
+        forward: ForwardState,
+        layer: int,
+        ran: KernelRun,
+    ) -> None:
+        """After the first sparse call of its kind in plain PyTorch: is dense attention faster?"""
+        choice, kind = forward.choice, _kind_of(call, forward)
+        assert choice is not None
+        served_for_want_of_better = ran.kernel == "torch" and choice.kernel == "auto"
+        if not served_for_want_of_better or not may_be_slower(call.q.device):
+            return
+        if not self.speed.is_due(kind):
+            return
+        settings: AttentionSettings = call.transformer_options[SETTINGS_KEY]
+        backend = None if settings.dense is None else settings.dense.backend(site)
+
+        def dense() -> Tensor:
+            out = None if backend is None else self.dense.run(backend, call)
+            return out if isinstance(out, Tensor) else self._hand_on(func, args, kwargs)
+
+        self.speed.compare(
+            kind, lambda: self._run_sparse(call, forward, layer)[0].out, dense, ran.notes
+        )
+
     def _run_sparse(
         self, call: AttentionCall, forward: ForwardState, layer: int
-    ) -> tuple[Tensor, str, float | Tensor]:
-        """(output, kernel and precision, density). The call is [B, N, H * D]."""
+    ) -> tuple[KernelRun, float | Tensor]:
+        """(what ran, with the output as asked for; density). The call is [B, N, H * D]."""
         choice, order = forward.choice, forward.order_of_call()
         assert choice is not None and forward.tokens is not None
 
@@ -188,15 +226,30 @@ class AttentionRouter:
             kernel=choice.kernel,
             precision=choice.precision if call.low_precision_allowed else "native",
         )
-        for note in ran.notes:
-            forward.warn_once(note)
-            if forward.run is not None:
-                forward.run.record.note(note)
+        _say(forward, ran.notes)
         out = ran.out
         if order is not None:
             out = order.restore(out.transpose(1, 2)).transpose(1, 2)
-        name = ran.kernel if ran.precision == "native" else f"{ran.kernel} {ran.precision}"
-        return call.as_asked(out), name, density
+        return ran._replace(out=call.as_asked(out)), density
+
+
+def _named(ran: KernelRun) -> str:
+    return ran.kernel if ran.precision == "native" else f"{ran.kernel} {ran.precision}"
+
+
+def _say(forward: ForwardState, notes: tuple[str, ...]) -> None:
+    """In the log once per run, and in the run's line."""
+    for note in notes:
+        forward.warn_once(note)
+        if forward.run is not None:
+            forward.run.record.note(note)
+
+
+def _kind_of(call: AttentionCall, forward: ForwardState) -> Hashable:
+    """What the time of a call depends on; of plans made per call, the first stands for all."""
+    assert forward.choice is not None
+    layout = None if forward.tokens is None else forward.tokens.layout
+    return forward.choice.policy, layout, tuple(call.q.shape), call.q.dtype, call.q.device
 
 
 def _dense_reason(
