@@ -48,7 +48,8 @@ def _fail(source: LinedYaml, path: tuple[Any, ...], message: str) -> ValueError:
 def _mapping(source: LinedYaml, path: tuple[Any, ...], value: Any, what: str) -> dict[str, Any]:
     """The value as a non-empty mapping with text keys."""
     if not isinstance(value, dict) or not value:
-        raise _fail(source, path, f"{shown(value)} is not a mapping of {what}")
+        field = f"field {path[1]!r}: " if len(path) == 2 else ""
+        raise _fail(source, path, f"{field}{shown(value)} is not a mapping of {what}")
     for key in value:
         if not isinstance(key, str):
             raise _fail(source, (*path, key), f"{shown(key)} is not a name; names are text")

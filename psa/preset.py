@@ -24,6 +24,7 @@ REARRANGE_METHODS = ("Gilbert", "STA", "none")
 CLUSTERING_METHODS = ("SemanticAware", "Hybrid")
 OLD_MASK_TYPE_BLOCK = 128
 MAX_WARMUP_STEPS = 100
+MAX_TILE_SIZE = 1024
 
 
 class BlockSize(NamedTuple):
@@ -144,7 +145,7 @@ def _sim_thresholds(path: tuple[Any, ...], value: Any) -> SimThresholds:
 def _tile_size(path: tuple[Any, ...], value: Any) -> tuple[int, int, int]:
     if not isinstance(value, (list, tuple)) or len(value) != 3:
         raise PresetError(path, f"{shown(value)} is not three sizes [depth, height, width]")
-    depth, height, width = (whole_number(path, size, 1, None) for size in value)
+    depth, height, width = (whole_number(path, size, 1, MAX_TILE_SIZE) for size in value)
     return depth, height, width
 
 
@@ -165,6 +166,7 @@ def _mask_ratios(path: tuple[Any, ...], value: Any) -> Mapping[int, tuple[float,
     if not isinstance(value, Mapping):
         raise PresetError(path, f"{shown(value)} is not a mapping of level: [lower, upper]")
     ratios: dict[int, tuple[float, float]] = {}
+    written: dict[int, Any] = {}  # levels as the file has them, which is how it finds their lines
     for key, bounds in value.items():
         level = int(key) if isinstance(key, str) and key.isdecimal() else key
         if level not in LEVEL_ORDER or isinstance(level, (bool, float)):
@@ -178,7 +180,7 @@ def _mask_ratios(path: tuple[Any, ...], value: Any) -> Mapping[int, tuple[float,
             raise PresetError(
                 (*path, key), f"[{lower:g}, {upper:g}] does not rise; write [lower, upper]"
             )
-        ratios[level] = (lower, upper)
+        ratios[level], written[level] = (lower, upper), key
     if not any(ratios):
         raise PresetError(path, "no level other than 0, so nothing would be attended to")
     ordered = {level: ratios[level] for level in LEVEL_ORDER if level in ratios}
@@ -186,7 +188,7 @@ def _mask_ratios(path: tuple[Any, ...], value: Any) -> Mapping[int, tuple[float,
     for level, (_, upper) in ordered.items():
         if earlier is not None and upper < ordered[earlier][1]:
             raise PresetError(
-                (*path, level),
+                (*path, written[level]),
                 f"level {level} ends at {upper:g}, before level {earlier}, which ends at "
                 f"{ordered[earlier][1]:g}; upper bounds must rise in the order {levels}",
             )

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from yaml import Node, SafeLoader
 
 Path = tuple[Any, ...]
+MAX_BYTES = 2**20
+# With anchors written out; the bundled presets have about 600.
+MAX_ENTRIES = 50_000
+MAX_NUMBER_BITS = 1000
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,16 @@ def read_yaml(file: str | FilePath) -> LinedYaml:
     """Read one YAML document of plain data.
 
     Raises:
-        ValueError: the file cannot be read, is empty, does not parse (with line and column), has
-            a key twice, or an anchor that contains itself.
+        ValueError: the file cannot be read, is empty or too large, does not parse (with line and
+            column), has a key twice, or an anchor that contains itself.
     """
     import yaml
 
     name = str(file)
     try:
+        size = FilePath(file).stat().st_size
+        if size > MAX_BYTES:
+            raise ValueError(f"{name} has {size} bytes; a presets file has {MAX_BYTES} at most")
         text = FilePath(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
@@ -50,6 +57,11 @@ def read_yaml(file: str | FilePath) -> LinedYaml:
             node = loader.get_single_node()
             if node is None:
                 raise ValueError(f"{name} is empty; it needs at least one model section")
+            if _written_out(node, {}) > MAX_ENTRIES:
+                raise ValueError(
+                    f"{name} has more than {MAX_ENTRIES} entries with its anchors written out, "
+                    "too many for a presets file"
+                )
             lines: dict[Path, int] = {}
             data = _Reader(loader, name, lines).read(node, ())
         finally:
@@ -59,6 +71,16 @@ def read_yaml(file: str | FilePath) -> LinedYaml:
     except yaml.YAMLError as error:
         raise ValueError(f"{name} is not valid YAML: {_describe(error)}") from error
     return LinedYaml(name, data, lines)
+
+
+def _written_out(node: Node, sizes: dict[int, int]) -> int:
+    """Entries of a node with its anchors written out: a few lines can stand for billions."""
+    if id(node) not in sizes:
+        sizes[id(node)] = 0  # one that contains itself is refused by the reader
+        parts: list[Any] = [] if isinstance(node.value, str) else node.value
+        nodes = [part for pair in parts for part in (pair if isinstance(pair, tuple) else (pair,))]
+        sizes[id(node)] = 1 + sum(_written_out(part, sizes) for part in nodes)
+    return sizes[id(node)]
 
 
 def _describe(error: Exception) -> str:
@@ -118,9 +140,13 @@ class _Reader:
 
     def _scalar(self, node: Any) -> Any:
         try:
-            return self._loader.construct_object(node)
+            value = self._loader.construct_object(node)
         except ValueError as error:  # a date that is none, for example
             raise ValueError(f"{self._at(node)}: {_cut(node.value)!r} {error}") from error
+        if isinstance(value, int) and value.bit_length() > MAX_NUMBER_BITS:
+            # Python would not write it out in an error further on.
+            raise ValueError(f"{self._at(node)}: {_cut(node.value)!r} is too long for a number")
+        return value
 
     def _refuse_duplicates(self, node: Any) -> None:
         first: dict[Hashable, int] = {}

@@ -99,7 +99,7 @@ MISTAKES = {
         "line 7, " + IN_PRESET + "field 'block_size': m = 128, n = 32 does not go with attn_impl",
     ),
     "tile-size": (preset(PSA + "tile_size: [2, 8]"), "[2, 8] is not three sizes"),
-    "tile-size-0": (preset(PSA + "tile_size: [2, 8, 0]"), "0 is not a whole number from 1 on"),
+    "tile-size-0": (preset(PSA + "tile_size: [2, 8, 0]"), "0 is not a whole number from 1 to 1024"),
     "warmup-text": (preset(PSA + "warmup_steps: '5'"), "'5' is not a whole number from -1 to 100"),
     "warmup-flag": (preset(PSA + "warmup_steps: true"), "true is not a whole number"),
     "flag": (preset(PSA + "use_rearrange: 1"), "field 'use_rearrange': 1 is not true or false"),
@@ -142,6 +142,33 @@ MISTAKES = {
         preset("type: dense\nmask_ratios: {1: [0.5, 0.1]}"),
         "field 'mask_ratios.1': [0.5, 0.1] does not rise",
     ),
+    "hexadecimal": (
+        preset(PSA + f"warmup_steps: 0x{'f' * 6000}"),
+        "line 6: '0xfff",
+    ),
+    "huge-tile": (
+        preset(PSA + f"tile_size: [2, 8, {10**20}]"),
+        "line 6, " + IN_PRESET + "field 'tile_size': 100000000000000000000 is not a whole number",
+    ),
+    "falling-quoted-levels": (
+        preset('type: psa\nmask_ratios:\n  "1": [0, 0.5]\n  "2": [0.3, 0.4]'),
+        "line 7, " + IN_PRESET + "field 'mask_ratios.2': level 2 ends at 0.4, before level 1",
+    ),
+    "null-scale": (
+        "Wan2.2_5B:\n  video_scale:",
+        "line 2, section 'Wan2.2_5B': field 'video_scale'",
+    ),
+    "null-presets": ("S:\n  attention_configs:", "line 2, section 'S': field 'attention_configs'"),
+    "anchors-of-anchors": (
+        "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{f'*a{i - 1},' * 9}]\n" for i in range(1, 30)),
+        "has more than 50000 entries with its anchors written out",
+    ),
+    "merges-of-merges": (
+        "a0: &a0 {x: 1}\n"
+        + "".join(f"a{i}: &a{i}\n  <<: [{f'*a{i - 1},' * 9}]\n" for i in range(1, 30)),
+        "has more than 50000 entries with its anchors written out",
+    ),
+    "too-large": (f"S: {'x' * 2**20}", "has 1048579 bytes; a presets file has 1048576 at most"),
     "null-field": (preset(PSA + "mask_mode:"), "field 'mask_mode': nothing is not one of"),
 }
 
