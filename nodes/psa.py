@@ -27,14 +27,14 @@ def _preset_names() -> list[str]:
 
 
 def _check_preset(preset: str | None, config_file: str | None) -> None:
-    """Raise ValueError for a file or a preset that does not exist; None is linked or left out."""
+    """Raise ValueError for a file or a preset that does not exist; None is linked, so not known."""
     from ..patching.config_file import find_config_file
     from ..patching.psa_choice import AUTO, CONFIG_FOLDER, CONFIG_SUFFIXES
     from ..psa import find_preset, load_sections
 
-    sections = load_sections(
-        find_config_file(config_file or "", CONFIG_FOLDER, suffixes=CONFIG_SUFFIXES)
-    )
+    if config_file is None:
+        return  # the preset may be one of that file
+    sections = load_sections(find_config_file(config_file, CONFIG_FOLDER, suffixes=CONFIG_SUFFIXES))
     if preset is not None and preset != AUTO:
         find_preset(sections, preset)
 
@@ -107,8 +107,8 @@ class PatchPSA(io.ComfyNode):
     @classmethod
     def validate_inputs(
         cls,
-        preset: str | None = None,
-        config_file: str | None = None,
+        preset: str | None = "auto",
+        config_file: str | None = "",
         dense_layers: str | None = None,
     ) -> bool | str:
         right = said(check_layers, dense_layers)

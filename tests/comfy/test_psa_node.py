@@ -197,6 +197,16 @@ def test_a_preset_file_with_an_error_is_refused_before_the_graph_runs(comfyui, t
     assert PatchPSA.validate_inputs(preset="auto", config_file="", dense_layers="") is True
 
 
+def test_a_preset_of_a_file_whose_name_is_linked_is_not_refused_before_the_run(comfyui):
+    """ComfyUI asks with None where an input comes from another node."""
+    from sparse_video_attention.nodes.psa import PatchPSA
+
+    named = {"preset": "Mine/everything", "dense_layers": ""}
+    assert PatchPSA.validate_inputs(**named, config_file=None) is True
+    for alone in (named, named | {"config_file": ""}):
+        assert "preset 'Mine/everything' does not exist" in PatchPSA.validate_inputs(**alone)
+
+
 def test_an_edited_preset_file_is_read_again(comfyui, tmp_path):
     from sparse_video_attention.nodes.psa import PatchPSA
 
