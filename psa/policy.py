@@ -120,10 +120,12 @@ class PsaPolicy:
                 f"the layout {layout} has {layout.num_tokens} tokens; got {q.shape[2]} queries "
                 f"and {k.shape[2]} keys"
             )
-        importance = token_importance(
-            q, k, block_m=self.block_m, block_n=self.block_n, scale=scale, twins=self.twins
+        # Not kept in a name: the scores are four bytes a block pair, and the lists as many again.
+        levels = self._levels(
+            token_importance(
+                q, k, block_m=self.block_m, block_n=self.block_n, scale=scale, twins=self.twins
+            )
         )
-        levels = self._levels(importance)
         if self.sim_thresholds is not None:
             cap = similarity_cap(
                 k, block_n=self.block_n, **self.sim_thresholds._asdict(), twins=self.twins

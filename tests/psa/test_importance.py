@@ -2,12 +2,15 @@
 
 import json
 import math
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from sparse_video_attention.psa import block_importance, importance
+from sparse_video_attention.kernels import BlockPlan, TokenLayout
+from sparse_video_attention.psa import PsaPolicy, block_importance, importance, policy
 from sparse_video_attention.psa.sampling import sample_tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -114,6 +117,26 @@ def test_scratch_does_not_grow_with_heads_and_rows(heads, q_blocks, monkeypatch)
     for tensor in (q, k, out):
         made.sizes.pop(tensor.untyped_storage().data_ptr(), None)
     assert max(made.sizes.values()) <= 2 * 4 * 2**12
+
+
+def test_scores_are_given_back_before_the_lists_are_made(monkeypatch):
+    """At 720p they are hundreds of megabytes, and the lists as much again."""
+    scores, at_the_lists = [], []
+
+    def watched(*args, **kwargs):
+        made = importance.token_importance(*args, **kwargs)
+        scores.append(weakref.ref(made))
+        return made
+
+    def from_levels(levels, **kwargs):
+        at_the_lists.append(scores[0]())
+        return BlockPlan.from_levels(levels, **kwargs)
+
+    monkeypatch.setattr(policy, "token_importance", watched)
+    monkeypatch.setattr(policy, "BlockPlan", SimpleNamespace(from_levels=from_levels))
+    q, k = random_qk(1, 2, 300, 300, 64, torch.float32)
+    PsaPolicy(((1, (0.0, 0.5)),)).plan(q, k, TokenLayout(3, 10, 10), layer=0, scale=0.125)
+    assert at_the_lists == [None]
 
 
 @pytest.mark.parametrize(
