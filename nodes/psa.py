@@ -17,6 +17,7 @@ from .schedule_inputs import (
     kernel_inputs,
     model_input,
     said,
+    skipped_blocks_input,
 )
 
 
@@ -48,8 +49,9 @@ class PatchPSA(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Faster WAN and CogVideoX sampling: every call scores its key blocks and attends "
-                "to important ones at full resolution, to others pooled by 2, 4 or 8, and skips "
-                "the rest. Put it between the model loader (and LoRAs) and the sampler."
+                "to important ones at full resolution, to others pooled by 2, 4 or 8, and to each "
+                "of the rest through its mean. Put it between the model loader (and LoRAs) and the "
+                "sampler."
             ),
             **where_known(
                 io.Schema,
@@ -100,6 +102,7 @@ class PatchPSA(io.ComfyNode):
                 *advanced_inputs(),
                 *kernel_inputs(),
                 dense_vace_blocks_input(),
+                skipped_blocks_input(default="pool"),
             ],
             outputs=[io.Model.Output(tooltip="The model with pyramid sparse attention.")],
         )
@@ -129,12 +132,18 @@ class PatchPSA(io.ComfyNode):
         preset: str = "auto",
         warmup_steps: int = -1,
         config_file: str = "",
+        skipped_blocks: str = "pool",
         **shared: Any,
     ) -> io.NodeOutput:
         from ..patching import AttentionSettings, install
         from ..patching.psa_choice import psa_choice
 
         choice = psa_choice(
-            model, preset=preset, warmup_steps=warmup_steps, config_file=config_file, **shared
+            model,
+            preset=preset,
+            warmup_steps=warmup_steps,
+            config_file=config_file,
+            skipped_blocks=skipped_blocks,
+            **shared,
         )
         return io.NodeOutput(install(model, AttentionSettings(sparse=choice)))

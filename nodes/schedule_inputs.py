@@ -123,16 +123,16 @@ def advanced_inputs() -> list[io.Input]:
     ]
 
 
-def skipped_blocks_input() -> io.Combo.Input:
+def skipped_blocks_input(default: str = "drop") -> io.Combo.Input:
     return io.Combo.Input(
         "skipped_blocks",
         options=["drop", "pool"],
-        default="drop",
+        default=default,
         optional=True,
         **ADVANCED,
         tooltip=(
             "What becomes of blocks that are not attended to: drop ignores them, pool attends to "
-            "the mean of each, for about one percent of the work."
+            "the mean of each, for one to three percent of the work of full attention."
         ),
     )
 

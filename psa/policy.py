@@ -17,6 +17,8 @@ from .levels import assign_levels, topk_segments
 from .preset import PsaPreset, SimThresholds
 from .similarity import similarity_cap
 
+SKIPPED_BLOCKS = ("drop", "pool")
+
 
 @dataclass(frozen=True)
 class PsaPolicy:
@@ -27,6 +29,8 @@ class PsaPolicy:
         mask_ratios: ((level, (lower, upper)), ...) of a PsaPreset.
         sim_thresholds: None without the similarity cap.
         rearrange_method: "Gilbert", "STA" or None for the model's own token order.
+        skipped_blocks: "drop" as published, or "pool" to attend to each block that the levels
+            leave out through one mean key and value.
         twins: what failed on which device, for as long as this policy lives.
 
     The other attributes are a preset's. Hashable: equal policies make equal plans.
@@ -40,17 +44,28 @@ class PsaPolicy:
     sim_thresholds: SimThresholds | None = None
     rearrange_method: str | None = None
     tile_size: tuple[int, int, int] = (2, 8, 8)
+    skipped_blocks: str = "drop"
     label: str = "custom"
     twins: Twins = field(default_factory=Twins, repr=False, compare=False)
 
     name: ClassVar[str] = "psa"
     is_static: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        if self.skipped_blocks not in SKIPPED_BLOCKS:
+            allowed = ", ".join(SKIPPED_BLOCKS)
+            raise ValueError(
+                f"skipped_blocks must be one of {allowed}; got {self.skipped_blocks!r}"
+            )
+
     @classmethod
-    def from_preset(cls, preset: PsaPreset, *, label: str = "custom") -> PsaPolicy:
+    def from_preset(
+        cls, preset: PsaPreset, *, skipped_blocks: str = "drop", label: str = "custom"
+    ) -> PsaPolicy:
         """The policy of a preset of type psa.
 
         Args:
+            skipped_blocks: which presets do not say, as the attribute.
             label: the preset's name, "section/preset".
 
         Raises:
@@ -67,12 +82,13 @@ class PsaPolicy:
             sim_thresholds=preset.sim_thresholds if preset.use_sim_mask else None,
             rearrange_method=preset.token_order,
             tile_size=preset.tile_size,
+            skipped_blocks=skipped_blocks,
             label=label,
         )
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """The levels a plan of this policy can hold."""
+        """The levels that blocks can be given; skipped ones can be pooled besides."""
         if self.sim_thresholds is not None:
             return PYRAMID_LEVELS  # the cap refines a level to any finer one
         # Level 1 also serves text and rows that would be empty.
@@ -84,6 +100,7 @@ class PsaPolicy:
         parts = [f"{self.mask_mode} {bounds}", f"blocks {self.block_m}x{self.block_n}"]
         parts += ["similarity cap"] if self.sim_thresholds is not None else []
         parts += [f"{self.rearrange_method} order"] if self.rearrange_method else []
+        parts += ["skipped blocks pooled"] if self.skipped_blocks == "pool" else []
         return f"psa {self.label} ({', '.join(parts)})"
 
     def dense_reason(self, layout: TokenLayout) -> str | None:
@@ -155,6 +172,7 @@ class PsaPolicy:
             block_n=self.block_n,
             q_len=layout.num_tokens,
             k_len=layout.num_tokens,
+            pooled_remainder=self.skipped_blocks == "pool",
             packed=packed,
             allowed=self.levels,
         )

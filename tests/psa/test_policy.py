@@ -191,6 +191,47 @@ def test_similarity_cap_refines_levels_and_revives_nothing():
     assert torch.equal(levels_of(open_cap, q, k, layout), before)
 
 
+def with_means_of_skipped_blocks(q, k, v, levels, block_m, block_n):
+    """One query block at a time: the levels' own keys, then a mean per skipped block."""
+    out = torch.empty_like(q)
+    for head in range(q.shape[1]):
+        for row in range(levels.shape[2]):
+            keys, values, bias = [], [], []
+            for column in range(levels.shape[3]):
+                size = int(levels[0, head, row, column]) or block_n
+                for part in torch.arange(k.shape[2]).split(block_n)[column].split(size):
+                    keys.append(k[0, head, part].mean(0))
+                    values.append(v[0, head, part].mean(0))
+                    bias.append(torch.tensor(float(len(part))).log())
+            rows = slice(row * block_m, (row + 1) * block_m)
+            logits = q[0, head, rows] @ torch.stack(keys).T * q.shape[-1] ** -0.5
+            weights = (logits + torch.stack(bias)).softmax(-1)
+            out[0, head, rows] = weights @ torch.stack(values)
+    return out
+
+
+@pytest.mark.parametrize("block_n", [32, 128])
+@pytest.mark.parametrize("name", ["N1000", "N639-prefix31"])
+def test_skipped_blocks_can_be_attended_to_through_their_means(name, block_n):
+    layout = LAYOUTS[name]
+    ratios = ((1, (0.0, 0.2)), (4, (0.2, 0.5)))
+    policy = PsaPolicy(ratios, "topk", block_n=block_n)
+    q, k, v = (x.double() for x in random_qkv(layout))
+    dropped = levels_of(policy, q, k, layout)
+    assert (dropped == 0).any()
+    pooling = dataclasses.replace(policy, skipped_blocks="pool")
+    plan = pooling.plan(q, k, layout, layer=0, scale=0.125)
+    assert torch.equal(plan.to_levels(), dropped.masked_fill(dropped == 0, block_n))
+    out = block_sparse_attention(q.float(), k.float(), v.float(), plan, kernel="torch")
+    expected = with_means_of_skipped_blocks(q, k, v, dropped, 128, block_n)
+    assert (out - expected).norm() / expected.norm() < 1e-5
+
+
+def test_what_becomes_of_skipped_blocks_is_one_of_two():
+    with pytest.raises(ValueError, match="skipped_blocks must be one of drop, pool; got 'mean'"):
+        PsaPolicy(PYRAMID, skipped_blocks="mean")
+
+
 def test_scale_reaches_the_scores():
     layout = LAYOUTS["N1000"]
     policy = PsaPolicy(((1, (0.0, 0.5)),), "thresholdbound", block_n=32)
@@ -232,10 +273,11 @@ def test_dense_preset_has_no_policy():
 
 
 def test_description_names_preset_and_parameters():
-    text = PsaPolicy.from_preset(BUNDLED["Wan2.1_1.3b/psa_balanced"], label="a/b").describe()
-    assert text == (
-        "psa a/b (thresholdbound 0.5/0.6/0.7/0.8, blocks 128x128, similarity cap, Gilbert order)"
-    )
+    policy = PsaPolicy.from_preset(BUNDLED["Wan2.1_1.3b/psa_balanced"], label="a/b")
+    text = "thresholdbound 0.5/0.6/0.7/0.8, blocks 128x128, similarity cap, Gilbert order"
+    assert policy.describe() == f"psa a/b ({text})"
+    pooling = dataclasses.replace(policy, skipped_blocks="pool")
+    assert pooling.describe() == f"psa a/b ({text}, skipped blocks pooled)"
 
 
 def test_one_block_of_tokens_is_left_dense():

@@ -89,6 +89,7 @@ ALLOWS = {
         "preset": choice("auto", *PRESETS[:3]),
         "warmup_steps": number(int, -1, 100),
         "config_file": file_of("PatchPSA"),
+        "skipped_blocks": choice("drop", "pool"),
     },
     "PatchSpargeAttention": SCHEDULE
     | {
