@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from .environment import command_line, default_device, device_name, header, slug
 from .quality_metrics import Distance, find_lpips, psnr, ssim
 from .quality_plot import can_be_drawn, draw
 from .quality_sampling import Miniature, Result, Shot
-from .quality_settings import GRIDS, STEPS, Setting, settings
+from .quality_settings import GRIDS, METHODS, STEPS, settings
 from .quality_summary import directions, summarise
 from .wan_model import start_comfyui
 
@@ -111,7 +111,11 @@ def _measure(
     exact, rounded = pair
     lpips = find_lpips()
     device = exact.model.load_device.type
-    grid: list[Setting] = settings(exact.family, arguments.grid, eight_bit=device == "cuda")
+    grid = [
+        setting
+        for setting in settings(exact.family, arguments.grid, eight_bit=device == "cuda")
+        if setting.method in arguments.methods
+    ]
     how = {"steps": arguments.steps, "guidance": arguments.guidance}
     count = arguments.floors
     if count is None:
@@ -189,6 +193,8 @@ def run(arguments: argparse.Namespace) -> list[Path]:
                 "guidance": arguments.guidance,
                 "rows": [],
             }
+            if arguments.keep_others:
+                keep_others(result, path, arguments.methods)
             _measure(arguments, pair, shots, _writer(result, path))
             _print_summary(result["rows"])
             print(f"wrote {path}")
@@ -196,6 +202,28 @@ def run(arguments: argparse.Namespace) -> list[Path]:
                 print(f"wrote {draw(result, path.with_suffix('.png'))}")
             written.append(path)
     return written
+
+
+def keep_others(result: dict[str, Any], path: Path, methods: Collection[str]) -> None:
+    """Take over an earlier file's rows of methods that are not measured now.
+
+    Args:
+        result: about to be written to `path`, still without rows.
+
+    Raises:
+        ValueError: there is no earlier file, or it is of other weights, steps or guidance.
+    """
+    if not path.is_file():
+        raise ValueError(f"there are no earlier rows to keep: no file {path}")
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("weights", "steps", "guidance"):
+        if earlier[name] != result[name]:
+            raise ValueError(
+                f"the rows of {path.name} cannot be kept: {name} was {earlier[name]} and is "
+                f"{result[name]}"
+            )
+    result["rows"] = [row for row in earlier["rows"] if row["method"] not in methods]
+    result["command"] = f"{earlier['command']} && {result['command']}"
 
 
 def weights_facts(weights: Path) -> dict[str, Any]:
@@ -236,6 +264,14 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="videos also made dense in bf16 (default: all; on a CPU, where it is slow, one)",
+    )
+    result.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=METHODS, help="(default: all)"
+    )
+    result.add_argument(
+        "--keep-others",
+        action="store_true",
+        help="keep what the file has of other methods, if its weights are the same",
     )
     result.add_argument("--grid", choices=GRIDS, default="small")
     result.add_argument("--comfyui", help="ComfyUI's folder (default: COMFYUI_PATH, or .comfyui/)")

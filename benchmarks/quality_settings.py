@@ -94,7 +94,9 @@ def _psa(family: str) -> Iterator[Setting]:
     for preset, mask_mode in _psa_presets(family):
         # The same layers and steps dense as for the other methods' curves.
         schedule = {"dense_layers": "0", "warmup_steps": QUARTER}
-        yield Setting("psa", f"psa {mask_mode}", {"preset": preset}, schedule)
+        for skipped in ("drop", "pool"):
+            own = {"preset": preset, "skipped_blocks": skipped}
+            yield Setting("psa", f"psa {mask_mode} {skipped}", own, schedule)
 
 
 def _sparge(full: bool) -> Iterator[Setting]:

@@ -182,3 +182,43 @@ def test_a_measurement_compares_with_the_dense_video_of_the_same_seed(
         assert few["psnr_db"] < 60 and few["ssim"] < 1
     assert 20 < rows[3, "floor"]["psnr_db"] < 90
     assert path.with_suffix(".png").stat().st_size > 0
+
+
+class TestKeepingOthers:
+    """A method measured again takes its place among the rows of the others."""
+
+    WEIGHTS = {"name": "wan_miniature.safetensors", "sha256": "ab"}
+
+    def earlier(self, path, **changed):
+        rows = [row("radial drop", "radial", 0.4, 20.0), row("psa", "psa", 0.2, 18.0, "psa")]
+        rows.append(row("floor", "dense in bf16", 1.0, 45.0, "dense"))
+        facts = {"weights": self.WEIGHTS, "steps": 12, "guidance": 3.0, "command": "first"}
+        path.write_text(json.dumps(facts | changed | {"rows": rows}), encoding="utf-8")
+
+    def now(self):
+        return {"weights": self.WEIGHTS, "steps": 12, "guidance": 3.0, "command": "second"}
+
+    def test_rows_of_other_methods_stay_and_both_commands_are_said(self, tmp_path):
+        self.earlier(tmp_path / "quality.json")
+        result = self.now()
+        quality.keep_others(result, tmp_path / "quality.json", ["psa"])
+        assert [kept["method"] for kept in result["rows"]] == ["radial", "dense"]
+        assert result["command"] == "first && second"
+
+    @pytest.mark.parametrize(
+        ("changed", "why"),
+        [
+            ({"weights": {"name": "wan_miniature.safetensors", "sha256": "cd"}}, "weights was"),
+            ({"steps": 4}, "steps was 4 and is 12"),
+            ({"guidance": 1.0}, "guidance was 1.0 and is 3.0"),
+        ],
+        ids=["weights", "steps", "guidance"],
+    )
+    def test_rows_of_something_else_are_refused(self, changed, why, tmp_path):
+        self.earlier(tmp_path / "quality.json", **changed)
+        with pytest.raises(ValueError, match=f"quality.json cannot be kept: {why}"):
+            quality.keep_others(self.now(), tmp_path / "quality.json", ["psa"])
+
+    def test_no_rows_to_keep_is_said(self, tmp_path):
+        with pytest.raises(ValueError, match="no earlier rows to keep: no file"):
+            quality.keep_others(self.now(), tmp_path / "quality.json", ["psa"])
