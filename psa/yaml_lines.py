@@ -107,9 +107,9 @@ class _Reader:
 
         self._lines.setdefault(path, node.start_mark.line + 1)
         if isinstance(node, yaml.ScalarNode):
-            return self._scalar(node)
+            return self._scalar(node, path)
         if any(node is outer for outer in self._open):
-            raise ValueError(f"{self._at(node)}: an anchor must not contain itself")
+            raise ValueError(f"{self._at(node, path)}: an anchor must not contain itself")
         self._open.append(node)
         try:
             if isinstance(node, yaml.SequenceNode):
@@ -119,47 +119,50 @@ class _Reader:
             self._open.pop()
 
     def _mapping(self, node: Any, path: Path) -> dict[Any, Any]:
-        self._refuse_duplicates(node)
+        self._refuse_duplicates(node, path)
         # Resolves "<<"; what was merged in comes first, so the mapping's own keys win.
         self._loader.flatten_mapping(node)
         mapping = {}
         for key_node, value_node in node.value:
-            key = self._key(key_node)
+            key = self._key(key_node, path)
             key_path = (*path, key)
             self._lines[key_path] = key_node.start_mark.line + 1
             mapping[key] = self.read(value_node, key_path)
         return mapping
 
-    def _key(self, node: Node) -> Hashable:
+    def _key(self, node: Node, path: Path) -> Hashable:
         import yaml
 
         if not isinstance(node, yaml.ScalarNode):
-            raise ValueError(f"{self._at(node)}: a list or mapping cannot be a key")
-        key: Hashable = self._scalar(node)
+            raise ValueError(f"{self._at(node, path)}: a list or mapping cannot be a key")
+        key: Hashable = self._scalar(node, path)
         return key
 
-    def _scalar(self, node: Any) -> Any:
+    def _scalar(self, node: Any, path: Path) -> Any:
         try:
             value = self._loader.construct_object(node)
         except ValueError as error:  # a date that is none, for example
-            raise ValueError(f"{self._at(node)}: {_cut(node.value)!r} {error}") from error
+            raise ValueError(f"{self._at(node, path)}: {_cut(node.value)!r} {error}") from error
         if isinstance(value, int) and value.bit_length() > MAX_NUMBER_BITS:
             # Python would not write it out in an error further on.
-            raise ValueError(f"{self._at(node)}: {_cut(node.value)!r} is too long for a number")
+            at = self._at(node, path)
+            raise ValueError(f"{at}: {_cut(node.value)!r} is too long for a number")
         return value
 
-    def _refuse_duplicates(self, node: Any) -> None:
+    def _refuse_duplicates(self, node: Any, path: Path) -> None:
         first: dict[Hashable, int] = {}
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
-            key = self._key(key_node)
+            key = self._key(key_node, path)
             line = key_node.start_mark.line + 1
             if key in first:
                 raise ValueError(
-                    f"{self._at(key_node)}: key {key!r} is already given in line {first[key]}"
+                    f"{self._at(key_node, path)}: key {key!r} is already given in line {first[key]}"
                 )
             first[key] = line
 
-    def _at(self, node: Node) -> str:
-        return f"{self._name}, line {node.start_mark.line + 1}"
+    def _at(self, node: Node, path: Path) -> str:
+        names = " > ".join(" ".join(str(key).split()) for key in path)
+        inside = f" (in {_cut(names)})" if path else ""
+        return f"{self._name}, line {node.start_mark.line + 1}{inside}"

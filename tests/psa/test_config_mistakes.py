@@ -18,11 +18,18 @@ MISTAKES = {
     "list": ("- a", "mine.yaml, line 1: a presets file is a mapping of model sections"),
     "number-as-section": ("2.1: {}", "line 1, section 2.1: 2.1 is not a name"),
     "section-not-mapping": ("S: 3", "line 1, section 'S': 3 is not a mapping"),
-    "bad-date": ("S: 2024-99-99", "line 1: '2024-99-99' month must be"),
-    "loop": ("S: &a [*a]", "line 1: an anchor must not contain itself"),
-    "list-as-key": ("S: {[1, 2]: 3}", "line 1: a list or mapping cannot be a key"),
+    "bad-date": ("S: 2024-99-99", "line 1 (in S): '2024-99-99' month must be"),
+    "loop": ("S: &a [*a]", "line 1 (in S > 0): an anchor must not contain itself"),
+    "list-as-key": ("S: {[1, 2]: 3}", "line 1 (in S): a list or mapping cannot be a key"),
     "duplicate-section": ("S: {}\nT: {}\nS: {}", "line 3: key 'S' is already given in line 1"),
-    "duplicate-field": (preset(PSA + "type: psa"), "line 6: key 'type' is already given in line 4"),
+    "duplicate-field": (
+        preset(PSA + "type: psa"),
+        "line 6 (in S > attention_configs > p): key 'type' is already given in line 4",
+    ),
+    "duplicate-in-a-name-of-two-lines": (
+        preset(PSA + "type: psa", name='"p\\nq"'),
+        "line 6 (in S > attention_configs > p q): key 'type' is already given",
+    ),
     "section-key": (
         "S:\n  default_atention: x",
         "line 2, section 'S': unknown key 'default_atention' (did you mean 'default_attention'?)",
@@ -123,7 +130,7 @@ MISTAKES = {
     "ratio-infinite": (preset("type: psa\nmask_ratios: {1: [0, .inf]}"), "inf is not a number"),
     "flag-as-text": (preset(PSA + "verbose: 'true'"), "field 'verbose': 'true' is not true or"),
     "huge-number": (preset(PSA + f"warmup_steps: {'9' * 30}"), "9 is not a whole number from -1"),
-    "endless-number": (preset(PSA + f"warmup_steps: {'9' * 6000}"), "line 6: '999"),
+    "endless-number": (preset(PSA + f"warmup_steps: {'9' * 6000}"), "p > warmup_steps): '999"),
     "fraction-as-size": (preset(PSA + "block_size: {m: 128.0}"), "128.0 is not one of 16, 32"),
     "flag-as-size": (preset(PSA + "block_size: {m: true}"), "true is not one of 16, 32"),
     "list-as-sizes": (preset(PSA + "block_size: [128, 128, 32]"), "is not a mapping of m, n"),
@@ -144,7 +151,7 @@ MISTAKES = {
     ),
     "hexadecimal": (
         preset(PSA + f"warmup_steps: 0x{'f' * 6000}"),
-        "line 6: '0xfff",
+        "line 6 (in S > attention_configs > p > warmup_steps): '0xfff",
     ),
     "huge-tile": (
         preset(PSA + f"tile_size: [2, 8, {10**20}]"),
