@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -25,6 +26,11 @@ NODES: list[type[io.ComfyNode]] = [
 ]
 
 
+# Of these a folder's web address is made as they are; where others are in it, ComfyUI's server does
+# not find again what it has listed (seen on 0.30.0).
+_SERVED_NAME = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@-]+")
+
+
 class SparseVideoAttentionExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
@@ -33,6 +39,7 @@ class SparseVideoAttentionExtension(ComfyExtension):
         # Not in on_load, which older ComfyUIs have and do not call.
         register_folder()
         _warn_of_other_owners()
+        _warn_of_folder_name()
         return list(NODES)
 
 
@@ -59,3 +66,16 @@ def _warn_of_other_owners() -> None:
             )
         else:
             log.warning(f"{what}, and ComfyUI keeps its own")
+
+
+def _warn_of_folder_name() -> None:
+    """Templates and help pages are listed and then missing, without a word."""
+    from ..patching.log import log
+
+    folder = Path(__file__).parents[1]
+    if _SERVED_NAME.fullmatch(folder.name) is None:
+        log.warning(
+            f"the nodes work, but ComfyUI does not serve workflow templates and help pages from "
+            f'the folder "{folder.name}": rename it to plain letters, such as '
+            "sparse-video-attention, and restart"
+        )

@@ -48,6 +48,20 @@ def test_every_node_is_there_with_all_its_inputs(host, load):
     assert [Path(path).name for path in folder_paths.get_folder_paths("sparge")] == ["sparge"]
 
 
+@pytest.mark.parametrize(
+    ("name", "is_said"),
+    [("sparse-video-attention-main", False), ("sva (1)", True), ("稀疏", True), ("a%20b", True)],
+)
+def test_a_folder_that_comfyui_does_not_serve_from_is_named(
+    host, load, tmp_path, caplog, name, is_said
+):
+    folder = tmp_path / name
+    folder.symlink_to(REPOSITORY, target_is_directory=True)
+    assert asyncio.run(host.load_custom_node(str(folder)))
+    said = [message for message in caplog.messages if f'from the folder "{name}"' in message]
+    assert len(said) == is_said
+
+
 def test_two_copies_of_the_pack_are_noticed(host, load, tmp_path, caplog):
     from sparse_video_attention.patching.log import PREFIX
 
