@@ -7,6 +7,11 @@ from pathlib import Path
 
 from .log import shown
 
+MAX_WATCHED = 64
+# Files named by full paths, by (folder, path), with their stamps when they were first read. Of a
+# linked input ComfyUI tells fingerprint_inputs nothing, so what it named before is watched.
+_FIRST_SEEN: dict[tuple[str, Path], str] = {}
+
 
 def plain_path(text: str) -> str:
     """A path as people paste it, without quotes and with the home directory in place of ~."""
@@ -56,6 +61,8 @@ def find_config_file(
     folders = [folder] if bundled is None else [folder, bundled]
     for candidate in [path] if path.is_absolute() else [place / path for place in folders]:
         if _is_file(candidate):
+            if path.is_absolute():
+                _watch(folder_name, path)
             return candidate
     raise ValueError(
         f"config_file {shown(name)}: no such file; give a full path or a name in {folder}"
@@ -69,11 +76,31 @@ def _is_file(path: Path) -> bool:
         return False
 
 
+def _stamp(path: Path) -> str:
+    """Changes whenever a file does."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return f"{path} is gone"
+    return f"{path} {stat.st_mtime_ns} {stat.st_size}"
+
+
+def _watch(folder_name: str, path: Path) -> None:
+    _FIRST_SEEN.setdefault((folder_name, path), _stamp(path))
+    while len(_FIRST_SEEN) > MAX_WATCHED:
+        _FIRST_SEEN.pop(next(iter(_FIRST_SEEN)), None)
+
+
+def _changed_since_seen(folder_name: str) -> str:
+    """Stamps of watched files that have changed: a first look alone is no change."""
+    seen = [(path, first) for (name, path), first in _FIRST_SEEN.items() if name == folder_name]
+    return "\n".join(now for path, first in seen if (now := _stamp(path)) != first)
+
+
 def _folder_stamp(folder: Path, suffixes: tuple[str, ...]) -> str:
     """Changes whenever a file of these kinds in a folder does."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
-    stats = [(path, path.stat()) for path in files]
-    return "\n".join(f"{path} {stat.st_mtime_ns} {stat.st_size}" for path, stat in stats)
+    return "\n".join(_stamp(path) for path in files)
 
 
 def config_text(
@@ -83,13 +110,14 @@ def config_text(
 
     Args:
         name: None where the input is linked and the name not known yet: any file of the folder
-            may be meant. Files elsewhere are not watched then.
+            may be meant, and any file elsewhere that an input has named before.
     """
     import folder_paths
 
     try:
         if name is None:
-            return _folder_stamp(Path(folder_paths.models_dir) / folder_name, suffixes)
+            folder = Path(folder_paths.models_dir) / folder_name
+            return _folder_stamp(folder, suffixes) + _changed_since_seen(folder_name)
         path = find_config_file(name, folder_name, suffixes=suffixes, bundled=bundled)
         return "" if path is None else path.read_text(encoding="utf-8-sig", errors="replace")
     except (OSError, ValueError) as error:
