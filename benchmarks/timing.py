@@ -1,13 +1,19 @@
-"""Times and memory of calls: median and spread, on GPUs by triton's do_bench."""
+"""Times and memory of calls: median and spread, on GPUs by CUDA events."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+# On a GPU: calls before those that count, and the least that these take together.
+WARM_UP_MS, LEAST_MS, SHORTEST_MS = 25.0, 100.0, 0.05
+# More than any card has.
+L2_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ def time_calls(
 ) -> dict[str, Timing]:
     """Time calls that have already run once.
 
-    On a GPU each is timed by itself with a cold L2, for 5 * repeats calls or so. Elsewhere the
+    On a GPU each is timed by itself with a cold L2, for 5 * repeats calls or more. Elsewhere the
     calls take turns, `repeats` times, so that other load on the machine meets all of them.
     """
     if device.type == "cuda":
@@ -53,13 +59,28 @@ def time_calls(
 
 
 def _gpu_timing(call: Callable[[], object], repeats: int) -> Timing:
-    from triton.testing import do_bench
+    """By CUDA events, each call alone and with an L2 that holds nothing of it.
 
-    once = do_bench(call, warmup=1, rep=1, return_mode="median")
-    samples = do_bench(
-        call, warmup=max(25, once), rep=max(100, 5 * repeats * once), return_mode="all"
-    )
-    return summarise(list(samples))
+    As triton's do_bench has it, but for the calls that it spends on estimates: a dense call at
+    720p takes a fifth of a second, and time on a GPU is dear.
+    """
+    other = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
+
+    def samples(count: int) -> list[float]:
+        marks = []
+        for _ in range(count):
+            other.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            marks.append((begin, end))
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) for begin, end in marks]
+
+    once = max(SHORTEST_MS, samples(1)[0])
+    samples(math.ceil(WARM_UP_MS / once))
+    return summarise(samples(max(5 * repeats, math.ceil(LEAST_MS / once))))
 
 
 def synchronize(device: torch.device) -> None:
