@@ -6,33 +6,34 @@ Writes attention.json and attention.png to benchmarks/results/<device>/.
 from __future__ import annotations
 
 import argparse
-import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .command import add_places, run_command
-from .environment import command_line, default_device, device_name, header, slug
+from .command import add_places, add_resume, run_command
+from .environment import default_device, device_name
 from .masks import RADIAL, parse_density
-from .measure import DTYPES, Row, Skipped, measure
+from .measure import DTYPES, AttentionRun, Row, Skipped, compared
 from .plot import draw
+from .result_file import CHOICE, ResultFile, begin, drifted
 from .shapes import DEFAULT_SHAPES, QUICK_SHAPES, SHAPES, find_shape
 
 DEFAULT_DTYPES = {"cuda": ("bf16",), "cpu": ("fp32", "bf16")}
-DEFAULT_DENSITIES = {"cuda": ("1", "0.5", "0.34", RADIAL, "0.2", "0.1"), "cpu": (RADIAL, "0.2")}
+DEFAULT_DENSITIES = {"cuda": ("0.2", "1", RADIAL, "0.34", "0.5", "0.1"), "cpu": (RADIAL, "0.2")}
 
 
-def _print_rows(rows: list[Row]) -> None:
-    for row in rows:
-        speedup = f"{row.speedup:6.2f}x" if row.speedup is not None else "      -"
-        memory = f"{row.extra_bytes / 2**20:8.0f} MiB" if row.extra_bytes is not None else "-"
-        print(
-            f"  {row.kernel:20} {row.mask:7} {row.density:6.3f} {row.ms:10.2f} ms "
-            f"+-{row.ms_spread / 2:8.2f} {row.active_tflops:8.3f} TFLOPS {speedup} "
-            f"error {row.rel_l2:.1e} {memory}",
-            flush=True,
-        )
+def _print_row(row: Row) -> None:
+    speedup = f"{row.speedup:6.2f}x" if row.speedup is not None else "      -"
+    memory = f"{row.extra_bytes / 2**20:8.0f} MiB" if row.extra_bytes is not None else "-"
+    print(
+        f"  {row.kernel:20} {row.mask:7} {row.density:6.3f} {row.ms:10.2f} ms "
+        f"+-{row.ms_spread / 2:8.2f} {row.active_tflops:8.3f} TFLOPS {speedup} "
+        f"error {row.rel_l2:.1e} {memory}",
+        flush=True,
+    )
 
 
 def _print_skipped(skipped: list[Skipped]) -> None:
@@ -45,6 +46,57 @@ def _print_skipped(skipped: list[Skipped]) -> None:
         print(f"  {entry.kernel} ({', '.join([of, *filter(None, where)])}): {entry.reason}")
 
 
+class Kept:
+    """The rows of all shapes, and the file they are in."""
+
+    def __init__(self, file: ResultFile) -> None:
+        self.file = file
+        earlier: Iterable[dict[str, Any]] = file.rows()
+        self.rows = [Row(**row | {"samples_ms": tuple(row["samples_ms"])}) for row in earlier]
+        self.skipped = [Skipped(**entry) for entry in file.rows("skipped")]
+
+    def of(self, shape_name: str, dtype_name: str) -> list[Row]:
+        group = (shape_name, dtype_name)
+        return compared(row for row in self.rows if (row.shape, row.dtype) == group)
+
+    def drop(self, gone: list[Row]) -> None:
+        keys = {row.key for row in gone}
+        self.rows = [row for row in self.rows if row.key not in keys]
+
+    def add(self, found: Row | Skipped) -> None:
+        if isinstance(found, Row):
+            self.rows.append(found)
+        elif found not in self.skipped:
+            self.skipped.append(found)
+
+    def write(self) -> dict[str, Any]:
+        measured = {(*row.key[:3], row.key[4]) for row in self.rows}
+        return self.file.write(
+            rows=[asdict(row) for row in compared(self.rows)],
+            skipped=[
+                asdict(entry)
+                for entry in self.skipped
+                # What failed once may have run since.
+                if (entry.shape, entry.dtype, entry.kernel, round(entry.density or 1.0, 6))
+                not in measured
+            ],
+        )
+
+
+def _known(kept: Kept, run: AttentionRun) -> list[Row]:
+    """Earlier rows of a shape that new ones can stand beside; others are dropped."""
+    known = kept.of(run.shape.name, run.dtype_name)
+    left = run.left(row.key for row in known)
+    if not known or all(planned.reason is not None for planned in left):
+        return known
+    dense = known[0].best_dense
+    before, now = known[0].best_dense_ms, run.dense_ms(dense) if dense is not None else None
+    if before is not None and now is not None and drifted(before, now, run.device):
+        kept.drop(known)
+        return []
+    return known
+
+
 def run(arguments: argparse.Namespace) -> Path:
     """Measure what was asked for; returns the JSON file."""
     device = torch.device(arguments.device) if arguments.device else default_device()
@@ -53,15 +105,11 @@ def run(arguments: argparse.Namespace) -> Path:
     shapes = [find_shape(name) for name in arguments.shapes or default_shapes]
     densities = [parse_density(text) for text in arguments.densities or DEFAULT_DENSITIES[kind]]
     wanted = set(arguments.kernels) if arguments.kernels else None
+    dense = set(arguments.dense) if arguments.dense else None
     repeats = arguments.repeats or (1 if arguments.quick else 5)
 
     print(f"{device_name(device)}, torch {torch.__version__}")
-    folder = Path(arguments.out) / slug(device_name(device))
-    path = folder / "attention.json"
-    head = header(device)  # before the measurements: the commit is that of the code they run
-    rows: list[Row] = []
-    skipped: list[Skipped] = []
-    result: dict[str, object] = {}
+    kept = Kept(begin(arguments, device, "attention", ignored=CHOICE))
     for shape in shapes:
         for dtype_name in arguments.dtypes or DEFAULT_DTYPES[kind]:
             print(
@@ -69,24 +117,20 @@ def run(arguments: argparse.Namespace) -> Path:
                 f"{dtype_name}",
                 flush=True,
             )
-            more, left_out = measure(shape, dtype_name, densities, wanted, device, repeats)
-            _print_rows(more)
-            rows += more
-            skipped = list(dict.fromkeys([*skipped, *left_out]))
-            result = {
-                "header": head,
-                "command": command_line("attention", arguments.given),
-                "rows": [asdict(row) for row in rows],
-                "skipped": [asdict(entry) for entry in skipped],
-            }
-            # After every shape: a long run that is cut short leaves what it has.
-            folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    _print_skipped(skipped)
-    print(f"wrote {path}")
-    if rows:
-        print(f"wrote {draw(result, folder / 'attention.png')}")
-    return path
+            bench = AttentionRun(shape, dtype_name, densities, wanted, device, dense)
+            known = _known(kept, bench)
+            for found in bench.measure((row.key for row in known), repeats):
+                kept.add(found)
+                # After every row: a long run that is cut short leaves what it has.
+                kept.write()
+                if isinstance(found, Row):
+                    _print_row(kept.of(shape.name, dtype_name)[-1])
+    result = kept.write()
+    _print_skipped(kept.skipped)
+    print(f"wrote {kept.file.path}")
+    if kept.rows:
+        print(f"wrote {draw(result, kept.file.path.with_suffix('.png'))}")
+    return kept.file.path
 
 
 def parser() -> argparse.ArgumentParser:
@@ -113,14 +157,20 @@ def parser() -> argparse.ArgumentParser:
         "--kernels",
         nargs="+",
         metavar="KERNEL",
-        help="sparse kernels to measure, by name (torch, triton, ...); default: all. Dense "
-        "baselines always take part",
+        help="sparse kernels to measure, by name (torch, triton, ...); default: all",
+    )
+    result.add_argument(
+        "--dense",
+        nargs="+",
+        metavar="BASELINE",
+        help="dense baselines to measure, by name (sdpa_cudnn, torch_sdpa, ...); default: all",
     )
     result.add_argument(
         "--repeats", type=int, help="times each call is timed; default: 5, or 1 with --quick"
     )
     result.add_argument("--quick", action="store_true", help="one small shape, timed once")
     add_places(result)
+    add_resume(result)
     return result
 
 

@@ -17,6 +17,15 @@ def add_places(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_resume(parser: argparse.ArgumentParser) -> None:
+    """The option to go on where an earlier run stopped."""
+    parser.add_argument(
+        "--resume",
+        metavar="FOLDER",
+        help="an earlier --out: keep its rows if they are of this device, code, torch and Triton",
+    )
+
+
 def run_command(
     parser: argparse.ArgumentParser,
     run: Callable[[argparse.Namespace], object],

@@ -10,78 +10,27 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import logging
-import statistics
 import sys
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from sparse_video_attention.patching import (
-    AttentionSettings,
-    SparseChoice,
-    install,
-    run_history,
-)
-from sparse_video_attention.patching.record import RunRecord
 from sparse_video_attention.third_party import DENSE_BACKENDS
 
-from .command import add_places, run_command
+from .command import add_places, add_resume, run_command
 from .end_to_end_row import EndToEndRow
-from .environment import command_line, default_device, device_name, header, slug
+from .end_to_end_runs import DENSE, EndToEnd, over_the_fastest, sparse_name
+from .environment import default_device, device_name
 from .measure import DTYPES
-from .node_defaults import NODES, always_sparse, default_choice, self_attention_by
-from .wan_model import INPUTS, SIZES, Sampled, Video, build, layers_that_fit, sample, start_comfyui
+from .node_defaults import NODES
+from .result_file import begin, drifted
+from .wan_model import INPUTS, SIZES, Video
 
-DEFAULT_MODEL = {"cuda": "wan14b", "cpu": "tiny"}
 DEFAULT_VIDEOS = {"cuda": ("832x480x81", "1280x720x81"), "cpu": ("256x272x65",)}
-DEFAULT_DTYPE = {"cuda": "bf16", "cpu": "fp32"}
 # What WAN 2.1 was published with.
 SCHEDULE_STEPS = 50
-DENSE = "dense"
-
-
-def _attention_seconds(record: RunRecord) -> float:
-    """Self-attention per step, the first left out."""
-    steps = {call.step for call in record.calls} - {0}
-    return sum(call.seconds for call in record.calls if call.step in steps) / max(1, len(steps))
-
-
-def _sparse_row(
-    dense: EndToEndRow,
-    dense_latent: torch.Tensor,
-    method: str,
-    choice: SparseChoice,
-    record: RunRecord,
-    sampled: Sampled,
-) -> EndToEndRow:
-    sparse = record.sparse()
-    if not sparse.calls or not torch.isfinite(sampled.latent).all():
-        raise RuntimeError(f"{method}: the run was not sound: {record.summary()}")
-    step_s = statistics.median(sampled.step_seconds)
-    total = dense.schedule_steps
-    first = choice.schedule.first_dense_steps(total) + choice.schedule.last_dense_timesteps
-    schedule_s = first * dense.step_s + (total - first) * step_s
-    error = (sampled.latent - dense_latent).norm() / dense_latent.norm()
-    return replace(
-        dense,
-        method=method,
-        layout=record.layouts[0],
-        parameters=choice.policy.describe(),
-        precision=choice.precision,
-        kernel=" + ".join(sparse.kernels),
-        density=sparse.density,
-        step_seconds=sampled.step_seconds,
-        step_s=step_s,
-        attention_s=_attention_seconds(record),
-        speedup=dense.step_s / step_s,
-        dense_steps=first,
-        schedule_s=schedule_s,
-        schedule_speedup=dense.schedule_s / schedule_s,
-        latent_rel_l2=float(error),
-        notes=record.notes,
-    )
 
 
 def _print_row(row: EndToEndRow) -> None:
@@ -96,91 +45,56 @@ def _print_row(row: EndToEndRow) -> None:
         print(f"    {note}")
 
 
-class EndToEnd:
-    """A model and its runs."""
+class VideoRun:
+    """One video: its rows, those of an earlier run that still hold among them."""
 
-    def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
-        kind = "cuda" if device.type == "cuda" else "cpu"
-        self.steps: int = arguments.steps
-        self.backends: list[str] = arguments.backends
-        self.schedule_steps: int = arguments.schedule_steps
-        self.min_tokens: int | None = arguments.min_tokens
-        self.dtype_name: str = arguments.dtype or DEFAULT_DTYPE[kind]
-        self.size = SIZES[arguments.model or DEFAULT_MODEL[kind]]
-        self.comfy = start_comfyui(arguments.comfyui, device)
-        dtype = DTYPES[self.dtype_name]
-        self.layers: int = arguments.layers or layers_that_fit(self.size, dtype, device)
-        self.model = build(self.comfy, self.size, self.layers, dtype, device)
-
-    def dense(self, video: Video) -> tuple[list[EndToEndRow], torch.Tensor]:
-        """Rows of dense attention, ComfyUI's own first, and the latent of that."""
-        named = {DENSE: self.model}
-        for backend in self.backends:
-            reason = DENSE_BACKENDS[backend].unavailable()
-            if reason is not None:
-                print(f"  {DENSE} {backend} is left out: {reason}")
-                continue
-            settings = AttentionSettings(dense=self_attention_by(backend))
-            named[f"{DENSE} {backend}"] = install(self.model, settings)
-        runs = {
-            name: sample(self.comfy, model, video, self.steps + 1) for name, model in named.items()
+    def __init__(
+        self, bench: EndToEnd, video: Video, names: list[str], known: Iterable[EndToEndRow]
+    ) -> None:
+        self.bench, self.video, self.names = bench, video, names
+        settings = (bench.size.name, bench.layers, bench.dtype_name, bench.schedule_steps)
+        self.rows = {
+            row.method: row
+            for row in known
+            if (row.model, row.layers, row.dtype, row.schedule_steps) == settings
         }
-        step_s = {name: statistics.median(found.step_seconds) for name, found in runs.items()}
-        best = min(step_s, key=step_s.__getitem__)
-        frames, height, width = video.latent
-        latent = runs[DENSE].latent
-        rows = [
-            EndToEndRow(
-                model=self.size.name,
-                video=video.name,
-                layout=f"{frames}x{height // 2}x{width // 2}",
-                tokens=frames * (height // 2) * (width // 2),
-                layers=self.layers,
-                model_layers=self.size.layers,
-                dtype=self.dtype_name,
-                method=name,
-                parameters="ComfyUI's own attention" if name == DENSE else name,
-                precision="native",
-                kernel=name,
-                density=1.0,
-                step_seconds=found.step_seconds,
-                step_s=step_s[name],
-                attention_s=None,
-                best_dense=best,
-                speedup=step_s[best] / step_s[name],
-                schedule_steps=self.schedule_steps,
-                dense_steps=self.schedule_steps,
-                schedule_s=self.schedule_steps * step_s[name],
-                schedule_speedup=step_s[best] / step_s[name],
-                latent_rel_l2=float((found.latent - latent).norm() / latent.norm()),
-                notes=[],
-            )
-            for name, found in runs.items()
-        ]
-        return rows, latent
+        self.failed: list[str] = []
+        self.dense_names = bench.dense_names()
+        if not all(name in self.rows for name in self.dense_names):
+            self.rows.clear()  # sparse runs keep dense what the fastest of these ran
 
-    def sparse(
-        self, dense: EndToEndRow, latent: torch.Tensor, video: Video, method: str, precision: str
-    ) -> EndToEndRow:
-        """The row of a node with its defaults, in a precision.
+    def is_whole(self) -> bool:
+        return all(name in self.rows for name in self.names)
+
+    def measure(self, wanted: Iterable[tuple[str, str]]) -> Iterator[EndToEndRow]:
+        """Every new row, as soon as it is measured.
 
         Args:
-            dense: the fastest dense row.
-            latent: what errors are taken against.
+            wanted: (precision, method).
         """
-        choice = replace(default_choice(self.model, method), precision=precision)
-        if self.min_tokens is not None:
-            choice = replace(choice, min_tokens=self.min_tokens)
-        backend = dense.method.removeprefix(DENSE).strip()
-        settings = AttentionSettings(
-            sparse=always_sparse(choice), dense=self_attention_by(backend) if backend else None
-        )
-        patched = install(self.model, settings)
-        sampled = sample(self.comfy, patched, video, self.steps + 1)
-        history = run_history(patched)
-        assert history is not None and history.latest is not None, "the pack records every run"
-        name = method if precision == "auto" else f"{method} {precision}"
-        return _sparse_row(dense, latent, name, choice, history.latest, sampled)
+        before = self.rows.get(DENSE)
+        # Errors are taken against the latent, which no file has.
+        row, latent = self.bench.dense(self.video, DENSE)
+        if before is None or drifted(before.step_s, row.step_s, self.bench.device):
+            self.rows = {DENSE: row}
+            yield row
+            for name in self.dense_names[1:]:
+                self.rows[name] = self.bench.dense(self.video, name, latent).row
+                compared = over_the_fastest(list(self.rows.values()))
+                self.rows = {row.method: row for row in compared}
+                yield self.rows[name]
+        fastest = min((self.rows[name] for name in self.dense_names), key=lambda row: row.step_s)
+        for precision, method in wanted:
+            if sparse_name(method, precision) in self.rows:
+                continue
+            try:
+                row = self.bench.sparse(fastest, latent, self.video, method, precision)
+            except Exception as error:  # one method must not end the run
+                print(f"  {method} {precision} failed: {error}", file=sys.stderr)
+                self.failed.append(f"{method} {precision}, {self.video.name}: {error}")
+            else:
+                self.rows[row.method] = row
+                yield row
 
 
 def run(arguments: argparse.Namespace) -> Path:
@@ -190,27 +104,14 @@ def run(arguments: argparse.Namespace) -> Path:
         Video.parse(text)
         for text in arguments.videos or DEFAULT_VIDEOS["cuda" if device.type == "cuda" else "cpu"]
     ]
-    folder = Path(arguments.out) / slug(device_name(device))
-    path = folder / "end_to_end.json"
-    head = header(device)  # before the measurements: the commit is that of the code they run
+    file = begin(arguments, device, "end_to_end")
     print(f"{device_name(device)}, torch {torch.__version__}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    rows: list[EndToEndRow] = []
+    rows = [EndToEndRow(**row) for row in file.rows()]
     failed: list[str] = []
-
-    def keep(row: EndToEndRow) -> None:
-        _print_row(row)
-        rows.append(row)
-        result = {
-            "header": head,
-            "command": command_line("end_to_end", arguments.given),
-            "inputs": INPUTS,
-            "rows": [asdict(kept) for kept in rows],
-        }
-        # After every run: a long measurement that is cut short leaves what it has.
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    wanted = list(itertools.product(arguments.precisions, arguments.methods))
+    names = [sparse_name(method, precision) for precision, method in wanted]
 
     with torch.inference_mode():
         bench = EndToEnd(arguments, device)
@@ -220,20 +121,20 @@ def run(arguments: argparse.Namespace) -> Path:
                 f"{bench.dtype_name}, {video.name}",
                 flush=True,
             )
-            dense_rows, latent = bench.dense(video)
-            for row in dense_rows:
-                keep(row)
-            dense = min(dense_rows, key=lambda row: row.step_s)
-            for precision, method in itertools.product(arguments.precisions, arguments.methods):
-                try:
-                    keep(bench.sparse(dense, latent, video, method, precision))
-                except Exception as error:  # one method must not end the run
-                    print(f"  {method} {precision} failed: {error}", file=sys.stderr)
-                    failed.append(f"{method} {precision}, {video.name}: {error}")
-    print(f"wrote {path}")
+            others = [row for row in rows if row.video != video.name]
+            here = VideoRun(bench, video, names, [row for row in rows if row.video == video.name])
+            if not here.is_whole():
+                for row in here.measure(wanted):
+                    _print_row(row)
+                    rows = [*others, *here.rows.values()]
+                    # After every run: a long measurement that is cut short leaves what it has.
+                    file.write(inputs=INPUTS, rows=[asdict(row) for row in rows])
+            failed += here.failed
+    file.write(inputs=INPUTS, rows=[asdict(row) for row in rows])
+    print(f"wrote {file.path}")
     if failed:
         raise SystemExit(f"error: {'; '.join(failed)}")
-    return path
+    return file.path
 
 
 def parser() -> argparse.ArgumentParser:
@@ -277,6 +178,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--comfyui", help="folder with ComfyUI's main.py; default: COMFYUI_PATH")
     add_places(result)
+    add_resume(result)
     return result
 
 

@@ -77,7 +77,7 @@ def command_line(module: str, arguments: Sequence[str] | None) -> str:
         arguments: as main got them; None for those of this process.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    for option in ("--out", "--comfyui"):
+    for option in ("--out", "--comfyui", "--resume"):
         while option in given:
             place = given.index(option)
             del given[place : place + 2]

@@ -46,17 +46,19 @@ def methods(model_family: str, precisions: Iterable[str] = ("auto",)) -> Iterato
 
 
 def _methods(model_family: str) -> Iterator[Method]:
+    # The most telling first, for runs that are cut short.
     yield Method("radial", RadialPolicy())
-    yield Method("radial pool", RadialPolicy(skipped_blocks="pool"))
-    for order in ("raster", "Gilbert"):
-        for skipped in ("drop", "pool"):
-            name = f"sparge {order}" + (" pool" if skipped == "pool" else "")
-            yield Method(name, SpargePolicy(block_order=order, skipped_blocks=skipped))
+    yield Method("sparge raster", SpargePolicy())
     for section, presets in load_presets().items():
         for name, preset in presets.items():
             if preset.type == "psa" and section.startswith(model_family):
                 label = f"{section}/{name}"
                 yield Method(f"psa {label}", PsaPolicy.from_preset(preset, label=label))
+    yield Method("sparge Gilbert", SpargePolicy(block_order="Gilbert"))
+    yield Method("radial pool", RadialPolicy(skipped_blocks="pool"))
+    yield Method("sparge raster pool", SpargePolicy(skipped_blocks="pool"))
+    gilbert = SpargePolicy(block_order="Gilbert", skipped_blocks="pool")
+    yield Method("sparge Gilbert pool", gilbert)
 
 
 @dataclass(frozen=True)

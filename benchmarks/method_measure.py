@@ -1,4 +1,4 @@
-"""Measures the methods on one shape: stages, whole call, density, and error against dense."""
+"""One method on one shape: stages, whole call, density, and error against dense."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from sparse_video_attention.kernels.registry import KernelCall
@@ -18,7 +19,7 @@ from .grids import GridShape
 from .masks import BLOCK_SIZE
 from .measure import DTYPES
 from .method_call import MethodCall
-from .method_list import Method, methods, of_equal_density
+from .method_list import Method
 from .stages import STAGES, Sample, StageClock, median_sample, sample_calls
 from .structured import heads_first, structured_inputs
 from .timing import synchronize
@@ -171,11 +172,17 @@ class ShapeRun:
         return row, call
 
     def times(
-        self, calls: dict[str, MethodCall], repeats: int, read_clock: Callable[[], float]
+        self,
+        calls: dict[str, MethodCall],
+        dense: Iterable[str],
+        repeats: int,
+        read_clock: Callable[[], float],
     ) -> dict[str, list[Sample]]:
-        """Samples of the dense baselines and of the methods, by name, in the same run."""
+        """Samples by name of the dense baselines named, and of some methods, in one go."""
         runs: dict[str, Callable[[StageClock], object]] = {
-            baseline.name: partial(_run, baseline) for baseline in self.dense
+            baseline.name: partial(_run, baseline)
+            for baseline in self.dense
+            if baseline.name in dense
         }
         runs |= {name: partial(_run, call) for name, call in calls.items()}
         return sample_calls(runs, self.device, repeats, read_clock)
@@ -216,64 +223,18 @@ def timed_row(row: MethodRow, samples: list[Sample], dense_ms: float) -> MethodR
     )
 
 
-def with_times(
-    run: ShapeRun, shape_row: ShapeRow, rows: list[MethodRow], samples: dict[str, list[Sample]]
-) -> tuple[ShapeRow, list[MethodRow]]:
-    """The rows with times, given samples of dense attention and of every row's method."""
-    medians = {baseline.name: median_sample(samples[baseline.name]) for baseline in run.dense}
-    dense_ms, spread, dense = min(
-        (sum(sample.values()) * 1e3, spread * 1e3, name)
+class DenseTime(NamedTuple):
+    """Milliseconds of a dense baseline: median, and 80th minus 20th percentile."""
+
+    ms: float
+    spread: float
+    name: str
+
+
+def fastest(samples: dict[str, list[Sample]]) -> DenseTime:
+    """The fastest of some dense baselines."""
+    medians = {name: median_sample(found) for name, found in samples.items()}
+    return min(
+        DenseTime(sum(sample.values()) * 1e3, spread * 1e3, name)
         for name, (sample, spread) in medians.items()
     )
-    shape_row = replace(shape_row, dense=dense, dense_ms=dense_ms, dense_ms_spread=spread)
-    return shape_row, [timed_row(row, samples[row.method], dense_ms) for row in rows]
-
-
-def measure_shape(
-    shape: GridShape,
-    dtype_name: str,
-    device: torch.device,
-    repeats: int,
-    read_clock: Callable[[], float] = time.perf_counter,
-    precisions: Iterable[str] = ("auto",),
-    equal_density: bool = True,
-) -> tuple[ShapeRow, list[MethodRow]]:
-    """All methods that can act on a shape, and the settings of equal density, one by one.
-
-    A method in a precision that no kernel offers here is left out.
-
-    Args:
-        repeats: times each call is timed; 0 for none.
-        read_clock: what times are taken with off the GPU, in seconds.
-        precisions: "auto", and those to measure beside it.
-        equal_density: whether to look for radial and Sparge settings as dense as the presets.
-    """
-    run = ShapeRun(shape, dtype_name, device)
-    shape_row = run.row()
-    rows, calls = [], {}
-    for method in methods(shape.model_family, precisions):
-        if method.policy.dense_reason(shape.layout) is not None:
-            continue
-        row, call = run.quality(method)
-        if method.precision not in ("auto", "native") and not row.kernel.endswith(method.precision):
-            print(f"  {method.name} is left out: no kernel here has this precision")
-            continue
-        calls[method.name] = call
-        rows.append(row)
-    if repeats:
-        samples = run.times(calls, repeats, read_clock)
-        shape_row, rows = with_times(run, shape_row, rows, samples)
-    calls.clear()
-
-    if not equal_density:
-        return shape_row, rows
-    presets = {
-        row.method: row.density
-        for row in rows
-        if row.method.startswith("psa ") and row.precision == "auto"
-    }
-    for method in of_equal_density(presets, shape.layout, run.inputs):
-        row, _ = run.quality(method)
-        difference = row.density - presets[str(method.equal_to)]
-        rows.append(replace(row, density_difference=difference))
-    return shape_row, rows

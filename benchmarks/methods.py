@@ -8,26 +8,37 @@ methods.png to benchmarks/results/<device>/. On a CPU the shapes are reduced one
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from sparse_video_attention.kernels.registry import PRECISIONS
 
-from .command import add_places, run_command
-from .environment import command_line, default_device, device_name, header, slug
+from .command import add_places, add_resume, run_command
+from .environment import default_device, device_name
 from .grids import DEFAULT_GRID_SHAPES, GRID_SHAPES, find_grid_shape
 from .measure import DTYPES
-from .method_measure import MethodRow, ShapeRow, measure_shape
+from .method_measure import MethodRow, ShapeRow, ShapeRun
 from .method_plot import draw
+from .method_shape import ShapeMeasurement
+from .result_file import begin
 from .stages import STAGES
 from .structured import description
 
 DEFAULT_DTYPE = {"cuda": "bf16", "cpu": "fp32"}
 DEFAULT_PRECISIONS = {"cuda": ("auto", "int8", "fp8"), "cpu": ("auto",)}
 DEFAULT_REPEATS = {"cuda": 20, "cpu": 5}
+
+
+def _print_row(row: MethodRow) -> None:
+    times = ""
+    if row.call_ms is not None:
+        times = (
+            f", {row.call_ms:.2f} ms, {row.speedup:.2f}x dense, {row.call_over_kernel:.2f}x kernel"
+        )
+    print(f"  {row.method}: {row.kernel}, density {row.density:.3f}{times}", flush=True)
 
 
 def _print_methods(rows: list[MethodRow]) -> None:
@@ -85,43 +96,50 @@ def run(arguments: argparse.Namespace) -> Path:
         raise ValueError("--cpu-time is for CPUs; a GPU has its own clock")
     if kind == "cpu" and not arguments.shapes:
         print("reduced shapes: no GPU was found; --shapes runs the models' own")
-    folder = Path(arguments.out) / slug(device_name(device))
-    path = folder / ("methods.json" if repeats else "method_errors.json")
-    head = header(device)  # before the measurements: the commit is that of the code they run
-    shape_rows: list[ShapeRow] = []
-    rows: list[MethodRow] = []
+    clock = "processor time" if arguments.cpu_time else "wall time"
+    file = begin(arguments, device, "methods", name=None if repeats else "method_errors")
+    earlier = file.rows() if file.earlier.get("clock") == clock else []
+    rows = [MethodRow(**row) for row in earlier]
+    shape_rows = {row["shape"]: ShapeRow(**row) for row in file.rows("shapes") if earlier}
+    failed: list[str] = []
+
+    def write() -> dict[str, Any]:
+        return file.write(
+            inputs=description(),
+            repeats=repeats,
+            clock=clock,
+            shapes=[asdict(found) for found in shape_rows.values()],
+            rows=[asdict(found) for found in rows],
+        )
+
     for shape in shapes:
         print(
             f"{shape.name}: {shape.layout} tokens, {shape.heads} x {shape.head_dim}, {dtype_name}",
             flush=True,
         )
-        shape_row, more = measure_shape(
-            shape,
-            dtype_name,
-            device,
+        bench = ShapeMeasurement(
+            ShapeRun(shape, dtype_name, device),
             repeats,
             read_clock,
-            precisions=arguments.precisions or DEFAULT_PRECISIONS[kind],
-            equal_density=not arguments.times_only,
+            shape_rows.get(shape.name),
+            [row for row in rows if row.shape == shape.name],
         )
-        _print_shape(shape_row, more)
-        shape_rows.append(shape_row)
-        rows += more
-        result = {
-            "header": head,
-            "command": command_line("methods", arguments.given),
-            "inputs": description(),
-            "repeats": repeats,
-            "clock": "processor time" if arguments.cpu_time else "wall time",
-            "shapes": [asdict(row) for row in shape_rows],
-            "rows": [asdict(row) for row in rows],
-        }
-        # After every shape: a long run that is cut short leaves what it has.
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        draw(result, path.with_suffix(".png"))
-    print(f"wrote {path} and {path.with_suffix('.png').name}")
-    return path
+        others = [row for row in rows if row.shape != shape.name]
+        precisions = arguments.precisions or DEFAULT_PRECISIONS[kind]
+        for shape_row, row in bench.measure(precisions, not arguments.times_only):
+            shape_rows[shape.name] = shape_row
+            rows = [*others, *bench.rows.values()]
+            # After every row: a long run that is cut short leaves what it has.
+            write()
+            _print_row(row)
+        failed += bench.failed
+        if bench.rows:
+            _print_shape(bench.shape_row, list(bench.rows.values()))
+        draw(write(), file.path.with_suffix(".png"))
+    print(f"wrote {file.path} and {file.path.with_suffix('.png').name}")
+    if failed:
+        raise SystemExit(f"error: {'; '.join(failed)}")
+    return file.path
 
 
 def parser() -> argparse.ArgumentParser:
@@ -161,6 +179,7 @@ def parser() -> argparse.ArgumentParser:
         "with OMP_NUM_THREADS=1 that is what one free core would take",
     )
     add_places(result)
+    add_resume(result)
     return result
 
 

@@ -181,10 +181,12 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Path:
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
     able = list(_able(call, arguments.kernels or DEFAULT_KERNELS[kind]))
-    for name, timing in _timed(call, able, device, arguments.repeats).items():
+    for name in able:
+        timing = _timed(call, name, device, arguments.repeats)
         rows.append(profile_row(_with(call, name), shape, name, timing, found))
+        # After every kernel: a run that is cut short leaves what it has.
+        write()
         _print_row(rows[-1])
-    write()
     if not arguments.no_ncu and kind == "cuda":
         for name in able:
             notes[name] = counters(name, arguments)
@@ -207,16 +209,11 @@ def _able(call: KernelCall, names: Iterable[str]) -> Iterable[str]:
             print(f"  {name} is left out: {reason}")
 
 
-def _timed(
-    call: KernelCall, names: Iterable[str], device: torch.device, repeats: int
-) -> dict[str, tuple[float, float]]:
-    timings = {}
-    for name in names:
-        launch = functools.partial(_launch, call, name)
-        launch()
-        timing = time_calls({name: launch}, device, repeats=repeats)[name]
-        timings[name] = (timing.ms, timing.ms_spread)
-    return timings
+def _timed(call: KernelCall, name: str, device: torch.device, repeats: int) -> tuple[float, float]:
+    launch = functools.partial(_launch, call, name)
+    launch()
+    timing = time_calls({name: launch}, device, repeats=repeats)[name]
+    return timing.ms, timing.ms_spread
 
 
 def parser() -> argparse.ArgumentParser:

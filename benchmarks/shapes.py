@@ -53,7 +53,8 @@ SHAPES = {
     )
 }
 DEFAULT_SHAPES = {
-    "cuda": ("wan14b_720p", "wan14b_480p", "wan1.3b_480p", "cogvideox5b"),
+    # The most telling first, for runs that are cut short.
+    "cuda": ("wan14b_720p", "cogvideox5b", "wan14b_480p", "wan1.3b_480p"),
     "cpu": ("wan_480p_2_heads",),
 }
 QUICK_SHAPES = {"cuda": ("wan1.3b_480p",), "cpu": ("wan_240p_2_heads",)}

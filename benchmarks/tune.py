@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
-import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,11 +26,12 @@ from sparse_video_attention.kernels.registry import KernelCall
 from sparse_video_attention.kernels.triton_launch import Launch, architecture, launch_for
 from torch import Tensor
 
-from .command import add_places, run_command
-from .environment import command_line, default_device, device_name, header, slug
+from .command import add_places, add_resume, run_command
+from .environment import default_device, device_name
 from .launch_space import LEVELS, STAGES, TILES, Case, as_source, candidates
 from .masks import random_block_mask
 from .measure import DTYPES
+from .result_file import CHOICE, begin
 from .shapes import Shape, find_shape
 from .timing import time_calls
 
@@ -96,14 +97,27 @@ def _compile(case: Case, launch: Launch, device: str) -> None:
         _run(call, launch)
 
 
-def compile_all(work: Iterable[tuple[Case, Launch]], device: torch.device) -> None:
-    """Fill Triton's cache, in as many processes as there are cores."""
+@contextlib.contextmanager
+def compilers(device: torch.device) -> Iterator[Callable[[Case, list[Launch]], None]]:
+    """What fills Triton's cache for a case, in as many processes as there are cores.
+
+    It waits until all is compiled: on a GPU that compiles and runs beside it, times are wrong.
+    """
+    if device.type != "cuda":
+        yield lambda case, launches: None
+        return
     processes = min(MAX_PROCESSES, os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        waiting = [pool.submit(_compile, case, launch, str(device)) for case, launch in work]
-        for future in waiting:
-            future.result()
+
+        def compile_case(case: Case, launches: list[Launch]) -> None:
+            start = time.perf_counter()
+            waiting = [pool.submit(_compile, case, launch, str(device)) for launch in launches]
+            for future in waiting:
+                future.result()
+            print(f"compiled {case} in {time.perf_counter() - start:.0f} s", flush=True)
+
+        yield compile_case
 
 
 def measure_case(
@@ -189,39 +203,31 @@ def run(arguments: argparse.Namespace) -> Path:
     device = torch.device(arguments.device) if arguments.device else default_device()
     shape = find_shape(arguments.shape)
     wanted = cases(arguments, shape)
-    folder = Path(arguments.out) / slug(device_name(device))
-    path = folder / "tune.json"
-    head = header(device)  # before the measurements: the commit is that of the code they run
+    what = f"Launch settings at {shape.tokens} tokens and density {arguments.density}."
+    file = begin(arguments, device, "tune", ignored=CHOICE)
+    earlier = file.rows() if file.earlier.get("what") == what else []
+    rows = [_row(fields) for fields in earlier]
     print(f"{device_name(device)}, {shape.tokens} tokens, density {arguments.density}")
-    tried = {}
-    for case in wanted:
-        current = launch_for(architecture(device), case.head_dim, case.precision, case.blocks[0])
-        if current is not None:
-            tried[case] = candidates(case, current, arguments.tiles, arguments.stages)
-    if device.type == "cuda":
-        start = time.perf_counter()
-        compile_all(((case, found) for case, tries in tried.items() for found in tries), device)
-        print(f"compiled all in {time.perf_counter() - start:.0f} s", flush=True)
-    rows: list[TuneRow] = []
-    for case, launches in tried.items():
-        call = make_call(case, shape.tokens, arguments.density, device)
-        more = measure_case(case, launches, call, arguments.repeats)
-        del call
-        _print_best(more)
-        rows += more
-        result = {
-            "header": head,
-            "command": command_line("tune", arguments.given),
-            "what": f"Launch settings at {shape.tokens} tokens and density {arguments.density}.",
-            "rows": [_flat(row) for row in rows],
-        }
-        # After every case: a long run that is cut short leaves what it has.
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    with compilers(device) as compile_case:
+        for case in wanted:
+            arch, block_m = architecture(device), case.blocks[0]
+            current = launch_for(arch, case.head_dim, case.precision, block_m)
+            if current is None or any(row.case == case for row in rows):
+                continue
+            launches = candidates(case, current, arguments.tiles, arguments.stages)
+            compile_case(case, launches)
+            call = make_call(case, shape.tokens, arguments.density, device)
+            more = measure_case(case, launches, call, arguments.repeats)
+            del call
+            _print_best(more)
+            rows += more
+            # After every case: a long run that is cut short leaves what it has.
+            file.write(what=what, rows=[_flat(row) for row in rows])
+    file.write(what=what, rows=[_flat(row) for row in rows])
     print("the fastest settings:")
     _print_best(rows)
-    print(f"wrote {path}")
-    return path
+    print(f"wrote {file.path}")
+    return file.path
 
 
 def _flat(row: TuneRow) -> dict[str, Any]:
@@ -229,6 +235,18 @@ def _flat(row: TuneRow) -> dict[str, Any]:
     fields = asdict(row)
     case, launch = fields.pop("case"), fields.pop("launch")
     return {**case, "blocks": blocks, **launch, **fields}
+
+
+def _row(flat: dict[str, Any]) -> TuneRow:
+    """From _flat."""
+    fields = dict(flat)
+    block_m, block_n = map(int, fields.pop("blocks").split("x"))
+    case = {field.name: fields.pop(field.name) for field in dataclasses.fields(Case)[:4]}
+    levels = fields.pop("levels")
+    launch = {field.name: fields.pop(field.name) for field in dataclasses.fields(Launch)}
+    return TuneRow(
+        Case(**case, blocks=(block_m, block_n), levels=levels), Launch(**launch), **fields
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -246,6 +264,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--stages", nargs="+", type=int, default=STAGES)
     result.add_argument("--repeats", type=int, default=3)
     add_places(result)
+    add_resume(result)
     return result
 
 

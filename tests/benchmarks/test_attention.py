@@ -19,7 +19,7 @@ from benchmarks.attention import main
 from benchmarks.contenders import DENSE, Contender, plan_for
 from benchmarks.environment import slug
 from benchmarks.masks import block_mask, parse_density, random_block_mask
-from benchmarks.measure import measure
+from benchmarks.measure import AttentionRun, Row, compared
 from benchmarks.shapes import SHAPES, find_shape
 from benchmarks.timing import run_once, summarise, time_calls
 
@@ -130,6 +130,14 @@ def test_the_plot_shows_the_kernels(result):
     assert (np.abs(picture.astype(int) - blue).max(axis=1) < 8).sum() > 100
 
 
+def measure(densities, wanted, **options):
+    """(rows, what was skipped) of one small shape."""
+    run = AttentionRun(find_shape("2x100:1x32"), "fp32", densities, wanted, CPU, **options)
+    found = list(run.measure((), repeats=1))
+    rows = [entry for entry in found if isinstance(entry, Row)]
+    return compared(rows), [entry for entry in found if not isinstance(entry, Row)]
+
+
 def broken(call):
     raise RuntimeError("CUDA error:\n  out of luck")
 
@@ -138,7 +146,7 @@ def test_a_contender_that_fails_is_listed_and_the_others_run_on(monkeypatch):
     bad = Contender("bad", "dense", lambda: None, lambda call: None, broken)
     real = measuring.contenders
     monkeypatch.setattr(measuring, "contenders", lambda call: [(bad, None), *real(call)])
-    rows, skipped = measure(find_shape("2x100:1x32"), "fp32", [1.0], {"torch"}, CPU, 1)
+    rows, skipped = measure([1.0], {"torch"})
     assert {"torch", "torch_sdpa"} <= {row.kernel for row in rows}
     (entry,) = [entry for entry in skipped if entry.kernel == "bad"]
     assert entry.reason == "failed: RuntimeError: CUDA error: out of luck"
@@ -148,13 +156,13 @@ def test_a_contender_that_fails_is_listed_and_the_others_run_on(monkeypatch):
 def test_a_wrong_kernel_shows_in_its_error(monkeypatch):
     wrong = Contender("wrong", "plan", lambda: None, lambda call: None, lambda call: call.v * 2)
     monkeypatch.setattr(measuring, "contenders", lambda call: [(wrong, None)])
-    ((row,), _) = measure(find_shape("2x100:1x32"), "fp32", [1.0], None, CPU, 1)
+    ((row,), _) = measure([1.0], None)
     assert row.rel_l2 > 1
     assert row.best_dense is None and row.speedup is None
 
 
 def test_only_the_kernels_asked_for_run_beside_the_baselines():
-    rows, skipped = measure(find_shape("2x100:1x32"), "fp32", [0.6], {"flex"}, CPU, 1)
+    rows, skipped = measure([0.6], {"flex"})
     assert {row.mask for row in rows} == {"none"}
     assert "torch" not in {entry.kernel for entry in skipped}
 
