@@ -97,7 +97,7 @@ def split(paths: list[Path], folder: Path) -> list[Path]:
     with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as out:
         for path in paths:
             out.write(path, path.name)
-    parts = []
+    parts: list[Path] = []
     with whole.open("rb") as source:
         while data := source.read(PART_BYTES):
             part = folder.with_name(f"{folder.name}{len(parts)}") / "part"
@@ -121,7 +121,8 @@ def main() -> None:
     options = parser.parse_args()
 
     target, cache = ROOT / ".gpu", ROOT / ".cache" / "gpu-wheels"
-    shutil.rmtree(target, ignore_errors=True)
+    for name in ("comfyui", "wheels"):  # and not earlier results, which are there to go on from
+        shutil.rmtree(target / name, ignore_errors=True)
     copy_comfyui(options.comfyui, target / "comfyui")
     for wheel in download(WHEELS, cache / "base", options.python):
         slim(wheel, target / "wheels")

@@ -1,18 +1,20 @@
 #!/bin/bash
-# What to run on a GPU machine, stage by stage: bash benchmarks/gpu/run.sh smoke tests
-# README.md beside this says what the stages are. From the repository's root; DRY=1 is for CPUs.
+# What to run on a GPU machine, by stages or by sequences of them: bash benchmarks/gpu/run.sh first
+# README.md beside this says what they are. From the repository's root; DRY=1 is for CPUs.
+# BUDGET: seconds for the whole command. A stage gets what is left of them, and none with too little.
 set -o pipefail
 cd "$(dirname "$0")/../.." || exit 1
 
 export OUT=${OUT:-$PWD/outputs/gpu}
-state=${STATE:-/tmp/gpu-state}
-mkdir -p "$OUT" "$state/package"
+state=${STATE:-/tmp/gpu-state${DRY:+-dry}}
+[ -n "$DRY" ] && rm -rf "$state/results" "$state/done"
+mkdir -p "$OUT" "$state/package" "$state/done"
 export PYTHONUNBUFFERED=1
 
 # The repository as the package it is, and what pack.py brought.
 ln -sfn "$PWD" "$state/package/sparse_video_attention"
 export PYTHONPATH=$state/package
-if [ -d .gpu ]; then
+if [ -d .gpu/comfyui ]; then
     if [ ! -d "$state/site" ]; then
         for wheel in .gpu/wheels/*.whl; do
             python3 -m zipfile -e "$wheel" "$state/site" || exit 1
@@ -26,90 +28,145 @@ fi
 if [ -d "$state/flash4" ]; then
     PYTHONPATH=$PYTHONPATH:$state/flash4:$state/flash4/nvidia_cutlass_dsl/dsl_packages
 fi
+# Results to go on from: those of this machine, else those brought along.
+if [ ! -d "$state/results" ]; then
+    mkdir -p "$state/results"
+    [ -n "$DRY" ] || [ ! -d .gpu/results ] || cp -r .gpu/results/. "$state/results/"
+fi
 
 python=${PYTHON:-python3}
 results=(--out "$OUT/results")
+resumed=("${results[@]}" --resume "$state/results")
 [ -n "$DRY" ] && on_cpu=(--device cpu)
+# Less is not worth a start; and what a process may take to end, and copying results.
+least=40
+reserve=15
 
-limit() { # seconds, name of the log, command...
-    local seconds=$1 log=$OUT/$2.log
-    shift 2
+seconds_for() { # a stage's own limit -> what it gets
+    local seconds=$1 left=$((${BUDGET:-0} - SECONDS - reserve))
+    [ -n "$BUDGET" ] && [ "$left" -lt "$seconds" ] && seconds=$left
+    echo "$seconds"
+}
+
+limit() { # seconds, command...
+    local seconds
+    seconds=$(seconds_for "$1")
+    shift
+    if [ "$seconds" -lt "$least" ]; then
+        echo "--- skipped, $((BUDGET - SECONDS)) s are left: $*"
+        return 1
+    fi
     echo "--- $* (at most $seconds s)"
     local start=$SECONDS
-    timeout -k 10 "$seconds" "$@" 2>&1 | tee -a "$log"
+    timeout -k 10 "$seconds" "$@" 2>&1 | tee -a "$OUT/run.log"
     local status=$?
-    echo "--- $([ $status = 0 ] && echo done || echo "FAILED, exit status $status") after $((SECONDS - start)) s"
+    echo "--- $([ $status = 0 ] && echo done || echo "FAILED, exit status $status") after $((SECONDS - start)) s: ${*:2:3}"
+    [ -d "$OUT/results" ] && cp -r "$OUT/results/." "$state/results/"
     return $status
 }
 
-gpu_tests() { # seconds, log, pytest arguments...
-    local seconds=$1 log=$2
-    shift 2
-    limit "$seconds" "$log" "$python" -m pytest -q -p no:cacheprovider ${DRY:+--collect-only} "$@"
+gpu_tests() { # seconds, pytest arguments...
+    local seconds=$1 many=()
+    shift
+    # Most of the time is compiling: several processes share the GPU.
+    [ -z "$DRY" ] && "$python" -c "import xdist" 2>/dev/null && many=(-n 8)
+    OMP_NUM_THREADS=2 limit "$seconds" "$python" -m pytest -q -p no:cacheprovider "${many[@]}" \
+        ${DRY:+--collect-only} "$@"
 }
 
 hopper() { [ -n "$HOPPER" ] || [ -e "$state/hopper" ]; }
 
 smoke() {
     [ -n "$DRY" ] || nvidia-smi | head -15
-    limit 60 smoke "$python" -c "import torch, triton, sparse_video_attention.kernels as k; \
+    limit 60 "$python" -c "import torch, triton, sparse_video_attention.kernels as k; \
 print(torch.__version__, triton.__version__, torch.cuda.is_available(), k.available())"
     # A barrier that is wrong would hang: one token first, alone.
-    gpu_tests 90 smoke -m gpu tests/kernels/test_hopper.py -k one-token &&
-        gpu_tests 150 smoke -m gpu tests/kernels/test_hopper.py && touch "$state/hopper"
+    hopper || { gpu_tests 90 -m gpu tests/kernels/test_hopper.py -k one-token &&
+        gpu_tests 150 -m gpu tests/kernels/test_hopper.py -k "not 160000" && touch "$state/hopper"; }
     hopper && echo "hopper runs: HOPPER=1" || echo "hopper is left out of what follows"
 }
 
+# Every kernel at both head dims, odd sizes, batch 2, each precision, pooled levels and remainders,
+# slices of one projection, addresses past 2**31, syncs and memory, and the maps and orders.
+core="test_is_the_definition and (one-token or N63 or k333 or k1000 or pyramid or remainder)
+or slices-of-one or test_published_outputs or (everything_kept and 128-torch.bfloat16)
+or (outliers and (block128 or block64)) or one-token or exact_where and 128-
+or 160000 and native-mask or no_device_sync or do_not_sync
+or equal_to_torch or made_on_the_gpu or plan_on_a_gpu or published_map_on_a_gpu or row_i_is"
+
+core() {
+    gpu_tests 200 -m "gpu and not slow" tests/kernels tests/psa tests/sparge tests/patching \
+        --deselect tests/kernels/test_hopper.py -k "${core//$'\n'/ }"
+}
+
 tests() {
-    # Most of the time is compiling: several processes share the GPU.
-    local many=()
-    [ -z "$DRY" ] && "$python" -c "import xdist" 2>/dev/null && many=(-n 8)
-    OMP_NUM_THREADS=2 gpu_tests 400 tests "${many[@]}" -m "gpu and not slow" tests/kernels tests/psa tests/sparge \
-        tests/third_party tests/patching tests/benchmarks --deselect tests/kernels/test_hopper.py
+    local apart=tests/kernels/test_hopper.py
+    gpu_tests 400 -m "gpu and not slow" tests/kernels tests/psa tests/sparge tests/third_party \
+        tests/patching tests/benchmarks --deselect "$apart::test_is_the_definition_on_a_gpu" \
+        --deselect "$apart::test_slices_of_one_projection_on_a_gpu"
 }
 
 pack() {
-    gpu_tests 300 pack -m gpu tests/benchmarks/test_end_to_end.py
+    gpu_tests 300 -m gpu tests/benchmarks/test_end_to_end.py
 }
 
 sanitize() {
-    gpu_tests 580 sanitize -m gpu tests/kernels/test_triton_gpu.py -k sanitizer
+    gpu_tests 580 -m gpu tests/kernels/test_triton_gpu.py -k sanitizer
+}
+
+# Compiling needs no GPU to itself: it goes on beside the tests. Nothing is timed beside it.
+warm() {
+    local size=(--precisions auto int8 --shapes wan14b_720p wan14b_480p)
+    [ "$sequence" = first ] || size+=(cogvideox5b)
+    size+=(--kernels triton)
+    hopper && size+=(hopper)
+    [ -n "$DRY" ] && size=(--shapes 8x8x9:2x32 --dtype fp32 --kernels torch --head-dims 64 --processes 1)
+    limit 240 "$python" -m benchmarks.warm "${on_cpu[@]}" "${size[@]}" &
+    warming=$!
+}
+
+settled() { # once compiling has ended
+    [ -z "$warming" ] && return
+    wait "$warming" && touch "$state/done/warm"
+    warming=
 }
 
 attention() {
-    local kernels=(triton flex sol_attn) size=(--repeats 3)
+    local kernels=(triton flex sol_attn) size=(--repeats 2)
+    [ "$sequence" = first ] && kernels=(triton) && size+=(--dense sdpa_cudnn --densities 0.2 1
+        --shapes wan14b_720p cogvideox5b wan14b_480p)
     hopper && kernels+=(hopper)
     [ -n "$DRY" ] && kernels=(torch) && size=(--shapes 3x150:2x64 --densities 0.5 --repeats 1)
-    limit 570 attention "$python" -m benchmarks.attention "${on_cpu[@]}" "${results[@]}" \
+    limit 540 "$python" -m benchmarks.attention "${on_cpu[@]}" "${resumed[@]}" \
         --kernels "${kernels[@]}" "${size[@]}"
 }
 
 methods() {
-    local size=(--precisions auto int8 --repeats 10)
+    local size=(--precisions auto int8 --repeats 8)
+    [ "$sequence" = first ] && size+=(--shapes wan14b_720p wan14b_480p --times-only)
     [ -n "$DRY" ] && size=(--shapes 8x8x9:2x32 --repeats 1 --times-only)
-    limit 570 methods "$python" -m benchmarks.methods "${on_cpu[@]}" "${results[@]}" "${size[@]}"
+    limit 540 "$python" -m benchmarks.methods "${on_cpu[@]}" "${resumed[@]}" "${size[@]}"
 }
 
 end_to_end() {
     local size=(--backends comfy_kitchen_int8)
+    [ "$sequence" = first ] && size+=(--videos 832x480x81)
     [ -n "$DRY" ] && size=(--videos 128x128x17 --steps 1 --min-tokens 0)
-    limit 570 end_to_end "$python" -m benchmarks.end_to_end "${on_cpu[@]}" "${results[@]}" \
-        "${size[@]}"
+    limit 540 "$python" -m benchmarks.end_to_end "${on_cpu[@]}" "${resumed[@]}" "${size[@]}"
 }
 
 tune() {
-    local size=()
-    [ -n "$DRY" ] && export TRITON_INTERPRET=1 &&
+    local size=() interpret=()
+    [ -n "$DRY" ] && interpret=(env TRITON_INTERPRET=1) &&
         size=(--shape 1x150:1x64 --head-dims 64 --precisions native --tiles 64 --stages 2)
-    limit 400 tune "$python" -m benchmarks.tune "${on_cpu[@]}" "${results[@]}" "${size[@]}"
-    unset TRITON_INTERPRET
+    limit 400 "${interpret[@]}" "$python" -m benchmarks.tune "${on_cpu[@]}" "${resumed[@]}" "${size[@]}"
 }
 
 profile() {
     local kernels=(triton "triton int8" "triton fp8") size=()
-    hopper && kernels+=(hopper)
+    hopper && kernels=(hopper "${kernels[@]}")
     [ -n "$DRY" ] && kernels=(torch) && size=(--shape 3x150:2x64 --repeats 1)
-    limit 300 profile "$python" -m benchmarks.profile_kernel "${on_cpu[@]}" "${results[@]}" \
+    limit 300 "$python" -m benchmarks.profile_kernel "${on_cpu[@]}" "${results[@]}" \
         --kernels "${kernels[@]}" "${size[@]}"
 }
 
@@ -127,18 +184,48 @@ flash4() {
         "$python" -m zipfile -e "$wheel" "$state/flash4" || return 1
     done
     PYTHONPATH=$PYTHONPATH:$state/flash4:$state/flash4/nvidia_cutlass_dsl/dsl_packages
-    local size=(--shapes wan14b_720p wan14b_480p --densities 1 0.34 0.2 --repeats 3)
+    local size=(--shapes wan14b_720p wan14b_480p --densities 0.2 1 0.34 --dense sdpa_cudnn --repeats 2)
     [ -n "$DRY" ] && size=(--shapes 3x150:2x64 --densities 0.5 --repeats 1)
-    limit 400 flash4 "$python" -m benchmarks.attention "${on_cpu[@]}" --out "$OUT/flash4" \
+    limit 400 "$python" -m benchmarks.attention "${on_cpu[@]}" --out "$OUT/flash4" \
         --kernels flash_attn4 triton "${size[@]}"
 }
 
-stages="smoke tests pack sanitize attention methods end_to_end tune profile flash4_part flash4"
-for stage in "${@:?which stages? $stages}"; do
-    case " $stages " in
-        *" $stage "*) "$stage" ;;
-        *) echo "no stage $stage; there are $stages" >&2 && exit 2 ;;
+# One for each quarter of an hour. The same command again goes on with what is not done.
+first="smoke warm core attention methods end_to_end"
+second="smoke warm attention methods end_to_end pack tests"
+third="smoke tune profile sanitize"
+stages="smoke core tests pack sanitize warm attention methods end_to_end tune profile flash4_part flash4"
+
+stage() {
+    case $1 in
+        attention | methods | end_to_end | tune | profile | flash4 | sanitize) settled ;;
+    esac
+    "$1"
+}
+
+for asked in "${@:?which? first, second, third, or stages: $stages}"; do
+    case $asked in
+        first | second | third)
+            sequence=$asked
+            for name in ${!sequence}; do
+                mark=$state/done/$sequence-$name
+                [ "$name" = warm ] && mark=$state/done/warm
+                if [ -e "$mark" ]; then
+                    echo "--- $name is done"
+                elif stage "$name" && [ "$name" != warm ]; then
+                    touch "$mark"
+                fi
+            done
+            sequence=
+            ;;
+        *)
+            case " $stages " in
+                *" $asked "*) stage "$asked" ;;
+                *) echo "no stage $asked; there are first, second, third and $stages" >&2 && exit 2 ;;
+            esac
+            ;;
     esac
 done
+settled
 # Plots are drawn again from the numbers.
 find "$OUT" -name "*.png" -delete

@@ -1,0 +1,124 @@
+"""benchmarks/gpu/run.sh: its budget, and what it does again. Its programs are stand-ins."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+RUN = Path(__file__).parents[2] / "benchmarks" / "gpu" / "run.sh"
+# Writes down what it was to run, and leaves a result; xdist is not known to it.
+STAND_IN = """#!/bin/bash
+echo "$*" >> "$CALLS"
+case "$*" in
+    *xdist*) exit 1 ;;
+    *benchmarks.$FAILING*) exit 3 ;;
+esac
+while [ $# -gt 0 ]; do
+    if [ "$1" = --out ]; then mkdir -p "$2/card" && echo '{}' > "$2/card/made.json"; fi
+    shift
+done
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(names..., BUDGET=...): (the commands that were started, what was printed)."""
+    bin_folder, calls = tmp_path / "bin", tmp_path / "calls"
+    bin_folder.mkdir()
+    for name in ("python3", "nvidia-smi"):
+        (bin_folder / name).write_text(STAND_IN)
+        (bin_folder / name).chmod(0o755)
+
+    def start(*names, **variables):
+        calls.write_text("")
+        env = os.environ | {"PATH": f"{bin_folder}:{os.environ['PATH']}", "CALLS": str(calls)}
+        env |= {"OUT": str(tmp_path / "out"), "STATE": str(tmp_path / "state")}
+        env |= {"FAILING": "nothing"}
+        for name in ("DRY", "BUDGET", "HOPPER"):
+            env.pop(name, None)
+        done = subprocess.run(
+            ["bash", str(RUN), *names],
+            env=env | variables,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        return calls.read_text().splitlines(), done.stdout + done.stderr
+
+    return start
+
+
+def started(calls):
+    """The benchmarks among the commands."""
+    found = [call.split()[1] for call in calls if call.startswith("-m benchmarks.")]
+    return [name.removeprefix("benchmarks.") for name in found]
+
+
+def test_a_stage_gets_its_own_limit_without_a_budget(run):
+    calls, printed = run("attention", "profile")
+    assert started(calls) == ["attention", "profile_kernel"]
+    assert "(at most 540 s)" in printed and "(at most 300 s)" in printed
+
+
+def test_a_stage_gets_what_is_left_of_the_budget(run):
+    _, printed = run("attention", "profile", BUDGET="400")
+    limits = [int(part.split(" s)")[0]) for part in printed.split("(at most ")[1:]]
+    # All but what is kept back for the end; the second is below its own limit of 300 s.
+    assert 370 < limits[0] <= 385 and limits[1] == 300
+
+
+def test_a_stage_with_too_little_left_is_skipped_with_one_line(run):
+    calls, printed = run("attention", "profile", BUDGET="50")
+    assert started(calls) == []
+    lines = [line for line in printed.splitlines() if line.startswith("--- skipped")]
+    assert len(lines) == 2 and "benchmarks.attention" in lines[0]
+    assert " s are left:" in lines[0]
+
+
+def test_the_same_sequence_again_does_what_is_not_done(run):
+    calls, printed = run("third", HOPPER="1", FAILING="profile_kernel")
+    assert started(calls) == ["tune", "profile_kernel"]
+    assert "FAILED, exit status 3" in printed
+    calls, printed = run("third", HOPPER="1")
+    assert started(calls) == ["profile_kernel"]
+    assert "--- tune is done" in printed
+    # Stages by their names run again whatever was done.
+    assert started(run("tune")[0]) == ["tune"]
+
+
+def test_compiling_is_over_before_anything_is_timed(run):
+    calls, printed = run("first", HOPPER="1")
+    assert started(calls) == ["warm", "attention", "methods", "end_to_end"]
+    assert printed.index(": -m benchmarks.warm") < printed.index("--- python3 -m benchmarks.att")
+    assert "--- warm is done" in run("first", HOPPER="1")[1]
+
+
+def test_the_first_quarter_measures_the_gates_and_the_second_everything(run):
+    (attention,) = [call for call in run("first")[0] if "benchmarks.attention" in call]
+    assert "--shapes wan14b_720p" in attention and "--densities 0.2 1" in attention
+    (attention,) = [call for call in run("second")[0] if "benchmarks.attention" in call]
+    assert "--shapes" not in attention and "--densities" not in attention
+
+
+def test_results_are_kept_to_go_on_from(run, tmp_path):
+    calls, _ = run("attention")
+    (call,) = [call for call in calls if "benchmarks.attention" in call]
+    assert f"--resume {tmp_path / 'state' / 'results'}" in call
+    assert (tmp_path / "state" / "results" / "card" / "made.json").is_file()
+    assert (tmp_path / "out" / "results" / "card" / "made.json").is_file()
+
+
+def test_hopper_is_left_out_where_one_token_fails(run, tmp_path):
+    (tmp_path / "bin" / "python3").write_text(
+        STAND_IN.replace("case", '[[ "$*" == *one-token* ]] && exit 1\ncase', 1)
+    )
+    calls, printed = run("smoke", "attention")
+    assert "hopper is left out of what follows" in printed
+    assert not any("not 160000" in call for call in calls)
+    (attention,) = [call for call in calls if "benchmarks.attention" in call]
+    assert "--kernels triton flex sol_attn --repeats" in attention
+
+
+def test_an_unknown_stage_is_named(run):
+    assert "no stage rest; there are first, second, third and smoke" in run("rest")[1]
