@@ -41,6 +41,30 @@ class _BoundedCache(Generic[T]):
         return len(self._entries)
 
 
+# Of torch's elements the widest: 16 bytes, what a GPU's thread moves at once.
+WIDE = torch.complex128
+
+
+def _is_wide(x: Tensor) -> bool:
+    """Whether the channels of x [B, N, ..., D] can be seen as elements of 16 bytes."""
+    starts = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
+    return (
+        x.device.type in ("cpu", "cuda")
+        and not x.requires_grad
+        and x.stride(-1) == 1
+        and x.data_ptr() % WIDE.itemsize == 0
+        and all(start * x.element_size() % WIDE.itemsize == 0 for start in starts)
+    )
+
+
+def _moved(x: Tensor, order: Tensor) -> Tensor:
+    """x.index_select(1, order). Torch moves element by element, whatever their size: in 16 bytes
+    these are an eighth of what they are in bf16."""
+    if not _is_wide(x):
+        return x.index_select(1, order)
+    return x.view(WIDE).index_select(1, order).view(x.dtype)
+
+
 class TokenOrder:
     """A token order and its inverse on one device.
 
@@ -57,11 +81,11 @@ class TokenOrder:
 
     def reorder(self, x: Tensor) -> Tensor:
         """A copy of [B, N, ...], tokens in attention order."""
-        return x.index_select(1, self.forward)
+        return _moved(x, self.forward)
 
     def restore(self, x: Tensor) -> Tensor:
         """A copy of [B, N, ...] in attention order, tokens in the model's order."""
-        return x.index_select(1, self.backward)
+        return _moved(x, self.backward)
 
 
 class PlanCache:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sparse_video_attention.kernels import TokenLayout
-from sparse_video_attention.patching.plans import TokenOrder
+from sparse_video_attention.patching.plans import WIDE, TokenOrder
 from sparse_video_attention.psa import PsaPolicy, load_presets
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -40,3 +40,49 @@ def test_heads_move_with_their_tokens(order, device):
     back = tokens.restore(heads_first.transpose(1, 2))
     for position, token in enumerate(order.tolist()):
         assert torch.equal(back[:, token], heads_first[:, :, position])
+
+
+def laid_out(name, x):
+    """x [B, N, H, D] elsewhere in memory."""
+    if name == "slice-of-one-projection":
+        return torch.stack([x, x + 1, x + 2], dim=2)[:, :, 1]
+    if name == "starts-at-2-bytes":
+        return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
+    if name == "channels-apart":
+        return torch.stack([x, x + 1], dim=-1)[..., 0]
+    assert name == "whole"
+    return x
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "name, channels, is_wide",
+    [
+        ("whole", 64, True),
+        ("slice-of-one-projection", 64, True),
+        ("starts-at-2-bytes", 64, False),
+        ("channels-apart", 64, False),
+        ("whole", 12, False),
+    ],
+)
+def test_tokens_move_in_pieces_of_16_bytes_where_memory_allows(
+    order, device, name, channels, is_wide, monkeypatch
+):
+    """Bits stay as they are, those of NaNs too."""
+    generator = torch.Generator().manual_seed(2)
+    bits = torch.randint(-(2**15), 2**15, (2, len(order), 3, channels), generator=generator)
+    x = laid_out(name, bits.to(torch.int16).to(device)).view(torch.bfloat16)
+    tokens = TokenOrder(order, torch.device(device))
+    select, moved_as = torch.Tensor.index_select, []
+
+    def watched(self, *args):
+        moved_as.append(self.dtype)
+        return select(self, *args)
+
+    monkeypatch.setattr(torch.Tensor, "index_select", watched)
+    moved = tokens.reorder(x)
+    back = tokens.restore(moved)
+    monkeypatch.undo()
+    assert moved_as[0] == (WIDE if is_wide else torch.bfloat16)
+    assert torch.equal(moved.view(torch.int16), x.view(torch.int16).index_select(1, tokens.forward))
+    assert torch.equal(back.view(torch.int16), x.view(torch.int16))
