@@ -14,9 +14,10 @@ class Stopwatch:
     an asynchronous device other than CUDA (MPS, XPU) measures the launch only.
     """
 
-    __slots__ = ("_begin", "_end", "_seconds")
+    __slots__ = ("_begin", "_device", "_end", "_seconds")
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._seconds: float | None = None
         self._begin: torch.cuda.Event | None = None
         self._end: torch.cuda.Event | None = None
@@ -24,15 +25,19 @@ class Stopwatch:
             if torch.cuda.is_current_stream_capturing():
                 self._seconds = 0.0  # events cannot be timed inside a captured graph
                 return
-            self._begin = torch.cuda.Event(enable_timing=True)
-            self._begin.record()
+            self._begin = self._marked()
         else:
             self._seconds = -time.perf_counter()
 
+    def _marked(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        # The current stream of the call's device, which need not be the current device.
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
     def stop(self) -> None:
         if self._begin is not None:
-            self._end = torch.cuda.Event(enable_timing=True)
-            self._end.record()
+            self._end = self._marked()
         elif self._seconds is not None and self._seconds < 0:
             self._seconds += time.perf_counter()
 
