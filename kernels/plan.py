@@ -76,7 +76,7 @@ class BlockPlan:
         if mask.dtype != torch.bool:
             raise ValueError(f"a block mask is boolean; got {mask.dtype}")
         return cls.from_levels(
-            mask.to(torch.int8),
+            mask.view(torch.int8),
             block_m=block_m,
             block_n=block_n,
             q_len=q_len,
@@ -175,10 +175,13 @@ class BlockPlan:
 
     def density_tensor(self) -> Tensor:
         """Mean over block pairs of 1 / level (0 where skipped): fp32 scalar, no device sync."""
-        # Divided level by level: a tensor of weights would have to be copied from the host.
+        # Added up level by level: a tensor of weights would have to be copied from the host.
         kept = self.counts().float().mean(dim=(0, 1, 2)).unbind(-1)
-        parts = [count / level for count, level in zip(kept, self.levels, strict=True)]
-        return torch.stack(parts).sum() / self.num_k_blocks
+        shares = [1.0 / (level * self.num_k_blocks) for level in self.levels]
+        density = kept[0] * shares[0]
+        for count, share in zip(kept[1:], shares[1:], strict=True):
+            density = torch.add(density, count, alpha=share)
+        return density
 
     @functools.cached_property
     def _density(self) -> float:

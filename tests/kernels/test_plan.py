@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from sparse_video_attention.kernels import BlockPlan
+from sparse_video_attention.kernels import BlockPlan, lists
+from sparse_video_attention.kernels import plan as plan_module
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 PACKED = pytest.mark.parametrize("packed", [True, False], ids=["packed", "strided"])
 
@@ -46,16 +48,29 @@ def lists_of(plan):
     return out
 
 
+class CountingMode(TorchDispatchMode):
+    """Keeps the operations that are more than a view: each is a launch on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not any(result.alias_info for result in func._schema.returns):
+            self.operations.append(func)
+        return func(*args, **(kwargs or {}))
+
+
 @PACKED
 @pytest.mark.parametrize("shape", [(4, 7), (3, 4, 7), (2, 3, 4, 7)], ids=["MN", "HMN", "BHMN"])
 def test_lists_hold_the_blocks_of_each_level_ascending(shape, packed):
     levels = random_levels(*shape)
-    lists = lists_of(plan_of(levels, packed=packed))
+    found = lists_of(plan_of(levels, packed=packed))
     full = levels.reshape((1,) * (4 - levels.ndim) + tuple(shape))
-    for (b, h, i, level), blocks in lists.items():
+    for (b, h, i, level), blocks in found.items():
         expected = [j for j in range(7) if full[b, h, i, j] == level]
         assert blocks == expected, f"row {i} of head {h}, sample {b}, level {level}"
-    assert sum(map(len, lists.values())) == int((levels > 0).sum())
+    assert sum(map(len, found.values())) == int((levels > 0).sum())
 
 
 @PACKED
@@ -94,6 +109,31 @@ def test_density_is_the_mean_of_one_over_level(packed):
     exact = np.where(levels > 0, 1.0 / np.maximum(levels.numpy(), 1), 0.0).mean()
     assert plan.density() == pytest.approx(exact, rel=1e-6)
     assert float(plan.density_tensor()) == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("levels", [(1,), (1, 2, 4, 8)], ids=str)
+def test_density_takes_few_launches(levels):
+    """It is asked for in every call of a dynamic policy."""
+    plan = plan_of(random_levels(2, 3, 5, 9, choices=(0, *levels)))
+    assert plan.levels == levels
+    with CountingMode() as counted:
+        plan.density_tensor()
+    assert len(counted.operations) <= 3 + len(levels)
+
+
+def test_a_mask_is_read_where_it_is(monkeypatch):
+    given = []
+    monkeypatch.setattr(lists, "_has_triton", lambda: False)
+    monkeypatch.setattr(
+        plan_module,
+        "strided_lists",
+        lambda levels, kept: given.append(levels) or lists.strided_lists(levels, kept),
+    )
+    mask = random_levels(2, 3, 5, 9, choices=(0, 1)).bool()
+    before = mask.clone()
+    BlockPlan.from_mask(mask, block_m=64, block_n=32, q_len=320, k_len=288, packed=False)
+    assert given[0].data_ptr() == mask.data_ptr()
+    assert torch.equal(mask, before)
 
 
 def test_counts_are_per_row_and_level():
