@@ -14,9 +14,11 @@ from .triton_pool import pool_kernel
 from .triton_quantize import quantize_blocks_kernel, quantize_queries_kernel
 from .triton_statistics import statistics_kernel
 
-# Upper limits of the scratch memory of a call, unless one head needs more: in bytes, and for
-# plans without pooled levels as a share of q, k, v and the output.
+# Upper limits of the scratch memory of a call, unless one head needs more: in bytes or, if that is
+# more, as a share of the GPU's memory, since most of a GPU idles while a group's last programs
+# end; and for plans without pooled levels as a share of q, k, v and the output.
 SCRATCH_BYTES = 256 * 2**20
+GPU_SHARE = 0.01
 BINARY_SHARE = 0.1
 MAX_GRID_Y = 65535
 # Tokens per partial sum of the mean key.
@@ -27,6 +29,14 @@ FP8_MAX = 448.0
 def strides(x: Tensor) -> tuple[int, int, int]:
     """Of batch, head and token; channels are contiguous."""
     return x.stride(0), x.stride(1), x.stride(2)
+
+
+def scratch_limit(device: torch.device) -> int:
+    """Bytes of scratch that a call on this device may have."""
+    if device.type != "cuda":
+        return SCRATCH_BYTES
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(SCRATCH_BYTES, int(GPU_SHARE * memory))
 
 
 class Scratch:
@@ -52,7 +62,7 @@ class Scratch:
         k_dtype = torch.int8 if self.quantized else k.dtype
         per_head = self.v_rows * k.element_size() + self.k_rows * k_dtype.itemsize + fp8_rows
         per_head = max(1, (per_head + q_rows) * head_dim + q_rows * torch.float32.itemsize)
-        limit = SCRATCH_BYTES
+        limit = scratch_limit(k.device)
         if plan.levels == (1,):
             inputs_and_output = 2 * (call.q.numel() + k.numel()) * k.element_size()
             limit = min(limit, int(BINARY_SHARE * inputs_and_output))

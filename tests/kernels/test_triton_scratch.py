@@ -1,12 +1,15 @@
 """Memory that the "triton" kernel needs beside q, k, v and the output, at sizes of real models."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from sparse_video_attention.kernels import BlockPlan
 from sparse_video_attention.kernels.registry import KernelCall
 
 pytest.importorskip("triton")
-from sparse_video_attention.kernels.triton_scratch import Scratch
+from sparse_video_attention.kernels import triton_scratch
+from sparse_video_attention.kernels.triton_scratch import Scratch, scratch_limit
 
 # heads, head_dim, tokens of one layer's self-attention
 SHAPES = {
@@ -59,3 +62,19 @@ def test_heads_are_spread_evenly_over_the_launches(shape, levels, batch):
 def test_one_head_is_served_however_much_it_needs():
     scratch, _, _ = scratch_for((1, 128, 2_000_000), "int8", (1, 2, 4, 8))
     assert scratch.group == 1
+
+
+@pytest.mark.parametrize(
+    "gigabytes, mebibytes, groups", [(16, 256, 6), (80, 819, 2), (141, 1443, 1)]
+)
+def test_a_large_gpu_does_a_layer_in_fewer_launches(monkeypatch, gigabytes, mebibytes, groups):
+    memory = gigabytes * 2**30
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory)
+    )
+    limit = scratch_limit(torch.device("cuda"))
+    assert limit // 2**20 == mebibytes
+    monkeypatch.setattr(triton_scratch, "scratch_limit", lambda device: limit)
+    scratch, used, _ = scratch_for(SHAPES["wan-14b-720p"], "native", (1, 2, 4, 8))
+    assert used <= limit
+    assert -(-40 // scratch.group) == groups
