@@ -42,10 +42,10 @@ def attention_kernel(
     stride_qn,
     stride_kb,
     stride_kh,
-    stride_kn,
+    stride_kn: tl.constexpr,
     stride_vb,
     stride_vh,
-    stride_vn,
+    stride_vn: tl.constexpr,
     stride_ob,
     stride_oh,
     stride_on,
@@ -79,6 +79,8 @@ def attention_kernel(
         num_k_blocks * BLOCK_N]; these and ScratchV are to be multiplied by VScale [heads of this
         launch, HEAD_DIM].
     LEVELS: the sum of the plan's levels, which are powers of two. scale: times log2(e).
+    stride_kn, stride_vn: a model has one of each; as constants they spare the loops a tenth of
+        their instructions, which were 64-bit products.
     """
     block_m = tl.program_id(0)
     local_head = tl.program_id(1).to(tl.int64)

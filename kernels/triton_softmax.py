@@ -76,9 +76,10 @@ def softmax_step(
         weights = tl.math.exp2(logits - (new_max - SHIFT)[:, None])
     else:
         new_max = tl.maximum(row_max, (tl.max(products, 1) - zero) * scale + bias)
-        weights = tl.math.exp2(
-            products * column - (new_max - (bias + SHIFT) + zero * scale)[:, None]
-        )
+        taken_off = new_max - (bias + SHIFT)
+        if QUANTIZED:
+            taken_off += zero * scale
+        weights = tl.math.exp2(products * column - taken_off[:, None])
     rescale = tl.math.exp2(row_max - new_max)
     row_sum = row_sum * rescale + tl.sum(weights, 1)
     if FP8_VALUES:
