@@ -238,7 +238,9 @@ def attention_kernel(
     COPIES: gl.constexpr = TILE_N // BLOCK_N
     BUFFERS: gl.constexpr = STAGES * CHUNKS * COPIES
     dtype: gl.constexpr = q_desc.dtype
-    block_m = gl.program_id(0)
+    # The last query block goes first: ragged or text, it often has the longest list, and begun
+    # last it would run when all else has ended.
+    block_m = (gl.program_id(0) + gl.num_programs(0) - 1) % gl.num_programs(0)
     batch = gl.program_id(1) // heads
     head = gl.program_id(1) % heads
     bounds = Bounds + batch.to(gl.int64) * stride_bounds_b + head.to(gl.int64) * stride_bounds_h

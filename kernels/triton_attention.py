@@ -82,7 +82,9 @@ def attention_kernel(
     stride_kn, stride_vn: a model has one of each; as constants they spare the loops a tenth of
         their instructions, which were 64-bit products.
     """
-    block_m = tl.program_id(0)
+    # The last query block goes first: ragged or text, it often has the longest list, and begun
+    # last it would run when all else has ended.
+    block_m = tl.where(tl.program_id(0) > 0, tl.program_id(0), tl.num_programs(0)) - 1
     local_head = tl.program_id(1).to(tl.int64)
     head = first_head + tl.program_id(1)
     # int64: 160000 tokens of 40 heads pass 2**31 elements.

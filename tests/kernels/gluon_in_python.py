@@ -125,6 +125,7 @@ GL = types.SimpleNamespace(
     SliceLayout=lambda *args: None,
     static_range=range,
     program_id=lambda axis: torch.tensor(Program.current.ids[axis]),
+    num_programs=lambda axis: Program.current.grid[axis],
     allocate_shared_memory=_allocate,
     warp_specialize=lambda *args: Program.current.run(*args),
     load=_load,
@@ -172,11 +173,11 @@ def python_functions(module, **replaced):
     return functions
 
 
-def run_program(kernel, ids, arguments, *, seed, **constants):
+def run_program(kernel, ids, grid, arguments, *, seed, **constants):
     """Run one program of the grid; arguments as for the kernel, descriptors and pointers modelled.
 
     Raises:
         Deadlock, AssertionError: the program does not keep the rules.
     """
-    Program.current = Program(ids, seed)
+    Program.current = Program(ids, grid, seed)
     kernel(*arguments, **constants)

@@ -141,8 +141,8 @@ class Program:
 
     current: "Program"
 
-    def __init__(self, ids, seed):
-        self.ids, self.random = ids, random.Random(seed)
+    def __init__(self, ids, grid, seed):
+        self.ids, self.grid, self.random = ids, grid, random.Random(seed)
         self.turn = threading.Semaphore(0)
         self.copies = []
         self.order = {}
