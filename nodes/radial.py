@@ -62,10 +62,14 @@ class PatchRadialAttention(io.ComfyNode):
                 model_input(),
                 dense_layers_input(),
                 dense_timesteps_input(),
-                io.Combo.Input(
+                # No combo: ComfyUI's page takes a combo's options for text, marks 128 as wrong, and
+                # sends a chosen 64 as "64", which the server refuses.
+                io.Int.Input(
                     "block_size",
-                    options=list(BLOCK_SIZES),
                     default=128,
+                    min=min(BLOCK_SIZES),
+                    max=max(BLOCK_SIZES),
+                    step=64,
                     optional=True,
                     tooltip=(
                         "Tokens per block of the mask. 64 follows the mask more closely, 128 is "

@@ -49,8 +49,8 @@ def number(kind, low, high):
 
 
 def choice(*options):
-    # 128.0 is a size that has come through a float; no other option equals a float.
-    return lambda value: any(type(value) in (type(o), float) and value == o for o in options)
+    # True and 0.0 equal numbers, and are none of them.
+    return lambda value: any(type(value) is type(o) and value == o for o in options)
 
 
 def boolean(value):
@@ -80,7 +80,7 @@ ALLOWS = {
     "PatchRadialAttention": SCHEDULE
     | {
         "dense_timesteps": number(int, -1, 100),
-        "block_size": choice(128, 64),
+        "block_size": lambda value: int(value) in (128, 64),
         "decay_factor": number(float, 0, 2),
         "skipped_blocks": choice("drop", "pool"),
     },

@@ -193,7 +193,7 @@ class TestBadInput:
         [
             ("dense_timesteps", 101),
             ("dense_timesteps", -2),
-            ("block_size", 96),
+            ("block_size", 32),
             ("decay_factor", 2.5),
             ("skipped_blocks", "keep"),
             ("kernel", "fastest"),
@@ -203,6 +203,10 @@ class TestBadInput:
         with pytest.raises(WorkflowRejected) as error:
             run(tiny(**{name: value}))
         assert name in str(error.value) and str(value) in str(error.value)
+
+    def test_a_block_size_between_the_two_is_refused_before_sampling(self, run, tiny):
+        with pytest.raises(DevError, match="block_size 96: allowed are 128 and 64"):
+            run(tiny(block_size=96))
 
     def test_a_model_that_is_not_supported_is_named(self, run, tiny):
         with pytest.raises(DevError) as error:
