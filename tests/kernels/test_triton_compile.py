@@ -18,6 +18,7 @@ from sparse_video_attention.kernels import (  # noqa: E402
     triton_lists,
     triton_pool,
     triton_quantize,
+    triton_scratch,
     triton_statistics,
 )
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -82,14 +83,19 @@ def resources(compiled, tmp_path):
     return int(found[1]), int(found[2])
 
 
-def loops(compiled, tmp_path):
-    """Machine instructions of every innermost loop, without their predicates."""
+def instructions(compiled, tmp_path):
+    """[(address, machine instruction without its predicate)]"""
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     command = [NVIDIA_TOOLS / "cuobjdump", "--dump-sass", cubin]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.findall(r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?(.*?) *;", text)
-    code = [(int(address, 16), instruction) for address, instruction in found]
+    return [(int(address, 16), instruction) for address, instruction in found]
+
+
+def loops(compiled, tmp_path):
+    """Machine instructions of every innermost loop."""
+    code = instructions(compiled, tmp_path)
     backwards = [
         (int(target[1], 16), address)
         for address, instruction in code
@@ -260,9 +266,26 @@ def test_the_passes_over_q_k_v_do_not_spill(tmp_path, levels):
         lists = {"LEVELS": 15, "NUM_LEVELS": 4, "CHUNK": triton_lists.MAX_CHUNK}
         kernels["lists"] = source(triton_lists.lists_kernel, "i8", lists)
     for name, kernel in kernels.items():
-        warps = 8 if name in ("pool", "blocks") else 4
+        warps = triton_scratch.warps_per_block(128, 128) if name in ("pool", "blocks") else 4
         _, stack = resources(compile_for_nvidia(kernel, 89, num_warps=warps), tmp_path)
         assert stack == 0, name
+
+
+@pytest.mark.parametrize("block_n", [32, 64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_keys_and_values_are_read_in_pieces_of_16_bytes(tmp_path, block_n, head_dim):
+    shape = {"LEVELS": sum(PYRAMID), "BLOCK_N": block_n, "HEAD_DIM": head_dim}
+    quantize = {**shape, "NUM_LEVELS": len(PYRAMID), "FP8": False}
+    warps = triton_scratch.warps_per_block(block_n, head_dim)
+    pool = source(triton_pool.pool_kernel, "bf16", shape)
+    blocks = source(triton_quantize.quantize_blocks_kernel, "bf16", quantize, {"ScratchK": "*i8"})
+    for kernel in (pool, blocks):
+        compiled = compile_for_nvidia(kernel, 90, num_warps=warps)
+        read = [one for one in instructions(compiled, tmp_path) if one[1].startswith("LDG")]
+        # Keys once for their scales and once to store, or keys and values.
+        assert sum("LDG.E.128" in instruction for _, instruction in read) >= 16
+        _, stack = resources(compiled, tmp_path)
+        assert stack == 0
 
 
 @pytest.mark.parametrize(
