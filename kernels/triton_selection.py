@@ -54,10 +54,24 @@ def count_within(bits, values, limit, total, length):
 
 
 @triton.jit
+def _first(chosen, count):
+    """Mask of the first `count` that are chosen, of a row of less than 2**14 entries.
+
+    Bisected too: a scan takes far more registers.
+    """
+    place = tl.arange(0, chosen.shape[0])
+    # Mostly all are wanted, and there is nothing to look for.
+    too_many = tl.sum(chosen.to(tl.int32), 0) > count
+    end = tl.where(too_many, 0, 1 << 14)  # before it no more than count are chosen
+    for step in tl.range(0, tl.where(too_many, 14, 0)):
+        trial = end | (1 << (13 - step))
+        end = tl.where(tl.sum((chosen & (place < trial)).to(tl.int32), 0) > count, end, trial)
+    return chosen & (place < end)
+
+
+@triton.jit
 def largest(bits, count, SIGNED: tl.constexpr):
     """Mask of the count largest; of equal ones the first."""
     edge = edge_of_count(bits, count, SIGNED)
     above = bits > edge
-    equal = (bits == edge).to(tl.int32)
-    left = count - tl.sum(above.to(tl.int32), 0)
-    return above | ((equal > 0) & (tl.cumsum(equal, 0) <= left))
+    return above | _first(bits == edge, count - tl.sum(above.to(tl.int32), 0))

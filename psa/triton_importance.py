@@ -1,6 +1,6 @@
 """Triton twin of block importance: straight from q and k, without a copy of the sample.
 
-A program scores 128 sampled rows of one head. A tile is one sampled token of each of BLOCKS key
+A program scores some sampled rows of one head. A tile is one sampled token of each of BLOCKS key
 blocks; running over the places inside a block, the maximum per key block is an elementwise
 maximum of products, which needs no exchange between threads. The rows' own maxima have to be
 known before any score can be written, so a program passes over the keys twice. What the first
@@ -11,23 +11,54 @@ are.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernels.triton_launch import architecture, knows_maxnreg
+from ..kernels.triton_launch import Launch, architecture, options
 
-ROWS = 128
-BLOCKS = 64
-NUM_WARPS = 8
-NUM_STAGES = 3
-HOPPER_REGISTERS = 128
 PROGRAMS_PER_SM = 2
 MAX_SCRATCH_BYTES = 2**27
 # Programs under the interpreter, where there is no device to ask.
 INTERPRETED_PROGRAMS = 3
 LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sampled rows and key blocks of a tile, and how it is launched: with 8 warps."""
+
+    rows: int = 128
+    blocks: int = 64
+    num_stages: int = 3
+    maxnreg: int = 0
+
+    def options(self) -> dict[str, int]:
+        """For Triton's launch."""
+        return options(Launch(self.blocks, 8, self.num_stages, self.maxnreg))
+
+
+# The largest that no register spills from; chosen from compiled counts, none is measured. Hopper
+# runs two programs per multiprocessor at 128 registers; the products of other architectures hold
+# their operands in registers, of which RDNA's lanes have 256.
+TILE = Tile()
+HOPPER = Tile(maxnreg=128)
+RDNA = {
+    ("gfx11", 64): Tile(64, 64, 2),
+    ("gfx11", 128): Tile(64, 32, 2),
+    ("gfx12", 64): Tile(64, 64, 2),
+    ("gfx12", 128): Tile(64, 64, 2),
+}
+
+
+def tile_for(arch: int | str, head_dim: int) -> Tile:
+    """See triton_launch.architecture; the capability of AMD's MI200 and MI300 begins with 9 too."""
+    if isinstance(arch, str):
+        return RDNA.get((arch[:5], head_dim), TILE)
+    return HOPPER if arch == 90 else TILE
 
 
 @triton.jit
@@ -159,8 +190,9 @@ def refuses(q: Tensor, k: Tensor, tokens_per_q_block: int, scale: float) -> str 
         return f"head_dim {q.shape[3]} is not 64 or 128"
     if q.stride(3) != 1 or k.stride(3) != 1:
         return "the head dimension is not contiguous"
-    if ROWS % tokens_per_q_block:
-        return f"{tokens_per_q_block} sampled tokens per block do not divide {ROWS}"
+    rows = tile_for(architecture(q.device), q.shape[3]).rows
+    if rows % tokens_per_q_block:
+        return f"{tokens_per_q_block} sampled tokens per block do not divide {rows}"
     return "the scale is negative" if scale < 0 else None
 
 
@@ -191,27 +223,21 @@ def importance(
     out = torch.empty(
         (batch, heads, num_q_blocks, num_k_blocks), dtype=torch.float32, device=q.device
     )
-    tiles_per_head = -(-num_q_blocks * tokens_per_q_block // ROWS)
+    tile = tile_for(architecture(q.device), head_dim)
+    tiles_per_head = -(-num_q_blocks * tokens_per_q_block // tile.rows)
     num_tiles = batch * heads * tiles_per_head
     programs = min(num_tiles, _resident_programs(q.device))
-    kept = programs * ROWS * -(-num_k_blocks // BLOCKS) * BLOCKS
+    kept = programs * tile.rows * -(-num_k_blocks // tile.blocks) * tile.blocks
     keep_maxima = kept * out.element_size() <= MAX_SCRATCH_BYTES
     scratch = out.new_empty(kept if keep_maxima else 1)
     importance_kernel[(programs,)](
         q, k, out, scratch, q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1),
         k.stride(2), heads, q_len, k_len, num_q_blocks, num_k_blocks, tokens_per_k_block,
         tiles_per_head, num_tiles, scale * LOG2_E, TOKENS_Q=tokens_per_q_block, STRIDE=stride,
-        OFFSET=offset, KEEP_MAXIMA=keep_maxima, ROWS=ROWS, BLOCKS=BLOCKS, HEAD_DIM=head_dim,
-        num_warps=NUM_WARPS, num_stages=NUM_STAGES, **register_limit(q.device),
+        OFFSET=offset, KEEP_MAXIMA=keep_maxima, ROWS=tile.rows, BLOCKS=tile.blocks,
+        HEAD_DIM=head_dim, **tile.options(),
     )  # fmt: skip
     return out
-
-
-def register_limit(device: torch.device) -> dict[str, int]:
-    """Hopper runs two programs per multiprocessor at 128 registers, without a spill; the products
-    of other architectures hold their operands in registers and need more."""
-    # By architecture: the capability of AMD's MI200 and MI300 begins with 9 too.
-    return {"maxnreg": HOPPER_REGISTERS} if architecture(device) == 90 and knows_maxnreg() else {}
 
 
 def _resident_programs(device: torch.device) -> int:

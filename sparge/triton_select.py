@@ -83,7 +83,7 @@ def refuses(num_k_blocks: int) -> str | None:
 
 def _warps(width: int) -> int:
     """One warp needs no barrier between its threads; wide rows would not fit its registers."""
-    return max(1, min(8, width // 512))
+    return max(1, min(16, width // 512))
 
 
 def select(

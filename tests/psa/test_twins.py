@@ -27,11 +27,15 @@ def random_k(batch, heads, tokens, head_dim):
     x = torch.randn(batch, tokens, heads, head_dim, generator=generator).mul_(1.5)
     return x.half().transpose(1, 2)
 
-for batch, heads, tokens, head_dim, block_m, block_n, scratch in [
-    (2, 2, 1000, 64, 128, 64, 2**27), (1, 1, 2100, 128, 64, 32, 0), (1, 3, 63, 64, 256, 128, 2**27),
+rdna = triton_importance.tile_for("gfx1100", 128)
+for batch, heads, tokens, head_dim, block_m, block_n, scratch, tile in [
+    (2, 2, 1000, 64, 128, 64, 2**27, None), (1, 1, 2100, 128, 64, 32, 0, None),
+    (1, 3, 63, 64, 256, 128, 2**27, None), (1, 1, 1100, 64, 128, 32, 2**27, rdna),
+    (1, 1, 600, 64, 256, 64, 0, rdna),
 ]:
     q, k = random_k(batch, heads, tokens, head_dim), random_k(batch, heads, tokens + 70, head_dim)
     triton_importance.MAX_SCRATCH_BYTES = scratch
+    triton_importance.tile_for = lambda arch, head_dim: tile or triton_importance.TILE
     counts = {"tokens_per_q_block": block_m // 4, "tokens_per_k_block": block_n // 4}
     got = triton_importance.importance(q, k, **counts, scale=0.2, stride=4, offset=2)
     want = token_importance(q, k, block_m=block_m, block_n=block_n, scale=0.2)
@@ -91,12 +95,10 @@ def importance_kernel(capability, head_dim, keep):
     from sparse_video_attention.psa import triton_importance as twin
 
     constants = {"TOKENS_Q": 32, "STRIDE": 4, "OFFSET": 2, "KEEP_MAXIMA": keep}
-    constants |= {"ROWS": twin.ROWS, "BLOCKS": twin.BLOCKS, "HEAD_DIM": head_dim}
-    options = {"num_warps": twin.NUM_WARPS, "num_stages": twin.NUM_STAGES}
-    if capability == 90:
-        options["maxnreg"] = twin.HOPPER_REGISTERS
+    tile = twin.tile_for(capability, head_dim)
+    constants |= {"ROWS": tile.rows, "BLOCKS": tile.blocks, "HEAD_DIM": head_dim}
     types = {"Q": "*bf16", "K": "*bf16", "Out": "*fp32", "Scratch": "*fp32", "scale": "fp32"}
-    return compiled(twin.importance_kernel, types, constants, capability, options)
+    return compiled(twin.importance_kernel, types, constants, capability, tile.options())
 
 
 def levels_kernel(capability, width, by_threshold):
@@ -134,13 +136,18 @@ def compiled(kernel, types, constants, capability, options):
     source = triton.compiler.ASTSource(
         fn=kernel, signature=signature, constexprs=constants, attrs=aligned
     )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    target = GPUTarget("hip" if isinstance(capability, str) else "cuda", capability, 32)
+    return triton.compile(source, target=target, options=options)
 
 
 def assembled(kernel, capability, tmp_path):
-    """(registers, spilled bytes) by the assembler's own report."""
+    """(registers, how much is spilled) by the assembler's own report."""
     import triton
 
+    if isinstance(capability, str):
+        counted = (rf"\.vgpr_{what}:\s+(\d+)" for what in ("count", "spill_count"))
+        registers, spilled = (re.search(each, kernel.asm["amdgcn"])[1] for each in counted)
+        return int(registers), int(spilled)
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     found = sorted(folder.glob("ptxas*"), key=lambda path: "blackwell" not in path.name)
     if not found:
@@ -158,7 +165,7 @@ def assembled(kernel, capability, tmp_path):
 
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "twice"])
 @pytest.mark.parametrize("head_dim", [64, 128], ids=["D64", "D128"])
-@pytest.mark.parametrize("capability", [80, 90], ids=["sm80", "sm90"])
+@pytest.mark.parametrize("capability", [80, 90, "gfx1100", "gfx1201"], ids=str)
 def test_importance_compiles_without_spills(capability, head_dim, keep, tmp_path):
     pytest.importorskip("triton")
     kernel = importance_kernel(capability, head_dim, keep)
@@ -172,8 +179,20 @@ def test_importance_compiles_without_spills(capability, head_dim, keep, tmp_path
 
 
 @pytest.mark.parametrize("by_threshold", [False, True], ids=["topk", "thresholdbound"])
-@pytest.mark.parametrize("width", [256, 1024, 4096])
-@pytest.mark.parametrize("capability", [80, 90], ids=["sm80", "sm90"])
+@pytest.mark.parametrize(
+    ("capability", "width"),
+    [
+        (80, 256),
+        (80, 1024),
+        (80, 4096),
+        (89, 8192),
+        (90, 1024),
+        (90, 8192),
+        ("gfx1100", 2048),
+        ("gfx1100", 8192),
+    ],
+    ids=str,
+)
 def test_levels_compile_without_spills(capability, width, by_threshold, tmp_path):
     pytest.importorskip("triton")
     kernel = levels_kernel(capability, width, by_threshold)
@@ -188,7 +207,7 @@ def test_similarity_compiles_without_spills(capability, block_n, tmp_path):
     assert assembled(kernel, capability, tmp_path)[1] == 0
 
 
-@pytest.mark.parametrize(("name", "registers"), [(None, {"maxnreg": 128}), ("gfx942:sramecc+", {})])
+@pytest.mark.parametrize(("name", "registers"), [(None, 128), ("gfx942:sramecc+", None)])
 def test_registers_are_limited_on_hopper_and_not_on_amd_of_the_same_number(
     monkeypatch, name, registers
 ):
@@ -199,9 +218,10 @@ def test_registers_are_limited_on_hopper_and_not_on_amd_of_the_same_number(
     )
     triton_launch.architecture.cache_clear()
     try:
-        assert triton_importance.register_limit(torch.device("cuda", 0)) == registers
+        arch = triton_launch.architecture(torch.device("cuda", 0))
     finally:
         triton_launch.architecture.cache_clear()
+    assert triton_importance.tile_for(arch, 128).options().get("maxnreg") == registers
 
 
 @pytest.mark.gpu

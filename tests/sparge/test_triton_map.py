@@ -141,7 +141,7 @@ def test_compiles_without_spilling(capability, block, head_dim, tmp_path):
 
 @pytest.mark.parametrize("by_mass", [False, True], ids=["topk", "cdfthreshd"])
 @pytest.mark.parametrize("width", [512, 2048, 8192], ids=lambda width: f"N{width}")
-@pytest.mark.parametrize("capability", [80, 90], ids=["sm80", "sm90"])
+@pytest.mark.parametrize("capability", [80, 89, 90], ids=["sm80", "sm89", "sm90"])
 def test_selection_compiles_without_spilling(capability, width, by_mass, tmp_path):
     triton = pytest.importorskip("triton")
     from sparse_video_attention.sparge import triton_select
