@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from sparse_video_attention.kernels.registry import PRECISIONS, KernelCall
@@ -28,15 +28,16 @@ from .method_list import methods
 from .shapes import Shape
 from .structured import structured_inputs
 
-# One per core would have each wait for memory and the GPU's start.
-MAX_PROCESSES = 12
-# 512 tokens: the kernels that run a plan are compiled once for all sizes.
-KERNEL_SHAPE = "2x16x16:2x{}"
+# More would not find room in a GPU of 80 GB beside each other.
+MAX_PROCESSES = 7
+# 512 tokens: the kernels that run a plan are compiled once for all sizes, but anew for other heads,
+# since a token's stride is a constant to them.
+KERNEL_SHAPES = {128: "2x16x16:40x128", 64: "2x16x16:48x64"}
 
 
 @dataclass(frozen=True)
 class Job:
-    """A method on a shape, or a kernel (not `method`) on KERNEL_SHAPE, by name."""
+    """A method on a shape, or a kernel (not `method`) on one of KERNEL_SHAPES, by name."""
 
     name: str
     shape: str
@@ -45,8 +46,8 @@ class Job:
     method: bool
 
     def run(self) -> None:
-        """The smallest call that compiles what a measurement of it does."""
-        shape, device = few_heads(find_grid_shape(self.shape)), torch.device(self.device)
+        """A call that compiles what a measurement of it does."""
+        shape, device = find_grid_shape(self.shape), torch.device(self.device)
         if not self.method:
             call = _kernel_call(shape, self.dtype, device)
             found = {contender.name: contender for contender, _ in plan_contenders(call)}
@@ -59,15 +60,6 @@ class Job:
             shape.layout, shape.heads, shape.head_dim, dtype=DTYPES[self.dtype], device=device
         )
         MethodCall(listed[self.name].policy, shape.layout, inputs, precision).run()
-
-
-def few_heads(shape: GridShape) -> GridShape:
-    """The shape with fewer heads.
-
-    Triton compiles anew for numbers that are 1, and for those that 16 divides: they stay so.
-    """
-    heads = 16 if shape.heads % 16 == 0 else min(shape.heads, 2)
-    return replace(shape, heads=heads)
 
 
 def _kernel_call(shape: GridShape, dtype: str, device: torch.device) -> KernelCall:
@@ -88,7 +80,7 @@ def jobs(arguments: argparse.Namespace, device: torch.device) -> Iterator[Job]:
             if method.policy.dense_reason(shape.layout) is None:
                 yield Job(method.name, name, *where, method=True)
     for head_dim in arguments.head_dims:
-        name = KERNEL_SHAPE.format(head_dim)
+        name = KERNEL_SHAPES[head_dim]
         call = _kernel_call(find_grid_shape(name), arguments.dtype, device)
         for contender, reason in plan_contenders(call):
             if reason is None and contender.kernel in arguments.kernels:
@@ -119,7 +111,14 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--dtype", choices=DTYPES, default="bf16")
     result.add_argument("--kernels", nargs="*", default=(), metavar="KERNEL", help="compile these")
-    result.add_argument("--head-dims", nargs="+", type=int, default=(128, 64), help="of kernels")
+    result.add_argument(
+        "--head-dims",
+        nargs="+",
+        type=int,
+        choices=KERNEL_SHAPES,
+        default=(128, 64),
+        help="of kernels",
+    )
     result.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=("auto",))
     result.add_argument("--processes", type=int, default=MAX_PROCESSES)
     result.add_argument("--device", help="default: the first GPU, or cpu")

@@ -20,15 +20,21 @@ def ordered_bits(x):
 
 
 @triton.jit
-def edge_of_count(bits, wanted, SIGNED: tl.constexpr):
+def edge_of_count(bits, wanted, SIGNED: tl.constexpr, guess=None):
     """The wanted-th largest of bits; above all of them if none is wanted.
 
-    SIGNED: some that are wanted may be negative.
+    SIGNED: some that are wanted may be negative. guess: not negative, tried first.
     """
     found = 0
+    steps = 31
     if SIGNED:
         found = tl.where(tl.sum((bits >= 0).to(tl.int32), 0) >= wanted, 0, _LOWEST)
-    for step in tl.range(0, 31):
+    if guess is not None:
+        above = tl.sum((bits > guess).to(tl.int32), 0)
+        right = (above < wanted) & (tl.sum((bits >= guess).to(tl.int32), 0) >= wanted)
+        found = tl.where(right, guess, found)
+        steps = tl.where(right, 0, steps)
+    for step in tl.range(0, steps):
         trial = found | (1 << (30 - step))
         found = tl.where(tl.sum((bits >= trial).to(tl.int32), 0) >= wanted, trial, found)
     return found
@@ -38,7 +44,8 @@ def edge_of_count(bits, wanted, SIGNED: tl.constexpr):
 def count_within(bits, values, limit, total, length):
     """How many of the largest values add up to no more than the limit; length if all do.
 
-    bits: of the values, which are not negative, in int32; total: their sum.
+    bits: of the values, which are not negative, in int32; total: their sum. Returns that and the
+    bits of the first value that does not fit, 0 where all do.
     """
     edge = 0  # of the first one that does not fit
     for step in tl.range(0, 31):
@@ -50,12 +57,12 @@ def count_within(bits, values, limit, total, length):
     value = (bits * 0 + edge).to(tl.float32, bitcast=True)
     fitting = tl.max(tl.math.floor(left / value).to(tl.int32), 0)
     count = tl.sum(above.to(tl.int32), 0) + fitting
-    return tl.where(limit >= total, length, tl.minimum(count, length))
+    return tl.where(limit >= total, length, tl.minimum(count, length)), edge
 
 
 @triton.jit
-def _first(chosen, count):
-    """Mask of the first `count` that are chosen, of a row of less than 2**14 entries.
+def end_of_first(chosen, count):
+    """Before which place the first `count` that are chosen lie, in a row of less than 2**14.
 
     Bisected too: a scan takes far more registers.
     """
@@ -66,12 +73,25 @@ def _first(chosen, count):
     for step in tl.range(0, tl.where(too_many, 14, 0)):
         trial = end | (1 << (13 - step))
         end = tl.where(tl.sum((chosen & (place < trial)).to(tl.int32), 0) > count, end, trial)
-    return chosen & (place < end)
+    return end
+
+
+@triton.jit
+def edge_and_end(bits, count, SIGNED: tl.constexpr, guess=None):
+    """Of the count largest, the least value, and before which place its last one lies."""
+    edge = edge_of_count(bits, count, SIGNED, guess)
+    end = end_of_first(bits == edge, count - tl.sum((bits > edge).to(tl.int32), 0))
+    return edge, end
+
+
+@triton.jit
+def is_among(bits, edge, end):
+    """Mask of what edge_and_end bounds: the largest, of equal ones the first."""
+    return (bits > edge) | ((bits == edge) & (tl.arange(0, bits.shape[0]) < end))
 
 
 @triton.jit
 def largest(bits, count, SIGNED: tl.constexpr):
     """Mask of the count largest; of equal ones the first."""
-    edge = edge_of_count(bits, count, SIGNED)
-    above = bits > edge
-    return above | _first(bits == edge, count - tl.sum(above.to(tl.int32), 0))
+    edge, end = edge_and_end(bits, count, SIGNED)
+    return is_among(bits, edge, end)

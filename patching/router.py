@@ -11,6 +11,7 @@ from torch import Tensor
 from ..kernels.fallback import KernelFallback, KernelRun, NoKernelServesError
 from .attention_call import AttentionCall, classify, read_call
 from .dense_calls import DenseCalls
+from .dense_default import faster_default
 from .log import log, one_line
 from .plans import PlanCache
 from .record import CallRecord, dense_layer_reason
@@ -112,7 +113,8 @@ class AttentionRouter:
                 forward.calls.append(CallRecord(forward.step, layer, ran, density, None, watch))
                 self._compare_speed(func, args, kwargs, call, site, forward, layer, sparse)
                 return sparse.out
-        out, ran = self._run_dense(func, args, kwargs, call, site)
+        default = faster_default(func, call) if self.previous is None else None
+        out, ran = self._run_dense(func, args, kwargs, call, site, default)
         watch.stop()
         forward.calls.append(CallRecord(forward.step, layer, ran, None, reason, watch))
         return out
@@ -144,11 +146,14 @@ class AttentionRouter:
         kwargs: dict[str, Any],
         call: AttentionCall,
         site: AttentionSite | None,
+        default: str | None = None,
     ) -> tuple[Tensor, str]:
-        """(output, who computed it): the backend chosen for the site, else whoever is next."""
+        """(output, who computed it): the backend chosen for the site, else `default`, else
+        whoever is next."""
         options = call.transformer_options
         settings: AttentionSettings = options[SETTINGS_KEY]
         name = None if settings.dense is None else settings.dense.backend(site)
+        name = name or default
         if name is None or site is None:
             return self._hand_on(func, args, kwargs), "dense"
         run: RunState | None = options.get(RUN_KEY)

@@ -1,7 +1,7 @@
 """Triton twin of the levels: one program per row, by selection instead of a sort.
 
-An importance is not negative, so its bits order like integers. A row is read once and stays in
-registers.
+An importance is not negative, so its bits order like integers. A row is read once and its bits
+stay in registers, in as few warps as hold them: the many counts over the row need fewer barriers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernels.triton_selection import count_within, largest
+from ..kernels.triton_selection import count_within, edge_and_end, is_among
 from .levels import (
     CUMULATIVE_SLACK,
     MIN_LEVEL1_SHARE,
@@ -23,13 +23,13 @@ from .levels import (
 
 # Entries a row may have: what a program holds in registers.
 MAX_ENTRIES = 8192
+ENTRIES_PER_WARP = 1024
 MAX_SLOTS = 5
 
 
 @triton.jit
 def _threshold_end(
     bits,
-    importance,
     limit,
     total,
     num_k_blocks,
@@ -38,15 +38,17 @@ def _threshold_end(
     LEVEL: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Where a level of a thresholdbound row ends, after one that ended at `end`."""
-    count = count_within(bits, importance, limit, total, num_k_blocks)
+    """Where a level of a thresholdbound row ends, after one that ended at `end`; and the bits of
+    the importance it likely ends with: alignment can move it by a few ranks."""
+    importance = bits.to(tl.float32, bitcast=True)
+    count, edge = count_within(bits, importance, limit, total, num_k_blocks)
     length = tl.where(count > 0, tl.maximum(count + 1 - end, 0), 0)
     length = (length + ALIGN - 1) // ALIGN * ALIGN
     room = num_k_blocks - end
     end += tl.where(length > room, room // ALIGN * ALIGN, length)
     if LEVEL == 1:
         end = tl.maximum(end, least)
-    return end
+    return end, edge
 
 
 @triton.jit(do_not_specialize=["end0", "end1", "end2", "end3", "end4", "least"])
@@ -86,23 +88,26 @@ def levels_kernel(
     total = tl.sum(importance, 0)
 
     end = 0
-    levels = tl.full([WIDTH], -1, tl.int32)
+    level = tl.full([WIDTH], -1, tl.int8)
     for slot in tl.static_range(NUM_LEVELS):
         if BY_THRESHOLD:
             share = tl.where(slot == 1, share1, share0)
             share = tl.where(slot == 2, share2, tl.where(slot == 3, share3, share))
             share = tl.where(slot == 4, share4, share)
-            end = _threshold_end(
-                bits, importance, share * total, total, num_k_blocks, end, least,
+            end, guess = _threshold_end(
+                bits, share * total, total, num_k_blocks, end, least,
                 (LEVELS >> (4 * slot)) & 15, (ALIGNS >> (4 * slot)) & 15,
             )  # fmt: skip
         else:
+            guess = None
             end = tl.where(slot == 1, end1, end0)
             end = tl.where(slot == 2, end2, tl.where(slot == 3, end3, end))
             end = tl.where(slot == 4, end4, end)
-        taken = largest(bits, end, False)
-        levels = tl.where(taken & (levels < 0), (LEVELS >> (4 * slot)) & 15, levels)
-    tl.store(Levels + row * num_k_blocks + block, tl.maximum(levels, 0).to(tl.int8), mask=inside)
+        edge, cut = edge_and_end(bits, end, False, guess)
+        taken = is_among(bits, edge, cut)
+        level = tl.where(taken & (level < 0), (LEVELS >> (4 * slot)) & 15, level).to(tl.int8)
+    level = tl.where(level < 0, 0, level)
+    tl.store(Levels + row * num_k_blocks + block, level.to(tl.int8), mask=inside)
 
 
 def refuses(num_k_blocks: int) -> str | None:
@@ -117,8 +122,9 @@ def _packed(numbers: list[int]) -> int:
 
 
 def _warps(width: int) -> int:
-    """One warp needs no barrier between its threads; wide rows would not fit its registers."""
-    return max(1, min(8, width // 512))
+    """One warp needs no barrier between its threads; wider rows would not fit its registers, and
+    ptxas gives the threads of more than four warps fewer."""
+    return max(1, width // (ENTRIES_PER_WARP if width <= 4 * ENTRIES_PER_WARP else 512))
 
 
 def levels(
@@ -135,6 +141,8 @@ def levels(
         ends[: len(order)] = [end for _, end in segments]
     else:
         bounds = threshold_order(mask_ratios)
+        if bounds[-1][0] == 0:
+            bounds.pop()  # what no level takes is skipped anyway
         order = [level for level, _ in bounds]
         shares[: len(order)] = [upper + CUMULATIVE_SLACK for _, upper in bounds]
     aligns = [level_alignment(level, block_n=block_n, tile_n=tile_n) for level in order]

@@ -60,7 +60,8 @@ def select_kernel(
         # Blocks that do not compete rank behind weights that are too small for a number.
         bits = tl.where(k_alike, weight.to(tl.int32, bitcast=True), -1)
         total = tl.sum(weight, 0)
-        wanted = tl.maximum(count_within(bits, weight, given * total, total, num_k_blocks), 1)
+        wanted, _ = count_within(bits, weight, given * total, total, num_k_blocks)
+        wanted = tl.maximum(wanted, 1)
         kept = largest(bits, wanted, True)
     else:
         kept = largest(ordered_bits(score), given, True)

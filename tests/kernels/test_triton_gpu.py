@@ -28,7 +28,13 @@ def diagonal_plan(tokens, values, *, kept=4, block=128):
     for step in range(kept):
         levels[torch.arange(blocks, device="cuda"), start + step] = values[step % len(values)]
     return BlockPlan.from_levels(
-        levels, block_m=block, block_n=block, q_len=tokens, k_len=tokens, packed=False
+        levels,
+        block_m=block,
+        block_n=block,
+        q_len=tokens,
+        k_len=tokens,
+        packed=False,
+        allowed=tuple(values),
     )
 
 
@@ -90,7 +96,9 @@ def test_no_device_sync_and_bounded_memory(levels, precision):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     extra = torch.cuda.max_memory_allocated() - before - out.nbytes
-    limit = 272 * 2**20
+    from sparse_video_attention.kernels.triton_scratch import scratch_limit
+
+    limit = scratch_limit(q.device) + 16 * 2**20
     if levels == (1,):
         share = 0.0 if precision == "native" else 0.1
         limit = 2**20 + share * (q.nbytes + k.nbytes + v.nbytes + out.nbytes)

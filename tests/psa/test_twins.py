@@ -95,6 +95,7 @@ def importance_kernel(capability, head_dim, keep):
     from sparse_video_attention.psa import triton_importance as twin
 
     constants = {"TOKENS_Q": 32, "STRIDE": 4, "OFFSET": 2, "KEEP_MAXIMA": keep}
+    constants["stride_kn"] = 5120
     tile = twin.tile_for(capability, head_dim)
     constants |= {"ROWS": tile.rows, "BLOCKS": tile.blocks, "HEAD_DIM": head_dim}
     types = {"Q": "*bf16", "K": "*bf16", "Out": "*fp32", "Scratch": "*fp32", "scale": "fp32"}
