@@ -60,6 +60,7 @@ def _origin(name: str, result: Result) -> str:
     command = result.get("command") or f"python -m benchmarks.{name}"
     commit = str(header["commit"] or "unknown")[:12]
     commit += " with changes not committed" if header.get("uncommitted") else ""
+    commit += f" ({header['note']})" if header.get("note") else ""
     facts = [f"`{command}`", f"commit {commit}", header["date"], f"torch {header['torch']}"]
     facts += [f"triton {header['triton']}"] if header.get("triton") else []
     facts += [f"driver {header['driver']}"] if header.get("driver") else []

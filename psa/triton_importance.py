@@ -21,7 +21,7 @@ from torch import Tensor
 from ..kernels.triton_launch import Launch, architecture, options
 
 PROGRAMS_PER_SM = 2
-MAX_SCRATCH_BYTES = 2**29
+MAX_SCRATCH_BYTES = 2**27
 # Programs under the interpreter, where there is no device to ask.
 INTERPRETED_PROGRAMS = 3
 LOG2_E = 1.4426950408889634
