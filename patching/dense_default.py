@@ -17,6 +17,7 @@ from .attention_call import AttentionCall
 # (32760 tokens, 40 heads of 128, bf16; benchmarks/RESULTS.md). Both are exact attention.
 FASTER_THAN_COMFYUI: dict[int | str, str] = {90: "torch_sdpa"}
 COMFYUI_PYTORCH = "attention_pytorch"
+DTYPES = (torch.float16, torch.bfloat16)
 
 
 def faster_default(func: Callable[..., torch.Tensor], call: AttentionCall) -> str | None:
@@ -29,8 +30,6 @@ def faster_default(func: Callable[..., torch.Tensor], call: AttentionCall) -> st
     """
     if getattr(func, "__name__", "") != COMFYUI_PYTORCH or call.mask is not None:
         return None
-    if call.q.dtype not in (torch.float16, torch.bfloat16):
-        return None
-    if call.attn_precision == torch.float32:
+    if call.q.dtype not in DTYPES or call.attn_precision == torch.float32:
         return None
     return FASTER_THAN_COMFYUI.get(architecture(call.q.device))

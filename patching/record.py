@@ -82,7 +82,7 @@ class RunRecord:
         forwards: of the diffusion model.
         notes: things said once per run.
         dense_backends: the dense backends chosen, as the log says them; empty for none.
-        backend_calls: dense calls by (site, who ran them), where a backend was chosen.
+        backend_calls: dense calls by (site, who ran them), where it was not ComfyUI's choice.
         ended_early: it was stopped, or failed.
     """
 
@@ -204,7 +204,8 @@ class RunRecord:
             f"of {self.seconds:.2f} s"
         )
         parts = [f"{where}: {ran}", f"dense calls: {dense or 'none'}"]
-        parts += [f"dense backends: {self._backends()}"] if self.dense_backends else []
+        if self.dense_backends or self.backend_calls:
+            parts.append(f"dense backends: {self._backends()}")
         return "; ".join([*parts, times, *self._remarks()])
 
     def _backend_summary(self) -> str:

@@ -67,7 +67,8 @@ def test_another_gpu_is_named(monkeypatch):
     assert hopper_kernel._unavailable().endswith("found 12.0")
 
 
-def test_auto_leaves_it_out_until_it_is_measured(as_if_on_hopper, monkeypatch):
+def test_auto_leaves_it_out_where_it_is_not_measured(as_if_on_hopper, monkeypatch):
+    monkeypatch.setattr(hopper_kernel, "MEASURED_RANK", {})
     call = a_call()
     able, reasons = candidates(call)
     assert [kernel.name for kernel, _ in able] == ["torch"]
