@@ -92,20 +92,29 @@ def uncommitted() -> bool | None:
     return _output_of(*command) is not None
 
 
+def _code() -> tuple[str | None, bool | None]:
+    """The commit that is measured, and whether the code differs from it."""
+    # A copy may have another history, or none: benchmarks/gpu/pack.py says what it was made of.
+    told = os.environ.get("BENCHMARKED_COMMIT", "").split()
+    if told:
+        return told[0], "changed" in told[1:]
+    return _output_of("git", "rev-parse", "HEAD"), uncommitted()
+
+
 def header(device: torch.device) -> dict[str, object]:
     """The header of a result file."""
     driver = None
     if device.type == "cuda":
         query = ("--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index or 0}")
         driver = _output_of("nvidia-smi", *query)
+    commit, changed = _code()
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "driver": driver,
         "torch": torch.__version__,
         "triton": _version("triton"),
-        # A copy without its history is told which commit it is.
-        "commit": _output_of("git", "rev-parse", "HEAD") or os.environ.get("BENCHMARKED_COMMIT"),
-        "uncommitted": uncommitted(),
+        "commit": commit,
+        "uncommitted": changed,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }

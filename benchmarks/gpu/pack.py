@@ -1,6 +1,7 @@
 """Gather what a GPU machine without a network needs beside this repository, in .gpu/.
 
     python benchmarks/gpu/pack.py            # ComfyUI's own code, and wheels its import needs
+    python benchmarks/gpu/pack.py --peers    # and the library of comfy-kitchen's attention
     python benchmarks/gpu/pack.py --flash4   # FlashAttention 4 too, in parts of at most 52 MB
 
 The machine is taken to have Python 3.12, PyTorch with Triton, and what they bring. Nothing here is
@@ -38,6 +39,8 @@ FLASH4_WHEELS = (
 )
 # Large, and of no use on an NVIDIA machine: the HIP library, and C headers and stubs.
 LEFT_OUT = ("/hip/_C", "/lib/stubs/")
+# Needed by int8_attention and sol_attn alone; without it a copy fits into 64 MB with room to spare.
+PEERS = "/cuda/_C"
 COMFYUI_FILES = ("folder_paths.py", "node_helpers.py", "comfyui_version.py", "LICENSE")
 # Larger files that are not code are vocabularies of text encoders.
 MAX_DATA_FILE = 200_000
@@ -58,8 +61,8 @@ def download(names: tuple[str, ...], folder: Path, python: str) -> list[Path]:
     return sorted(folder.glob("*.whl"))
 
 
-def slim(wheel: Path, folder: Path) -> Path:
-    """A copy of a wheel without what LEFT_OUT names. It is to be unpacked, not installed."""
+def slim(wheel: Path, folder: Path, left_out: tuple[str, ...] = LEFT_OUT) -> Path:
+    """A copy of a wheel without some of its files. It is to be unpacked, not installed."""
     folder.mkdir(parents=True, exist_ok=True)
     copy = folder / wheel.name
     with (
@@ -67,7 +70,7 @@ def slim(wheel: Path, folder: Path) -> Path:
         zipfile.ZipFile(copy, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as out,
     ):
         for member in source.infolist():
-            if not any(part in f"/{member.filename}" for part in LEFT_OUT):
+            if not any(part in f"/{member.filename}" for part in left_out):
                 out.writestr(member, source.read(member), compresslevel=9)
     return copy
 
@@ -117,6 +120,9 @@ def main() -> None:
     default = os.environ.get("COMFYUI_PATH") or str(ROOT / ".comfyui" / "ComfyUI")
     parser.add_argument("--comfyui", type=Path, default=Path(default))
     parser.add_argument("--python", default="3.12", help="of the GPU machine; default: 3.12")
+    parser.add_argument(
+        "--peers", action="store_true", help="comfy-kitchen's CUDA library too (36 MB)"
+    )
     parser.add_argument("--flash4", action="store_true", help="FlashAttention 4 too")
     options = parser.parse_args()
 
@@ -125,14 +131,15 @@ def main() -> None:
         shutil.rmtree(target / name, ignore_errors=True)
     copy_comfyui(options.comfyui, target / "comfyui")
     for wheel in download(WHEELS, cache / "base", options.python):
-        slim(wheel, target / "wheels")
+        slim(wheel, target / "wheels", LEFT_OUT if options.peers else (*LEFT_OUT, PEERS))
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    (target / "commit").write_text(commit.stdout, encoding="utf-8")
     changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=ROOT, check=False)
+    said = commit.stdout.strip() + (" changed" if changed.returncode else "")
+    (target / "commit").write_text(said + "\n", encoding="utf-8")
     if changed.returncode:
-        print("there are changes that are not committed; results would name a commit without them")
+        print("there are changes that are not committed; results will say so")
     print(f".gpu: {megabytes(target):.1f} MB")
     if options.flash4:
         wheels = download(FLASH4_WHEELS, cache / "flash4", options.python)

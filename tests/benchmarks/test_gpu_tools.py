@@ -15,6 +15,7 @@ from sparse_video_attention.kernels.triton_launch import Launch
 
 from benchmarks.ceilings import Ceiling
 from benchmarks.contenders import plan_for
+from benchmarks.environment import header
 from benchmarks.launch_space import Case, as_source, candidates
 from benchmarks.masks import random_block_mask
 from benchmarks.ncu import ncu_command, read_counters
@@ -202,3 +203,16 @@ def test_the_copied_comfyui_samples(pack, comfyui_folder, tmp_path):
 def test_a_missing_comfyui_is_named_when_packing(pack, tmp_path):
     with pytest.raises(SystemExit, match="no ComfyUI at"):
         pack.copy_comfyui(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [("abc123", ("abc123", False)), ("abc123 changed\n", ("abc123", True))],
+    ids=["clean", "changed"],
+)
+def test_a_copy_says_what_it_was_made_of(monkeypatch, told, expected):
+    monkeypatch.setenv("BENCHMARKED_COMMIT", told)
+    head = header(torch.device("cpu"))
+    assert (head["commit"], head["uncommitted"]) == expected
+    monkeypatch.delenv("BENCHMARKED_COMMIT")
+    assert len(header(torch.device("cpu"))["commit"]) == 40
