@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from sparse_video_attention.kernels import TokenLayout
 from sparse_video_attention.patching.settings import SparsePolicy
-from sparse_video_attention.psa import PsaPolicy, load_presets
+from sparse_video_attention.psa import PsaPolicy, PsaPreset, load_presets
 from sparse_video_attention.radial_attn import RadialPolicy
 from sparse_video_attention.radial_attn.mask import MAX_DECAY_FACTOR
 from sparse_video_attention.sparge import SpargePolicy
@@ -17,6 +17,8 @@ from .structured import AttentionInputs
 
 # Halvings of a setting's range when a density is looked for.
 BISECTIONS = 10
+# Ends the name of a preset whose skipped blocks are pooled, as the node's default is.
+POOLED = " pool"
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,24 @@ def _methods(model_family: str) -> Iterator[Method]:
     # The most telling first, for runs that are cut short.
     yield Method("radial", RadialPolicy())
     yield Method("sparge raster", SpargePolicy())
-    for section, presets in load_presets().items():
-        for name, preset in presets.items():
-            if preset.type == "psa" and section.startswith(model_family):
-                label = f"{section}/{name}"
-                yield Method(f"psa {label}", PsaPolicy.from_preset(preset, label=label))
+    for label, preset in _presets(model_family):
+        yield Method(f"psa {label}", PsaPolicy.from_preset(preset, label=label))
     yield Method("sparge Gilbert", SpargePolicy(block_order="Gilbert"))
     yield Method("radial pool", RadialPolicy(skipped_blocks="pool"))
     yield Method("sparge raster pool", SpargePolicy(skipped_blocks="pool"))
     gilbert = SpargePolicy(block_order="Gilbert", skipped_blocks="pool")
     yield Method("sparge Gilbert pool", gilbert)
+    for label, preset in _presets(model_family):
+        pooling = PsaPolicy.from_preset(preset, skipped_blocks="pool", label=label)
+        yield Method(f"psa {label}{POOLED}", pooling)
+
+
+def _presets(model_family: str) -> Iterator[tuple[str, PsaPreset]]:
+    """("section/preset", the preset)."""
+    for section, presets in load_presets().items():
+        for name, preset in presets.items():
+            if preset.type == "psa" and section.startswith(model_family):
+                yield f"{section}/{name}", preset
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from .method_call import MethodCall
-from .method_list import DIALS, Method, methods, of_equal_density
+from .method_list import DIALS, POOLED, Method, methods, of_equal_density
 from .method_measure import MethodRow, ShapeRow, ShapeRun, fastest, timed_row
 from .result_file import drifted
 
@@ -126,6 +126,7 @@ class ShapeMeasurement:
             row.method: row.density
             for row in self.rows.values()
             if row.method.startswith("psa ") and row.precision == "auto"
+            if not row.method.endswith(POOLED)
         }
         wanted = {name: found for name, found in presets.items() if done.count(name) < len(DIALS)}
         for method in of_equal_density(wanted, self.run.shape.layout, self.run.inputs):

@@ -54,7 +54,7 @@ WAN = Family(
     show=lambda dense: wan_preview(),
     colours="the 16 latent channels in the colours of ComfyUI's own preview",
     miniature_show=wan_preview,
-    prompt=PROMPTS[0],
+    prompt=PROMPTS[1],
     weight="head.modulation",
 )
 COGVIDEOX = Family(
@@ -69,7 +69,7 @@ COGVIDEOX = Family(
         "components of the dense latent, stretched to full contrast, the same for all videos"
     ),
     miniature_show=cogvideox_miniature,
-    prompt=PROMPTS[0],
+    prompt=PROMPTS[2],
     weight="blocks.0.norm1.linear.weight",
 )
 FAMILIES = (WAN, COGVIDEOX)
