@@ -10,6 +10,13 @@ from .tables import Result
 
 # The mask of radial attention, and a density that the dynamic methods reach.
 WANTED_DENSITY = 0.2
+# Radial and Sparge at their nodes' defaults, and the presets of the models that most people have.
+WANTED_METHODS = ("radial", "sparge raster")
+WANTED_METHODS += tuple(
+    f"psa {preset}/psa_balanced{end}"
+    for preset in ("Wan2.1_14b", "CogVideo_5b")
+    for end in ("", " pool")
+)
 NO_GPU = (
     "No GPU is in this table yet: the kernels have been checked in Triton's interpreter and "
     "compiled for every architecture from Ampere to Blackwell, but not yet timed on a card. "
@@ -66,6 +73,37 @@ def _kernel_table(found: dict[str, dict[str, Result]]) -> str:
     return table(head, lines) if lines else ""
 
 
+def _method_table(found: dict[str, dict[str, Result]]) -> str:
+    """Whole calls on GPUs, of what the nodes do at their defaults."""
+    lines = []
+    for folder, files in found.items():
+        if "methods" not in files or folder.startswith("cpu"):
+            continue
+        shapes = {shape["shape"]: shape for shape in files["methods"]["shapes"]}
+        for row in files["methods"]["rows"]:
+            if row["method"] not in WANTED_METHODS or row["call_ms"] is None:
+                continue
+            shape = shapes[row["shape"]]
+            lines.append(
+                (
+                    _device(files["methods"]["header"]),
+                    f"{shape['tokens']} tokens, {shape['heads']} x {shape['head_dim']}",
+                    row["method"],
+                    f"{row['density']:.3f}",
+                    f"{shape['dense']} {spread(shape['dense_ms'], shape['dense_ms_spread'])}",
+                    f"{row['kernel']} {spread(row['call_ms'], row['ms_spread'])}",
+                    ratio(row["speedup"]),
+                )
+            )
+    if not lines:
+        return ""
+    head = ["device", "one attention call", "method", "density", "best dense", "call", "speed-up"]
+    return (
+        "Whole calls, with what chooses the blocks and moves the tokens, on inputs with the "
+        "structure of a video:\n\n" + table(head, lines)
+    )
+
+
 def _step_table(found: dict[str, dict[str, Result]]) -> str:
     lines = []
     for folder, files in found.items():
@@ -95,7 +133,7 @@ def _step_table(found: dict[str, dict[str, Result]]) -> str:
 def speed_table(found: dict[str, dict[str, Result]]) -> str:
     """What stands between the README's marker lines."""
     parts = ["Measured so far, the best dense attention of the same run beside it:"]
-    parts += [_kernel_table(found), _step_table(found)]
+    parts += [_kernel_table(found), _method_table(found), _step_table(found)]
     if all(folder.startswith("cpu") for folder in found):
         parts.append(NO_GPU)
     parts.append(
