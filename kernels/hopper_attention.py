@@ -36,9 +36,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-# Rows of a warpgroup's wgmma.
+# Rows of a warpgroup's wgmma; channels in the 128 bytes over which TMA and wgmma swizzle.
 ROWS: gl.constexpr = gl.constexpr(64)
-# Channels in the 128 bytes over which TMA and wgmma swizzle.
 CHUNK: gl.constexpr = gl.constexpr(64)
 # Below any logit, and finite: a row that has seen no key yet rescales without a NaN.
 LOWEST: gl.constexpr = gl.constexpr(-1e30)
@@ -238,8 +237,7 @@ def attention_kernel(
     COPIES: gl.constexpr = TILE_N // BLOCK_N
     BUFFERS: gl.constexpr = STAGES * CHUNKS * COPIES
     dtype: gl.constexpr = q_desc.dtype
-    # The last query block goes first: ragged or text, it often has the longest list, and begun
-    # last it would run when all else has ended.
+    # The last query block, often with the longest list, goes first: else it runs when all is done.
     block_m = (gl.program_id(0) + gl.num_programs(0) - 1) % gl.num_programs(0)
     batch = gl.program_id(1) // heads
     head = gl.program_id(1) % heads

@@ -8,7 +8,6 @@ import pytest
 
 from benchmarks import results
 from benchmarks.markdown import duration, spread
-from benchmarks.readme_table import speed_table
 from benchmarks.results import BEGIN, BEGIN_QUALITY, END, devices, report, with_tables
 from benchmarks.tables import any_rows, section
 
@@ -150,30 +149,6 @@ def test_the_readme_has_the_fastest_kernel_and_the_fastest_in_8_bits(folder):
     assert ["GPU X", "wan, 8x8x1", "radial", "4 s", "1.50x", "40 s", "1.50x"] in steps
     assert "No GPU is in this table" not in text
     assert with_tables(text, devices(folder)) == text
-
-
-def test_the_readme_has_whole_calls_of_the_defaults_on_gpus():
-    shape = {"shape": "s", "tokens": 900, "heads": 4, "head_dim": 128, "dense": "sdpa"}
-    shape |= {"dense_ms": 30.0, "dense_ms_spread": 3.0}
-    row = {"shape": "s", "kernel": "fast", "density": 0.25, "ms_spread": 1.0, "speedup": 3.0}
-    methods = {
-        "header": {"device": "GPU X"},
-        "shapes": [shape],
-        "rows": [
-            row | {"method": "radial", "call_ms": 10.0},
-            row | {"method": "sparge raster", "call_ms": None},
-            row | {"method": "sparge Gilbert", "call_ms": 10.0},
-        ],
-    }
-    on_cpu = methods | {"header": {"device": "CPU Y"}}
-    text = speed_table({"gpu-x": {"methods": methods}, "cpu-y": {"methods": on_cpu}})
-    calls = [row for row in cells(text) if "900 tokens" in row[1]]
-    assert calls == [
-        [
-            *("GPU X", "900 tokens, 4 x 128", "radial", "0.250"),
-            *("sdpa 30 ms \u00b1 5 %", "fast 10 ms \u00b1 5 %", "3.00x"),
-        ]
-    ]
 
 
 def test_without_a_gpu_the_readme_says_so(folder):
