@@ -86,3 +86,15 @@ def test_others_compile(compiles, arch):
     from sparse_video_attention.kernels.triton_compiler import cannot_compile_for
 
     assert cannot_compile_for(arch) is None
+
+
+def test_a_triton_with_other_arguments_is_given_the_benefit_of_the_doubt(compiles, monkeypatch):
+    """Its compiler is asked in a way that it does not know, which is no word about the GPU."""
+    from sparse_video_attention.kernels import triton_compiler
+
+    def older(fn, signature, constants):
+        raise AssertionError
+
+    monkeypatch.setattr(triton_compiler, "ASTSource", older)
+    assert triton_compiler.cannot_compile_for(NOBODYS) is None
+    assert not compiles
