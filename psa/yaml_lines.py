@@ -143,6 +143,9 @@ class _Reader:
             value = self._loader.construct_object(node)
         except ValueError as error:  # a date that is none, for example
             raise ValueError(f"{self._at(node, path)}: {_cut(node.value)!r} {error}") from error
+        except (AttributeError, LookupError) as error:  # PyYAML's own at "!!bool x"
+            at, tag = self._at(node, path), node.tag.rpartition(":")[2]
+            raise ValueError(f"{at}: {_cut(node.value)!r} is no {tag}") from error
         if isinstance(value, int) and value.bit_length() > MAX_NUMBER_BITS:
             # Python would not write it out in an error further on.
             at = self._at(node, path)
