@@ -93,7 +93,9 @@ def _watch(folder_name: str, path: Path) -> None:
 
 def _changed_since_seen(folder_name: str) -> str:
     """Stamps of watched files that have changed: a first look alone is no change."""
-    seen = [(path, first) for (name, path), first in _FIRST_SEEN.items() if name == folder_name]
+    # A copy: the server checks the next graph while this one runs.
+    known = list(_FIRST_SEEN.items())
+    seen = [(path, first) for (name, path), first in known if name == folder_name]
     return "\n".join(now for path, first in seen if (now := _stamp(path)) != first)
 
 
