@@ -194,7 +194,8 @@ def run(arguments: argparse.Namespace) -> list[Path]:
                 "rows": [],
             }
             if arguments.keep_others:
-                keep_others(result, path, arguments.methods)
+                dense = [] if arguments.floors == 0 else ["dense"]
+                keep_others(result, path, [*arguments.methods, *dense])
             _measure(arguments, pair, shots, _writer(result, path))
             _print_summary(result["rows"])
             print(f"wrote {path}")
@@ -209,6 +210,7 @@ def keep_others(result: dict[str, Any], path: Path, methods: Collection[str]) ->
 
     Args:
         result: about to be written to `path`, still without rows.
+        methods: those measured now; "dense" for the floors.
 
     Raises:
         ValueError: there is no earlier file, or it is of other weights, steps or guidance.
@@ -223,7 +225,8 @@ def keep_others(result: dict[str, Any], path: Path, methods: Collection[str]) ->
                 f"{result[name]}"
             )
     result["rows"] = [row for row in earlier["rows"] if row["method"] not in methods]
-    result["command"] = f"{earlier['command']} && {result['command']}"
+    commands = [*earlier["command"].split(" && "), result["command"]]
+    result["command"] = " && ".join(dict.fromkeys(commands))
 
 
 def weights_facts(weights: Path) -> dict[str, Any]:

@@ -205,6 +205,13 @@ class TestKeepingOthers:
         assert [kept["method"] for kept in result["rows"]] == ["radial", "dense"]
         assert result["command"] == "first && second"
 
+    def test_floors_measured_again_do_not_stand_twice(self, tmp_path):
+        self.earlier(tmp_path / "quality.json", command="first && second")
+        result = self.now()
+        quality.keep_others(result, tmp_path / "quality.json", ["psa", "dense"])
+        assert [kept["method"] for kept in result["rows"]] == ["radial"]
+        assert result["command"] == "first && second"
+
     @pytest.mark.parametrize(
         ("changed", "why"),
         [
