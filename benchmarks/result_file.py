@@ -19,9 +19,10 @@ import torch
 
 from .environment import REPOSITORY, command_line, header, slug
 
-# What a measurement runs; the models of benchmarks.end_to_end take their weights from the demo.
+# What measurements run, and PSA's presets; the models of benchmarks.end_to_end take their weights
+# from the demo.
 CODE = ("kernels", "patching", "psa", "radial_attn", "sparge", "third_party", "benchmarks")
-CODE_FILES = ("demo/weights.py",)
+CODE_FILES = ("demo/weights.py", "psa/attention_config.yaml")
 # These write, draw and tabulate, or measure quality, which is never gone on with.
 NO_CODE = (
     "benchmarks/*table*",

@@ -217,8 +217,9 @@ def sources(tmp_path):
     for name in ("kernels/triton_launch.py", "kernels/triton_kernel.py", "benchmarks/tables.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("1")
-    (tmp_path / "demo").mkdir()
-    (tmp_path / "demo" / "weights.py").write_text("1")
+    for name in result_file.CODE_FILES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
     return tmp_path
 
 
@@ -229,6 +230,7 @@ def sources(tmp_path):
         ("kernels/triton_kernel.py", True, False),
         ("kernels/new.py", True, True),
         ("demo/weights.py", True, True),
+        ("psa/attention_config.yaml", True, True),
         ("benchmarks/tables.py", False, False),
         ("README.md", False, False),
     ],
