@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sparse_video_attention.kernels import BlockPlan, available, registry
+from sparse_video_attention.kernels import BlockPlan, available, registry, triton_kernel
 from sparse_video_attention.kernels.attention import candidates
 from sparse_video_attention.kernels.fallback import KernelFallback
 from sparse_video_attention.kernels.hopper_check import FirstOutputs
@@ -79,6 +79,17 @@ def test_auto_leaves_it_out_where_it_is_not_measured(as_if_on_hopper, monkeypatc
     assert [kernel.name for kernel, _ in candidates(call)[0]] == ["hopper", "torch"]
     other = a_call(blocks=(64, 64))
     assert [kernel.name for kernel, _ in candidates(other)[0]] == ["torch"]
+
+
+@pytest.mark.parametrize("head_dim", hopper_kernel.HEAD_DIMS)
+def test_auto_takes_it_before_triton_where_it_is_measured(as_if_on_hopper, monkeypatch, head_dim):
+    triton = registry.kernels()["triton"]
+    able = replace(triton, unavailable=lambda: None, refuses=lambda call: None)
+    monkeypatch.setitem(registry.kernels(), "triton", able)
+    monkeypatch.setattr(triton_kernel, "architecture", lambda device: 90)
+    for block_m, first in ((128, "hopper"), (64, "triton")):
+        found, _ = candidates(a_call(head_dim=head_dim, blocks=(block_m, 64)))
+        assert found[0][0].name == first
 
 
 def refused(call, **changes):
