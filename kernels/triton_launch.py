@@ -1,8 +1,9 @@
 """Launch settings of the Triton kernels by architecture, head dim and precision: data, no search.
 
-Chosen from compiled register, spill and shared-memory counts; none is measured yet. Two programs
-per SM overlap one's softmax with the other's products, so settings aim at that where it does not
-spill: 128 registers at 8 warps, 255 at 4.
+Chosen from compiled register, spill and shared-memory counts; those of sm_90 for query blocks of
+128 were timed (benchmarks/RESULTS.md), but beside no others. Two programs per SM overlap one's
+softmax with the other's products, so settings aim at that where it does not spill: 128 registers
+at 8 warps, 255 at 4.
 """
 
 from __future__ import annotations

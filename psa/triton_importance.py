@@ -41,7 +41,7 @@ class Tile:
         return options(Launch(self.blocks, 8, self.num_stages, self.maxnreg))
 
 
-# The largest that no register spills from; chosen from compiled counts, none is measured. Hopper
+# The largest that no register spills from; chosen from compiled counts, not from times. Hopper
 # runs two programs per multiprocessor at 128 registers; the products of other architectures hold
 # their operands in registers, of which RDNA's lanes have 256.
 TILE = Tile()
