@@ -85,7 +85,9 @@ def test_attention_fits_the_multiprocessor(tmp_path, arch, head_dim, precision, 
     most_bytes, most_reads = spill_limit(arch, precision, levels)
     assert stack <= most_bytes
     # Of the loops, that over full tiles comes first for every level; the rest is masked.
-    for code in product_loops(compiled, tmp_path)[: len(levels)]:
+    full_tiles = product_loops(compiled, tmp_path)[: len(levels)]
+    assert len(full_tiles) == len(levels)
+    for code in full_tiles:
         assert sum(one.startswith("LDL") for one in code) <= most_reads
     assert compiled.metadata.shared <= SHARED_MEMORY[arch] * 1024
 
