@@ -69,7 +69,7 @@ COGVIDEOX = Family(
         "components of the dense latent, stretched to full contrast, the same for all videos"
     ),
     miniature_show=cogvideox_miniature,
-    prompt=PROMPTS[2],
+    prompt=PROMPTS[5],
     weight="blocks.0.norm1.linear.weight",
 )
 FAMILIES = (WAN, COGVIDEOX)
