@@ -51,7 +51,7 @@ def model_input() -> io.Model.Input:
 
 def dense_layers_input(default: str = "0", *, advanced: bool = False) -> io.String.Input:
     # The published choice. On the trained miniatures (benchmarks/RESULTS.md) a dense first layer
-    # was far closer to dense attention on CogVideoX; of WAN's four layers the second did most.
+    # was far closer to dense attention on CogVideoX, and a little closer on WAN.
     return io.String.Input(
         "dense_layers",
         default=default,

@@ -28,8 +28,8 @@ class RadialPolicy:
 
     block_size: int = 128
     decay_factor: float = 0.2
-    # On the trained miniatures (benchmarks/RESULTS.md) pooling was closer to dense attention in
-    # some settings and further from it in others, by about 1 dB: the published way stays.
+    # On the trained miniatures (benchmarks/RESULTS.md) pooling changed about 1 dB, mostly for the
+    # better; it is not the default, as published, since the hopper kernel cannot pool.
     skipped_blocks: str = "drop"
     family: str = "wan"
 
