@@ -17,8 +17,8 @@ from .settings import SparseChoice, SparsePolicy
 
 AUTO = "auto"
 # Beyond the published method, which drops them: most blocks are skipped, so their means matter.
-# With nearly every preset this was closer to dense attention on the trained miniatures, and on
-# inputs with the structure of a video it halved the error (benchmarks/RESULTS.md).
+# With most presets this was closer to dense attention on the trained miniatures. On inputs with the
+# structure of a video, at the models' sizes, it cut the error to a third (benchmarks/RESULTS.md).
 POOL = "pool"
 CONFIG_FOLDER, CONFIG_SUFFIXES = "psa", (".yaml", ".yml")
 
