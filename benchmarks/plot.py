@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 MARKERS = {"random": "o", "radial": "*", "own": "s"}
 
 
@@ -37,6 +39,14 @@ def draw(result: dict[str, Any], path: Path) -> Path:
     return path
 
 
+def _between(points: list[tuple[float, float]]) -> tuple[Any, Any]:
+    """(densities, speed-ups) along the measured points: between two of them it is the time, not the
+    speed-up, that grows evenly with density."""
+    densities, speedups = np.array(points).T
+    along = np.linspace(densities[0], densities[-1], 200)
+    return along, 1.0 / np.interp(along, densities, 1.0 / speedups)
+
+
 def _draw_panel(axes: Any, rows: list[dict[str, Any]]) -> None:
     sparse = [row for row in rows if row["mask"] != "none"]
     best_dense = rows[0]["best_dense"]
@@ -52,12 +62,9 @@ def _draw_panel(axes: Any, rows: list[dict[str, Any]]) -> None:
             if row["kernel"] == kernel and row["speedup"] is not None
         )
         color = f"C{number}"
-        axes.plot(
-            [density for density, _, mask in points if mask != "radial"],
-            [speedup for _, speedup, mask in points if mask != "radial"],
-            color=color,
-            linewidth=1,
-        )
+        measured = [(density, speedup) for density, speedup, mask in points if mask != "radial"]
+        if len(measured) > 1:
+            axes.plot(*_between(measured), color=color, linewidth=1)
         for mask, marker in MARKERS.items():
             chosen = [(density, speedup) for density, speedup, found in points if found == mask]
             if chosen:
