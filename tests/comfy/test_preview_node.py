@@ -84,7 +84,7 @@ def test_text_is_parted_from_the_video(models, preview):
 @pytest.mark.parametrize("name", ["PatchRadialAttention", "PatchPSA", "PatchSpargeAttention"])
 def test_what_is_said_is_what_a_run_does(name, steps, models, preview, sample):
     inputs = {
-        "PatchRadialAttention": {"block_size": 16, "decay_factor": 0.2, "dense_layers": "0"},
+        "PatchRadialAttention": {"block_size": 64, "decay_factor": 0.2, "dense_layers": "0"},
         "PatchPSA": {"preset": "Wan2.1_1.3b/psa_topk", "last_dense_timesteps": 1},
         # All blocks count as alike, so that no more than topk are kept.
         "PatchSpargeAttention": {"topk": 0.4, "simthreshd1": -1.0, "end_percent": 0.6},
