@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from playwright.sync_api import TimeoutError as OutOfTime
 
 from devtools.server import ComfyServer
 
@@ -134,11 +137,27 @@ class ComfyPage:
         self.tab.mouse.move(x, y)
         return self.tab.locator(".node-tooltip")
 
+    def again_if_closed(self, act: Callable[[int], None]) -> None:
+        """Do what opens a box and fills it, once more where the page has closed the box again.
+
+        act: (how long to wait, in ms) -> None.
+        """
+        for patience_ms in (10_000, 30_000):
+            try:
+                return act(patience_ms)
+            except OutOfTime:
+                self.tab.keyboard.press("Escape")
+        return act(PATIENCE_MS)
+
     def type_into(self, node_type: str, widget: str, text: str) -> None:
         """Set a text or a number as a person does: click it, type, press Enter."""
-        self.tab.mouse.click(*self.ask(PLACE, [node_type, "widget", widget]))
         field = self.tab.locator(".graphdialog .value")
-        field.fill(text)
+
+        def click_and_type(patience_ms: int) -> None:
+            self.tab.mouse.click(*self.ask(PLACE, [node_type, "widget", widget]))
+            field.fill(text, timeout=patience_ms)
+
+        self.again_if_closed(click_and_type)
         field.press("Enter")
         field.wait_for(state="hidden")
 

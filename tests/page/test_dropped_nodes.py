@@ -88,9 +88,15 @@ def test_a_modern_node_sends_a_block_size_as_a_number(modern_page):
 )
 def test_the_search_box_finds_a_node_by_what_people_call_it(words, node, page):
     page.empty()
-    page.tab.mouse.dblclick(600, 500)
     dialog = page.tab.get_by_role("dialog")
-    dialog.get_by_role("textbox").or_(dialog.get_by_role("combobox")).first.fill(words)
+    expect(dialog).to_have_count(0)
+    box = dialog.get_by_role("textbox").or_(dialog.get_by_role("combobox")).first
+
+    def click_and_type(patience_ms):
+        page.tab.mouse.dblclick(600, 500)
+        box.fill(words, timeout=patience_ms)
+
+    page.again_if_closed(click_and_type)
     expect(dialog.get_by_test_id("result-item").first).to_contain_text("Attention")
     page.tab.keyboard.press("Enter")
     page.tab.wait_for_function("() => app.graph.nodes.length")
