@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .log import log, one_line
+
 MAX_SHAPES = 64
 
 
@@ -78,8 +80,8 @@ class SpeedCheck:
                     f"{sparse_ms:.1f} ms sparse in plain PyTorch",
                     notes,
                 )
-        except Exception:  # for want of memory, say; what has run so far goes on
-            pass
+        except Exception as error:  # for want of memory, say; what has run so far goes on
+            log.warning(f"sparse and dense attention were not compared: {one_line(error)}")
         with self._lock:
             if len(self._found) >= MAX_SHAPES:
                 self._found.clear()

@@ -115,10 +115,11 @@ def test_what_to_install_is_said_in_every_run(runs, clock, monkeypatch):
     assert hint in runs.records[-1].summary()
 
 
-def test_dense_attention_that_fails_in_the_comparison_changes_nothing(runs, clock):
+def test_dense_attention_that_fails_in_the_comparison_changes_nothing(runs, clock, caplog):
     clock += [DENSE]
     runs.raises = torch.OutOfMemoryError("no memory left")
     assert [runs.call() for _ in range(2)] == ["torch", "torch"]
+    assert "were not compared: ran out of memory" in caplog.text
 
 
 def test_a_kernel_asked_for_by_name_is_not_questioned(runs, clock):
