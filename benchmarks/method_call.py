@@ -32,9 +32,11 @@ class MethodCall:
         layout: TokenLayout,
         inputs: AttentionInputs,
         precision: str = "auto",
+        kernel: str = "auto",
     ) -> None:
         self.policy, self.layout, self.inputs = policy, layout, inputs
-        choice = SparseChoice(policy, Schedule(dense_timesteps=0), precision=precision)
+        schedule = Schedule(dense_timesteps=0)
+        choice = SparseChoice(policy, schedule, kernel=kernel, precision=precision)
         self.router = AttentionRouter(None)
         self.forward = ForwardState(self.router, choice, counted_layers=0, run=None)
         self.forward.tokens = ForwardTokens(layout)

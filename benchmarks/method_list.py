@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from sparse_video_attention.kernels import TokenLayout
+from sparse_video_attention.kernels.registry import unavailable_reason
 from sparse_video_attention.patching.settings import SparsePolicy
 from sparse_video_attention.psa import PsaPolicy, PsaPreset, load_presets
 from sparse_video_attention.radial_attn import RadialPolicy
@@ -28,23 +29,31 @@ class Method:
     Attributes:
         name: in tables.
         equal_to: the preset whose density its setting was chosen for; such a method is not timed.
-        precision: as in kernels.block_sparse_attention; part of the name unless it is "auto".
+        precision, kernel: as in kernels.block_sparse_attention; part of the name unless "auto".
     """
 
     name: str
     policy: SparsePolicy
     equal_to: str | None = None
     precision: str = "auto"
+    kernel: str = "auto"
 
 
 def methods(model_family: str, precisions: Iterable[str] = ("auto",)) -> Iterator[Method]:
-    """Radial, Sparge and the presets of the sections that begin with model_family."""
+    """Radial, Sparge and the presets of the sections that begin with model_family.
+
+    Where there is one, also what "auto" waits to know of: pooled presets on the hopper kernel.
+    """
     for precision in precisions:
         for method in _methods(model_family):
             if precision == "auto":
                 yield method
             else:
                 yield replace(method, name=f"{method.name} {precision}", precision=precision)
+    if "auto" in precisions and unavailable_reason("hopper") is None:
+        for method in _methods(model_family):
+            if method.name.startswith("psa ") and method.name.endswith(POOLED):
+                yield replace(method, name=f"{method.name} hopper", kernel="hopper")
 
 
 def _methods(model_family: str) -> Iterator[Method]:

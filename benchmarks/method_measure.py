@@ -152,7 +152,9 @@ class ShapeRun:
     def quality(self, method: Method) -> tuple[MethodRow, MethodCall]:
         """A method's row without its times, and its call."""
         start = time.perf_counter()
-        call = MethodCall(method.policy, self.shape.layout, self.inputs, method.precision)
+        call = MethodCall(
+            method.policy, self.shape.layout, self.inputs, method.precision, method.kernel
+        )
         synchronize(self.device)
         once_ms = (time.perf_counter() - start) * 1e3
         error = (call.run().float() - self.dense_out).norm() / self.dense_out.norm()

@@ -59,7 +59,8 @@ class Job:
         inputs = structured_inputs(
             shape.layout, shape.heads, shape.head_dim, dtype=DTYPES[self.dtype], device=device
         )
-        MethodCall(listed[self.name].policy, shape.layout, inputs, precision).run()
+        method = listed[self.name]
+        MethodCall(method.policy, shape.layout, inputs, precision, method.kernel).run()
 
 
 def _kernel_call(shape: GridShape, dtype: str, device: torch.device) -> KernelCall:

@@ -135,9 +135,9 @@ def _softmax_step(products, row_max, row_sum, scale):
 
 @gluon.jit
 def _attend_partition(
-    out_desc, indices, work, memory, barriers, scale, WARPGROUP: gl.constexpr,
+    out_desc, indices, log_sums, work, memory, barriers, scale, q_len, WARPGROUP: gl.constexpr,
     BLOCK_N: gl.constexpr, TILE_N: gl.constexpr, HEAD_DIM: gl.constexpr,
-    STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
+    STAGES: gl.constexpr, WARPGROUPS: gl.constexpr, LOG_SUMS: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: attention of 64 query rows, written over its queries and stored from there."""
     batch, head, q_row, first, last, tiles, k_len = work
@@ -211,23 +211,31 @@ def _attend_partition(
             [batch, head, q_row + WARPGROUP * ROWS, chunk * CHUNK],
             q_memory.index(WARPGROUP * CHUNKS + chunk),
         )
+    if LOG_SUMS:
+        rows = q_row + WARPGROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, PRODUCTS))
+        # A row that has seen no key: log2(0) is -inf.
+        gl.store(log_sums + rows, row_max + gl.log2(row_sum), mask=rows < q_len)
     tma.store_wait(0)
 
 
 # Numbers that differ between calls: one compiled kernel serves them all.
 @gluon.jit(
     do_not_specialize=[
-        "stride_bounds_b", "stride_bounds_h", "stride_bounds_m", "heads", "k_len", "scale",
+        "stride_bounds_b", "stride_bounds_h", "stride_bounds_m", "heads", "q_len", "k_len", "scale",
     ]
 )  # fmt: skip
 def attention_kernel(
-    q_desc, k_desc, v_desc, out_desc, Indices, Bounds,
-    stride_bounds_b, stride_bounds_h, stride_bounds_m, heads, k_len, scale,
+    q_desc, k_desc, v_desc, out_desc, LogSums, Indices, Bounds,
+    stride_bounds_b, stride_bounds_h, stride_bounds_m, heads, q_len, k_len, scale,
     BLOCK_N: gl.constexpr, TILE_N: gl.constexpr, HEAD_DIM: gl.constexpr,
-    STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
+    STAGES: gl.constexpr, WARPGROUPS: gl.constexpr, LOG_SUMS: gl.constexpr,
     ATTEND_REGISTERS: gl.constexpr, COPY_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Grid (query blocks, heads of the whole batch); query blocks of WARPGROUPS * 64 rows.
+
+    LogSums: with LOG_SUMS fp32 [heads of the whole batch, q_len], gets log2 of the sum of every
+    row's weights before they are divided by it, -inf for a row without a key: what attention to
+    more keys goes on from.
 
     Descriptors are of [B, H, N, HEAD_DIM] with boxes of [1, 1, rows, 64]: 64 rows for queries and
     output, BLOCK_N for keys and values; what lies outside reads as zero and is not written.
@@ -241,6 +249,7 @@ def attention_kernel(
     block_m = (gl.program_id(0) + gl.num_programs(0) - 1) % gl.num_programs(0)
     batch = gl.program_id(1) // heads
     head = gl.program_id(1) % heads
+    log_sums = LogSums + gl.program_id(1).to(gl.int64) * q_len
     bounds = Bounds + batch.to(gl.int64) * stride_bounds_b + head.to(gl.int64) * stride_bounds_h
     bounds += block_m.to(gl.int64) * stride_bounds_m
     first = gl.load(bounds)
@@ -277,10 +286,12 @@ def attention_kernel(
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [
-                (_attend_partition, (out_desc, Indices, work, memory, barriers, scale, 0,
-                                     BLOCK_N, TILE_N, HEAD_DIM, STAGES, WARPGROUPS)),
-                (_attend_partition, (out_desc, Indices, work, memory, barriers, scale, 1,
-                                     BLOCK_N, TILE_N, HEAD_DIM, STAGES, WARPGROUPS)),
+                (_attend_partition, (out_desc, Indices, log_sums, work, memory, barriers, scale,
+                                     q_len, 0, BLOCK_N, TILE_N, HEAD_DIM, STAGES, WARPGROUPS,
+                                     LOG_SUMS)),
+                (_attend_partition, (out_desc, Indices, log_sums, work, memory, barriers, scale,
+                                     q_len, 1, BLOCK_N, TILE_N, HEAD_DIM, STAGES, WARPGROUPS,
+                                     LOG_SUMS)),
                 (_copy_partition, (q_desc, k_desc, v_desc, Indices, work, memory, barriers,
                                    BLOCK_N, TILE_N, HEAD_DIM, STAGES, WARPGROUPS)),
             ],
@@ -290,8 +301,9 @@ def attention_kernel(
     else:
         gl.warp_specialize(
             [
-                (_attend_partition, (out_desc, Indices, work, memory, barriers, scale, 0,
-                                     BLOCK_N, TILE_N, HEAD_DIM, STAGES, WARPGROUPS)),
+                (_attend_partition, (out_desc, Indices, log_sums, work, memory, barriers, scale,
+                                     q_len, 0, BLOCK_N, TILE_N, HEAD_DIM, STAGES, WARPGROUPS,
+                                     LOG_SUMS)),
                 (_copy_partition, (q_desc, k_desc, v_desc, Indices, work, memory, barriers,
                                    BLOCK_N, TILE_N, HEAD_DIM, STAGES, WARPGROUPS)),
             ],

@@ -35,6 +35,7 @@ def attention_kernel(
     QScale,
     KScale,
     VScale,
+    LogSums,
     Indices,
     Bounds,
     stride_qb,
@@ -67,6 +68,7 @@ def attention_kernel(
     HEAD_DIM: tl.constexpr,
     QUANTIZED: tl.constexpr,
     FP8: tl.constexpr,
+    RESUMED: tl.constexpr,
 ):
     """Grid (query blocks, heads of this launch); first_head counts heads over the whole batch.
 
@@ -78,6 +80,8 @@ def attention_kernel(
     FP8 (with QUANTIZED): level 1 of the values is Fp8V, e4m3 [heads of this launch, HEAD_DIM,
         num_k_blocks * BLOCK_N]; these and ScratchV are to be multiplied by VScale [heads of this
         launch, HEAD_DIM].
+    RESUMED (not with FP8): Out holds the attention to other keys, and LogSums, fp32 [heads of the
+        whole batch, q_len], log2 of the sums of their weights (-inf: none); one softmax of both.
     LEVELS: the sum of the plan's levels, which are powers of two. scale: times log2(e).
     stride_kn, stride_vn: a model has one of each; as constants they spare the loops a tenth of
         their instructions, which were 64-bit products.
@@ -156,9 +160,22 @@ def attention_kernel(
                     )  # fmt: skip
                 position += 1
 
+    out = tile_at(Out + b * stride_ob + h * stride_oh, q_rows, stride_on, HEAD_DIM)
+    if RESUMED:
+        # Only now: held any longer, it would take registers from the loops.
+        log_sums = LogSums + head.to(tl.int64) * q_len + q_rows
+        other_max = tl.load(log_sums, mask=q_rows < q_len, other=float("-inf"))
+        new_max = tl.maximum(row_max, other_max)
+        # Of a row without a key in either part too, the factors are numbers.
+        new_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        rescale = tl.math.exp2(row_max - new_max)
+        other_sum = tl.math.exp2(other_max - new_max)
+        other = tl.load(out, mask=in_q, other=0.0).to(tl.float32)
+        acc = acc * rescale[:, None] + other * other_sum[:, None]
+        row_sum = row_sum * rescale + other_sum
+
     # A row without entries is 0, not 0 / 0; a NaN stays one.
     acc = tl.where(row_sum[:, None] != 0, acc / row_sum[:, None], 0.0)
     if FP8:
         acc *= tl.load(VScale + local_head * HEAD_DIM + dims)[None, :]
-    out = tile_at(Out + b * stride_ob + h * stride_oh, q_rows, stride_on, HEAD_DIM)
     tl.store(out, acc.to(Out.dtype.element_ty), mask=in_q)

@@ -34,8 +34,23 @@ def forward(call: KernelCall) -> Tensor:
         return forward(replace(call, q=q, k=k, v=v)).bfloat16()
     batch, heads, q_len, head_dim = call.q.shape
     out = call.q.new_empty(batch, q_len, heads, head_dim).transpose(1, 2)
-    if out.numel() == 0:
-        return out
+    if out.numel() > 0:
+        _attend_by_groups(call, out, None)
+    return out
+
+
+def resume(call: KernelCall, out: Tensor, log_sums: Tensor) -> None:
+    """Add the keys of a call to the attention in out [B, H, N, D], as if all were one softmax.
+
+    Args:
+        call: as for `forward`; its plan lists what out has not attended to.
+        log_sums: fp32 [B * H, N], log2 of the sums of the weights behind out, -inf for none.
+    """
+    _attend_by_groups(call, out, log_sums)
+
+
+def _attend_by_groups(call: KernelCall, out: Tensor, log_sums: Tensor | None) -> None:
+    batch, heads, _, head_dim = call.q.shape
     q, k, v = (_with_contiguous_rows(x) for x in (call.q, call.k, call.v))
     call = replace(call, q=q, k=k, v=v)
     launch = launch_for(architecture(call.q.device), head_dim, call.precision, call.plan.block_m)
@@ -47,12 +62,17 @@ def forward(call: KernelCall) -> Tensor:
         for first in range(0, batch * heads, scratch.group):
             count = min(scratch.group, batch * heads - first)
             scratch.fill(call.q, call.k, call.v, first, count)
-            _attend(call, scratch, out, first, count, launch)
-    return out
+            _attend(call, scratch, out, log_sums, first, count, launch)
 
 
 def _attend(
-    call: KernelCall, scratch: Scratch, out: Tensor, first: int, count: int, launch: Launch
+    call: KernelCall,
+    scratch: Scratch,
+    out: Tensor,
+    log_sums: Tensor | None,
+    first: int,
+    count: int,
+    launch: Launch,
 ) -> None:
     """Attention of heads first to first + count, counted over the whole batch."""
     plan, k, v = call.plan, call.k, call.v
@@ -63,7 +83,10 @@ def _attend(
     bounds = plan.bounds if plan.bounds.stride(3) == 1 else plan.bounds.contiguous()
     attention_kernel[plan.num_q_blocks, count](
         *(q, k, v, out, scratch.k, scratch.v, scratch.fp8_v),
-        *(scratch.q_scale, scratch.k_scale, scratch.v_scale, plan.indices.contiguous(), bounds),
+        *(scratch.q_scale, scratch.k_scale, scratch.v_scale),
+        # Any pointer to floats will do where it is not read.
+        scratch.v_scale if log_sums is None else log_sums,
+        *(plan.indices.contiguous(), bounds),
         *(*q_strides, *strides(k), *strides(v), *strides(out)),
         bounds.stride(0) if bounds.shape[0] > 1 else 0,
         bounds.stride(1) if bounds.shape[1] > 1 else 0,
@@ -78,5 +101,6 @@ def _attend(
         HEAD_DIM=k.shape[3],
         QUANTIZED=scratch.quantized,
         FP8=scratch.fp8,
+        RESUMED=log_sums is not None,
         **options(launch),
     )

@@ -29,7 +29,7 @@ class RadialPolicy:
     block_size: int = 128
     decay_factor: float = 0.2
     # On the trained miniatures (benchmarks/RESULTS.md) pooling changed about 1 dB, mostly for the
-    # better; it is not the default, as published, since the hopper kernel cannot pool.
+    # better; it is not the default, as published, since libraries' kernels cannot pool.
     skipped_blocks: str = "drop"
     family: str = "wan"
 

@@ -47,7 +47,7 @@ class SpargePolicy:
     attention_sink: bool = False
     # As published. On the trained miniatures (benchmarks/RESULTS.md) raster was mostly closer to
     # dense attention than Gilbert. Pooling was mostly closer than dropping; it is not the default
-    # since neither the hopper kernel nor other libraries' can pool, and it takes 6 to 13 % longer.
+    # since libraries' kernels cannot pool, and it takes 6 to 13 % longer.
     block_order: str = "raster"
     skipped_blocks: str = "drop"
     checkpoint: SpargeCheckpoint | None = None

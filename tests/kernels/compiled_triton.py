@@ -19,6 +19,7 @@ TOKEN_STRIDE = {64: 3072, 128: 5120}
 POINTERS = {
     "Indices": "*i32", "Bounds": "*i32", "QScale": "*fp32", "KScale": "*fp32", "VScale": "*fp32",
     "KMean": "*fp32", "KSums": "*fp32", "VLargest": "*fp32", "Int8Q": "*i8",
+    "LogSums": "*fp32",
 }  # fmt: skip
 
 
@@ -39,7 +40,15 @@ def source(kernel, dtype, constexprs, pointers=()):
 
 
 def attention_source(
-    launch, *, head_dim, precision="native", levels=(1,), block_n=128, block_m=128, dtype
+    launch,
+    *,
+    head_dim,
+    precision="native",
+    levels=(1,),
+    block_n=128,
+    block_m=128,
+    dtype,
+    resumed=False,
 ):
     quantized = precision != "native"
     pointers = {"Q": "*i8", "ScratchK": "*i8"} if quantized else {}
@@ -48,7 +57,7 @@ def attention_source(
     constexprs = {
         "LEVELS": sum(levels), "NUM_LEVELS": len(levels), "BLOCK_M": block_m, "BLOCK_N": block_n,
         "TILE_N": launch.tile_n, "HEAD_DIM": head_dim,
-        "QUANTIZED": quantized, "FP8": precision == "fp8",
+        "QUANTIZED": quantized, "FP8": precision == "fp8", "RESUMED": resumed,
         "stride_kn": TOKEN_STRIDE[head_dim], "stride_vn": TOKEN_STRIDE[head_dim],
     }  # fmt: skip
     return source(triton_attention.attention_kernel, dtype, constexprs, pointers)

@@ -106,6 +106,12 @@ def _load(pointer, mask=True, other=None):
     return pointer.data[pointer.offset]
 
 
+def _store(pointers, values, mask):
+    inside = pointers.offset[mask]
+    assert bool(((inside >= 0) & (inside < len(pointers.data))).all()), "a store outside"
+    pointers.data[inside] = values[mask]
+
+
 def _allocate(dtype, shape, layout):
     if dtype == torch.int64:
         return machine.Barriers(machine.Barrier() for _ in range(shape[0]))
@@ -129,6 +135,7 @@ GL = types.SimpleNamespace(
     allocate_shared_memory=_allocate,
     warp_specialize=lambda *args: Program.current.run(*args),
     load=_load,
+    store=_store,
     zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
     full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
     arange=lambda start, end, layout: torch.arange(start, end),
@@ -140,6 +147,7 @@ GL = types.SimpleNamespace(
     max=lambda x, axis: x.amax(axis),
     sum=lambda x, axis: x.sum(axis),
     exp2=torch.exp2,
+    log2=torch.log2,
 )
 HOPPER = {
     "gl": GL,

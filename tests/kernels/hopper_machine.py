@@ -107,7 +107,8 @@ class Pointer:
         return self.data[self.offset + int(offset)]
 
     def __add__(self, offset):
-        return Pointer(self.data, self.offset + int(offset))
+        many = isinstance(offset, torch.Tensor) and offset.ndim > 0
+        return Pointer(self.data, self.offset + (offset if many else int(offset)))
 
 
 class Partition(threading.Thread):

@@ -60,16 +60,19 @@ CASES = {
 }
 
 
-def model_attention(q, k, v, plan, *, seed=0, programs=None, **replaced):
+def model_attention(q, k, v, plan, *, seed=0, programs=None, log_sums=None, **replaced):
     """The kernel's source on the model of the hardware, program by program, over NaN.
 
     programs: how many of each head's, counted in the order in which they begin; all by default.
+    log_sums: written to, if there are any.
     """
     kernel = gluon.python_functions(hopper_attention, **replaced)["attention_kernel"]
     out = torch.full(q.shape, float("nan"), dtype=torch.float64)
     bounds = plan.bounds
     strides = [bounds.stride(i) if bounds.shape[i] > 1 else 0 for i in range(2)]
-    constants = hopper_forward.constants(q.shape[3], plan.block_m, plan.block_n)
+    constants = hopper_forward.constants(
+        q.shape[3], plan.block_m, plan.block_n, log_sums=log_sums is not None
+    )
     names = {p.name for p in hopper_attention.attention_kernel.params if p.is_constexpr}
     grid = plan.num_q_blocks, q.shape[0] * q.shape[1]
     for block in range(grid[0] if programs is None else programs):
@@ -80,9 +83,10 @@ def model_attention(q, k, v, plan, *, seed=0, programs=None, **replaced):
                 grid,
                 (
                     *(gluon.machine.Descriptor(x) for x in (q, k, v, out)),
+                    gluon.machine.Pointer(bounds if log_sums is None else log_sums),
                     gluon.machine.Pointer(plan.indices),
                     gluon.machine.Pointer(bounds),
-                    *(*strides, bounds.stride(2), q.shape[1], plan.k_len),
+                    *(*strides, bounds.stride(2), q.shape[1], plan.q_len, plan.k_len),
                     q.shape[3] ** -0.5 * math.log2(math.e),
                 ),
                 seed=seed,
@@ -134,6 +138,26 @@ def test_a_row_without_a_list_is_zero():
     out = model_attention(q, k, v, plan)
     assert out[:, :, :128].eq(0).all()
     assert relative_error(out[:, :, 128:], reference_attention(q, k, v, plan)[:, :, 128:]) < 1e-12
+
+
+def test_level_1_of_a_pyramid_with_the_sums_to_go_on_from():
+    """Rows whose blocks are all pooled have nothing of level 1."""
+    q, k, v = random_inputs(2, 2, 200, 300, 64)
+    levels = torch.randint(0, 3, (2, 2, 2, 5), generator=torch.Generator().manual_seed(0))
+    levels[..., 0] = 1
+    levels[1, 0, 1] = 2
+    plan = BlockPlan.from_levels(
+        levels.to(torch.int8), block_m=128, block_n=64, q_len=200, k_len=300, pooled_remainder=True
+    )
+    assert plan.levels == (1, 2, 64)
+    kept = (levels == 1).repeat_interleave(128, 2)[:, :, :200].repeat_interleave(64, 3)[..., :300]
+    logits = (q @ k.transpose(2, 3) * 64**-0.5).masked_fill(~kept, float("-inf"))
+    for seed in range(3):
+        log_sums = torch.full((4, 200), float("nan"), dtype=torch.float64)
+        out = model_attention(q, k, v, plan, seed=seed, log_sums=log_sums)
+        torch.testing.assert_close(out, logits.softmax(-1).nan_to_num() @ v)
+        torch.testing.assert_close(log_sums.view(2, 2, 200), logits.logsumexp(-1) / math.log(2))
+    assert log_sums[2, 128:].isneginf().all() and log_sums.isneginf().sum() == 72
 
 
 def test_a_nan_in_the_inputs_is_one_in_the_output():
@@ -201,6 +225,29 @@ def test_is_the_definition_on_a_gpu(on_hopper, case, dtype):
         out = on_hopper(q, k, v, plan)
         assert relative_error(out, reference_attention(q, k, v, plan)) < tolerance
         assert out.transpose(1, 2).is_contiguous()
+
+
+# Of every kind of tile, odd lengths, batch 2; rows without an entry of level 1.
+POOLED = [name for name, case in CASES.items() if case[2] > 128]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pyramid", [False, True], ids=["remainder", "pyramid"])
+@pytest.mark.parametrize("case", [CASES[name] for name in POOLED], ids=POOLED)
+def test_pooled_levels_on_a_gpu(on_hopper, case, pyramid):
+    q, k, v = random_inputs(*case[:5], dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    shape = *case[7], -(-case[2] // case[5]), -(-case[3] // case[6])
+    values = torch.tensor((0, 1, 2, 8) if pyramid else (0, 1), dtype=torch.int8)
+    levels = values[torch.randint(0, len(values), shape, generator=generator)]
+    levels[..., 0, 0], levels[..., 1, :] = 1, 0
+    plan = BlockPlan.from_levels(
+        levels, block_m=case[5], block_n=case[6], q_len=case[2], k_len=case[3],
+        pooled_remainder=True,
+    )  # fmt: skip
+    for _ in range(3):
+        out = on_hopper(q, k, v, plan)
+        assert relative_error(out, reference_attention(q, k, v, plan)) < 8e-3
 
 
 @pytest.mark.gpu

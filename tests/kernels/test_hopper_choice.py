@@ -96,17 +96,31 @@ def refused(call, **changes):
     return HOPPER.refuses(replace(call, **changes))
 
 
-def with_levels(call, level):
-    levels = torch.full((3, 8), level, dtype=torch.int8)
-    plan = BlockPlan.from_levels(levels, block_m=128, block_n=64, q_len=300, k_len=500)
+def with_levels(call, *found, **kwargs):
+    levels = torch.tensor(found, dtype=torch.int8).repeat(3, 8)[:, :8]
+    plan = BlockPlan.from_levels(levels, block_m=128, block_n=64, q_len=300, k_len=500, **kwargs)
     return replace(call, plan=plan)
+
+
+@pytest.mark.parametrize(
+    "found, ranked", [((1,), True), ((1, 0), True), ((1, 2), False), ((1, 0, 8), False)], ids=str
+)
+def test_auto_takes_it_with_a_pooled_remainder_and_not_yet_with_a_pyramid(
+    as_if_on_hopper, found, ranked
+):
+    call = with_levels(a_call(head_dim=128), *found, pooled_remainder=True)
+    assert HOPPER.refuses(call) is None
+    assert (candidates(call)[0][0][0].name == "hopper") == ranked
+    assert [kernel.name for kernel, _ in candidates(call, "hopper")[0]][-1:] == (
+        ["torch"] if ranked else ["hopper"]
+    )
 
 
 REFUSALS = {
     "float32": (lambda c: a_call(dtype=torch.float32), "float16 and bfloat16.*float32"),
     "head-dim-32": (lambda c: a_call(head_dim=32), "head_dim 64 or 128; got 32"),
     "int8": (lambda c: replace(c, precision="int8"), "inputs' dtype only, not in int8"),
-    "pyramid": (lambda c: with_levels(c, 2), r"level 1 only.*\(2,\)"),
+    "nothing-of-level-1": (lambda c: with_levels(c, 2), r"finest level is 1; got .*\(2,\)"),
     "block-16": (lambda c: a_call(blocks=(128, 16)), "got 128x16"),
     "block-256": (lambda c: a_call(blocks=(256, 64)), "got 256x64"),
     "scale-0": (lambda c: replace(c, scale=0.0), "positive scale; got 0.0"),

@@ -21,7 +21,7 @@ RESERVED_BYTES = 1024
 SM_REGISTERS = 64 * 1024
 
 
-def compiled(dtype, head_dim, block_m, block_n):
+def compiled(dtype, head_dim, block_m, block_n, *, log_sums=False):
     """The kernel as a launch would compile it for sm_90, and what ptxas says."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
@@ -31,8 +31,9 @@ def compiled(dtype, head_dim, block_m, block_n):
     q = torch.zeros(2, 300, 3, head_dim, dtype=dtype).transpose(1, 2)
     everything = torch.ones(-(-300 // block_m), -(-300 // block_n), dtype=torch.bool)
     plan = BlockPlan.from_mask(everything, block_m=block_m, block_n=block_n, q_len=300, k_len=300)
-    arguments = hopper_forward.arguments(KernelCall(q, q, q, plan, 0.1), q)
-    options = hopper_forward.constants(head_dim, block_m, block_n)
+    sums = torch.zeros(2 * 3, 300) if log_sums else None
+    arguments = hopper_forward.arguments(KernelCall(q, q, q, plan, 0.1), q, sums)
+    options = hopper_forward.constants(head_dim, block_m, block_n, log_sums=log_sums)
     target = GPUTarget("cuda", 90, 32)
     backend, kernel = make_backend(target), hopper_attention.attention_kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -50,20 +51,21 @@ def compiled(dtype, head_dim, block_m, block_n):
     return binary, log
 
 
-# dtype, head_dim, block_m, block_n, programs per SM
+# dtype, head_dim, block_m, block_n, programs per SM, and whether the sums are stored
 COMPILED = {
-    "bf16-D128-128x128": (torch.bfloat16, 128, 128, 128, 1),
-    "bf16-D128-128x64": (torch.bfloat16, 128, 128, 64, 1),
-    "fp16-D64-128x128": (torch.float16, 64, 128, 128, 1),
-    "bf16-D128-64x64": (torch.bfloat16, 128, 64, 64, 2),
-    "bf16-D64-64x32": (torch.bfloat16, 64, 64, 32, 2),
+    "bf16-D128-128x128": (torch.bfloat16, 128, 128, 128, 1, False),
+    "bf16-D128-128x128-sums": (torch.bfloat16, 128, 128, 128, 1, True),
+    "bf16-D128-128x64": (torch.bfloat16, 128, 128, 64, 1, False),
+    "fp16-D64-128x128": (torch.float16, 64, 128, 128, 1, False),
+    "bf16-D128-64x64": (torch.bfloat16, 128, 64, 64, 2, False),
+    "bf16-D64-64x32-sums": (torch.bfloat16, 64, 64, 32, 2, True),
 }
 
 
 @pytest.mark.parametrize("case", COMPILED.values(), ids=COMPILED)
 def test_compiles_for_sm_90(case):
-    *arguments, programs = case
-    binary, log = compiled(*arguments)
+    *arguments, programs, log_sums = case
+    binary, log = compiled(*arguments, log_sums=log_sums)
     warpgroups = arguments[2] // 64
     assert "0 bytes spill stores, 0 bytes spill loads" in log
     # ptxas says when it serialises wgmma, and when it ignores a register limit.

@@ -121,6 +121,20 @@ PRODUCTS = {
 }
 
 
+@pytest.mark.parametrize("levels", [(128,), (2, 4, 8, 128)], ids=str)
+def test_a_resumed_softmax_takes_nothing_from_the_loops(tmp_path, levels):
+    launch = triton_launch.launch_for(90, 128, "native", 128)
+    read = []
+    for resumed in (False, True):
+        kernel = attention_source(
+            launch, head_dim=128, levels=levels, dtype="bf16", resumed=resumed
+        )
+        compiled = compile_for_nvidia(kernel, 90, **triton_launch.options(launch))
+        loops = product_loops(compiled, tmp_path)[: len(levels)]
+        read.append([sum(one.startswith("LDL") for one in code) for code in loops])
+    assert read[0] == read[1]
+
+
 @pytest.mark.parametrize(
     "head_dim, precision", [(64, "native"), (64, "int8"), (128, "int8"), (128, "fp8")]
 )
