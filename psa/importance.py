@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.twins import Twins
-from .sampling import SAMPLE_OFFSET, SAMPLE_STRIDE, sample_tokens, tokens_per_block
+from .sampling import KEYS, QUERIES
 
 # Scores held at once, in elements of 4 bytes; there are two such buffers.
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
@@ -141,27 +141,25 @@ def token_importance(
 
     Args:
         q, k: [B, H, N, D], any lengths and strides.
-        block_m, block_n: tokens per query block and key block, multiples of 4.
+        block_m, block_n: tokens per query block and key block, multiples of 16 and of 4.
         twins: as in block_importance.
 
     Returns:
         fp32 [B, H, ceil(q tokens / block_m), ceil(k tokens / block_n)].
     """
     tokens = {
-        "tokens_per_q_block": tokens_per_block(block_m),
-        "tokens_per_k_block": tokens_per_block(block_n),
+        "tokens_per_q_block": QUERIES.per_block(block_m),
+        "tokens_per_k_block": KEYS.per_block(block_n),
     }
     # The twin reads the sample where it is.
     found = (twins or Twins()).run(
         f"{__package__}.triton_importance",
         q,
         lambda twin: twin.refuses(q, k, tokens["tokens_per_q_block"], scale),
-        lambda twin: twin.importance(
-            q, k, **tokens, scale=scale, stride=SAMPLE_STRIDE, offset=SAMPLE_OFFSET
-        ),
+        lambda twin: twin.importance(q, k, **tokens, scale=scale, queries=QUERIES, keys=KEYS),
     )
     if found is not None:
         return found
     return block_importance(
-        sample_tokens(q, block_m), sample_tokens(k, block_n), **tokens, scale=scale, twins=twins
+        QUERIES.tokens(q, block_m), KEYS.tokens(k, block_n), **tokens, scale=scale, twins=twins
     )

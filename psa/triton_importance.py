@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..kernels.triton_launch import Launch, architecture, options
+from .sampling import ALL, Sample
 
 PROGRAMS_PER_SM = 2
 MAX_SCRATCH_BYTES = 2**27
@@ -70,8 +71,8 @@ def _block_maxima(
     num_k_blocks,
     last_token,
     tokens_k,
-    STRIDE: tl.constexpr,
-    OFFSET: tl.constexpr,
+    K_STRIDE: tl.constexpr,
+    K_OFFSET: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -81,7 +82,7 @@ def _block_maxima(
     blocks = first_block + tl.arange(0, BLOCKS)
     maxima = tl.full([ROWS, BLOCKS], float("-inf"), tl.float32)
     for place in tl.range(0, tokens_k):
-        tokens = (blocks * tokens_k + place) * STRIDE + OFFSET
+        tokens = (blocks * tokens_k + place) * K_STRIDE + K_OFFSET
         # The last block is filled with its last token, which changes no maximum.
         tokens = tl.minimum(tokens, last_token).to(tl.int64)
         keys = tl.load(K + tokens[:, None] * stride_kn + dims[None, :])
@@ -111,8 +112,10 @@ def importance_kernel(
     num_tiles,
     scale,
     TOKENS_Q: tl.constexpr,
-    STRIDE: tl.constexpr,
-    OFFSET: tl.constexpr,
+    Q_STRIDE: tl.constexpr,
+    Q_OFFSET: tl.constexpr,
+    K_STRIDE: tl.constexpr,
+    K_OFFSET: tl.constexpr,
     KEEP_MAXIMA: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -136,7 +139,7 @@ def importance_kernel(
         b = (head // heads).to(tl.int64)
         h = (head % heads).to(tl.int64)
         first_row = tile % tiles_per_head * ROWS
-        tokens = tl.minimum((first_row + rows) * STRIDE + OFFSET, q_len - 1).to(tl.int64)
+        tokens = tl.minimum((first_row + rows) * Q_STRIDE + Q_OFFSET, q_len - 1).to(tl.int64)
         query = tl.load(
             Q + b * stride_qb + h * stride_qh + tokens[:, None] * stride_qn + dims[None, :]
         )
@@ -146,7 +149,7 @@ def importance_kernel(
         for first_block in tl.range(0, num_k_blocks, BLOCKS, num_stages=1):
             maxima = _block_maxima(
                 query, keys, stride_kn, first_block, num_k_blocks, k_len - 1, tokens_k,
-                STRIDE, OFFSET, ROWS, BLOCKS, HEAD_DIM,
+                K_STRIDE, K_OFFSET, ROWS, BLOCKS, HEAD_DIM,
             )  # fmt: skip
             row_max = tl.maximum(row_max, tl.max(maxima, 1))
             if KEEP_MAXIMA:
@@ -163,7 +166,7 @@ def importance_kernel(
             else:
                 maxima = _block_maxima(
                     query, keys, stride_kn, first_block, num_k_blocks, k_len - 1, tokens_k,
-                    STRIDE, OFFSET, ROWS, BLOCKS, HEAD_DIM,
+                    K_STRIDE, K_OFFSET, ROWS, BLOCKS, HEAD_DIM,
                 )  # fmt: skip
             below = tl.reshape(maxima - row_max[:, None], [Q_BLOCKS, TOKENS_Q, BLOCKS])
             # exp is monotone: the maximum over rows first leaves it fewer values.
@@ -204,23 +207,23 @@ def importance(
     tokens_per_q_block: int,
     tokens_per_k_block: int,
     scale: float,
-    stride: int = 1,
-    offset: int = 0,
+    queries: Sample = ALL,
+    keys: Sample = ALL,
 ) -> Tensor:
     """As importance.block_importance, for what `refuses` accepts.
 
     Args:
         q, k: [B, H, N, D], any lengths and outer strides.
-        stride, offset: sampled token s is token min(s * stride + offset, N - 1), and there are
-            as many as whole blocks need.
+        queries, keys: which of q's and of k's tokens count, the last one standing in for those
+            that its block lacks.
 
     Returns:
         fp32 [B, H, query blocks, key blocks].
     """
     batch, heads, q_len, head_dim = q.shape
     k_len = k.shape[2]
-    num_q_blocks = -(-q_len // (tokens_per_q_block * stride))
-    num_k_blocks = -(-k_len // (tokens_per_k_block * stride))
+    num_q_blocks = -(-q_len // (tokens_per_q_block * queries.stride))
+    num_k_blocks = -(-k_len // (tokens_per_k_block * keys.stride))
     out = torch.empty(
         (batch, heads, num_q_blocks, num_k_blocks), dtype=torch.float32, device=q.device
     )
@@ -234,8 +237,9 @@ def importance(
     importance_kernel[(programs,)](
         q, k, out, scratch, q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1),
         k.stride(2), heads, q_len, k_len, num_q_blocks, num_k_blocks, tokens_per_k_block,
-        tiles_per_head, num_tiles, scale * LOG2_E, TOKENS_Q=tokens_per_q_block, STRIDE=stride,
-        OFFSET=offset, KEEP_MAXIMA=keep_maxima, ROWS=tile.rows, BLOCKS=tile.blocks,
+        tiles_per_head, num_tiles, scale * LOG2_E, TOKENS_Q=tokens_per_q_block,
+        Q_STRIDE=queries.stride, Q_OFFSET=queries.offset, K_STRIDE=keys.stride,
+        K_OFFSET=keys.offset, KEEP_MAXIMA=keep_maxima, ROWS=tile.rows, BLOCKS=tile.blocks,
         HEAD_DIM=head_dim, **tile.options(),
     )  # fmt: skip
     return out

@@ -11,7 +11,7 @@ import pytest
 import torch
 from sparse_video_attention.kernels import BlockPlan, TokenLayout
 from sparse_video_attention.psa import PsaPolicy, block_importance, importance, policy
-from sparse_video_attention.psa.sampling import sample_tokens
+from sparse_video_attention.psa.sampling import KEYS, QUERIES, Sample
 from torch.utils._python_dispatch import TorchDispatchMode
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "psa_importance.npz"
@@ -155,14 +155,18 @@ def test_refuses(change, message):
         block_importance(**request)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 31, 32, 33, 35, 96, 127])
-def test_sample_is_a_quarter_of_every_block_at_the_same_places(num_tokens):
+@pytest.mark.parametrize("sample, stride", [(QUERIES, 16), (KEYS, 4)], ids=["queries", "keys"])
+@pytest.mark.parametrize("num_tokens", [1, 2, 8, 9, 31, 32, 33, 35, 96, 127])
+def test_a_sample_is_the_same_places_of_every_block(num_tokens, sample, stride):
     x = torch.arange(2 * 3 * num_tokens * 4.0).view(2, num_tokens, 3, 4).transpose(1, 2)
-    places = torch.arange(-(-num_tokens // 32) * 32).view(-1, 4)[:, 2]
+    places = torch.arange(-(-num_tokens // 32) * 32).view(-1, stride)[:, stride // 2]
     want = x[:, :, places.clamp(max=num_tokens - 1)]
-    assert torch.equal(sample_tokens(x, 32), want)
+    assert torch.equal(sample.tokens(x, 32), want)
+    assert want.shape[2] == -(-num_tokens // 32) * sample.per_block(32)
 
 
-def test_sample_of_whole_blocks_copies_nothing():
+@pytest.mark.parametrize("stride", [1, 4, 16])
+def test_sample_of_whole_blocks_copies_nothing(stride):
     x = torch.zeros(1, 2, 256, 8)
-    assert sample_tokens(x, 128).untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    sampled = Sample.every(stride).tokens(x, 128)
+    assert sampled.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()

@@ -88,8 +88,9 @@ def test_no_rearrangement_has_no_order():
     assert PsaPolicy(PYRAMID).order(LAYOUTS["N1000"]) is None
 
 
-def clamped_sample(x, block):
-    places = torch.arange(-(-x.shape[2] // block) * block).view(-1, 4)[:, 2]
+def clamped_sample(x, block, stride):
+    """The middle one of every stride tokens, where needed the last there is."""
+    places = torch.arange(-(-x.shape[2] // block) * block).view(-1, stride)[:, stride // 2]
     return x.index_select(2, places.clamp(max=x.shape[2] - 1))
 
 
@@ -111,9 +112,9 @@ def test_plan_follows_the_definition(name, layout, head_dim, dtype):
     _, block_n, tile_n = preset.block_size
     want = assign_levels(
         block_importance(
-            clamped_sample(q, 128),
-            clamped_sample(k, block_n),
-            tokens_per_q_block=32,
+            clamped_sample(q, 128, 16),
+            clamped_sample(k, block_n, 4),
+            tokens_per_q_block=8,
             tokens_per_k_block=block_n // 4,
         ),
         preset.mask_ratios,
@@ -165,7 +166,10 @@ def test_rows_too_short_for_a_share_keep_their_best_block():
     policy = PsaPolicy(((1, (0.0, 0.1)), (8, (0.1, 0.15))), "topk", block_m=64, block_n=64)
     q, k, _ = random_qkv(layout)
     importance = block_importance(
-        clamped_sample(q, 64), clamped_sample(k, 64), tokens_per_q_block=16, tokens_per_k_block=16
+        clamped_sample(q, 64, 16),
+        clamped_sample(k, 64, 4),
+        tokens_per_q_block=4,
+        tokens_per_k_block=16,
     )
     levels = levels_of(policy, q, k, layout)
     assert torch.equal(levels.sum(-1), torch.ones_like(levels[..., 0], dtype=torch.int64))

@@ -21,6 +21,7 @@ import torch
 from sparse_video_attention.psa import assign_levels, similarity_cap
 from sparse_video_attention.psa import triton_importance, triton_levels, triton_similarity
 from sparse_video_attention.psa.importance import block_importance, token_importance
+from sparse_video_attention.psa.sampling import Sample
 
 def random_k(batch, heads, tokens, head_dim):
     generator = torch.Generator().manual_seed(tokens)
@@ -36,8 +37,9 @@ for batch, heads, tokens, head_dim, block_m, block_n, scratch, tile in [
     q, k = random_k(batch, heads, tokens, head_dim), random_k(batch, heads, tokens + 70, head_dim)
     triton_importance.MAX_SCRATCH_BYTES = scratch
     triton_importance.tile_for = lambda arch, head_dim: tile or triton_importance.TILE
-    counts = {"tokens_per_q_block": block_m // 4, "tokens_per_k_block": block_n // 4}
-    got = triton_importance.importance(q, k, **counts, scale=0.2, stride=4, offset=2)
+    counts = {"tokens_per_q_block": block_m // 16, "tokens_per_k_block": block_n // 4}
+    samples = {"queries": Sample(16, 8), "keys": Sample(4, 2)}
+    got = triton_importance.importance(q, k, **counts, scale=0.2, **samples)
     want = token_importance(q, k, block_m=block_m, block_n=block_n, scale=0.2)
     torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-9)
 
@@ -94,7 +96,8 @@ def test_equal_to_torch_in_the_interpreter():
 def importance_kernel(capability, head_dim, keep):
     from sparse_video_attention.psa import triton_importance as twin
 
-    constants = {"TOKENS_Q": 32, "STRIDE": 4, "OFFSET": 2, "KEEP_MAXIMA": keep}
+    constants = {"TOKENS_Q": 8, "Q_STRIDE": 16, "Q_OFFSET": 8, "K_STRIDE": 4, "K_OFFSET": 2}
+    constants["KEEP_MAXIMA"] = keep
     constants["stride_kn"] = 5120
     tile = twin.tile_for(capability, head_dim)
     constants |= {"ROWS": tile.rows, "BLOCKS": tile.blocks, "HEAD_DIM": head_dim}
