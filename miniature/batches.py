@@ -6,6 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .models import family_of
 from .noise import spread_out
-from .prompts import PROMPTS, Prompt, text_features
+from .prompts import HARDEST, PROMPTS, Prompt, text_features
 from .recipe import Recipe
 from .scene import Draw
 from .seeds import private_seed
@@ -43,7 +44,8 @@ class Batch(NamedTuple):
 
 def make_batch(recipe: Recipe, step: int) -> Batch:
     """The batch of a step."""
-    stage, family = recipe.stage_at(step), family_of(recipe)
+    stage = recipe.stage_at(step)
+    family = family_of(replace(recipe, train_shift=stage.train_shift or recipe.train_shift))
     generator = torch.Generator().manual_seed(private_seed("noise", recipe.seed, step))
     size = (stage.frames, stage.height, stage.width)
     clips = VideoSet(recipe.seed, *size, stage.variety, stage.placement)
@@ -64,10 +66,14 @@ def _prompts(recipe: Recipe, step: int) -> list[Prompt | None]:
     """Of the clips of a step, None for those that show anything."""
     stage = recipe.stage_at(step)
     draw = Draw(private_seed("prompts", recipe.seed, step))
-    return [
-        PROMPTS[draw.integer(len(PROMPTS))] if draw.uniform(0.0, 1.0) < stage.stored else None
-        for _ in range(stage.clips)
-    ]
+
+    def stored() -> Prompt:
+        prompt = PROMPTS[draw.integer(len(PROMPTS))]
+        # Drawn for no stage that does not want it, so that the batches of older stages stay.
+        hardest = stage.hardest > 0 and draw.uniform(0.0, 1.0) < stage.hardest
+        return HARDEST if hardest else prompt
+
+    return [stored() if draw.uniform(0.0, 1.0) < stage.stored else None for _ in range(stage.clips)]
 
 
 def _one_thread() -> None:

@@ -15,7 +15,7 @@ from miniature.noise import (
     weighted_loss,
     zero_terminal_alphas,
 )
-from miniature.prompts import PROMPTS, text_features
+from miniature.prompts import HARDEST, PROMPTS, text_features
 from miniature.recipe import Stage
 from miniature.sample import guided, sample_flow, sample_v
 from miniature.training import Training, save_state
@@ -125,6 +125,13 @@ class TestSteps:
         # Of all the prompts there are, one in 243 is a stored one.
         assert abs(float(alike.any(0).float().mean()) - stored) < (0.1 if stored < 1 else 1e-6)
         assert stored == 0 or alike.any(1).all()
+
+    @pytest.mark.parametrize("hardest", [0.0, 0.25, 1.0])
+    def test_a_stage_can_show_the_hardest_prompt_more_often(self, hardest):
+        stage = Stage(1, clips=200, frames=1, height=2, width=2, stored=1.0, hardest=hardest)
+        context = make_batch(replace(TOY, stages=(stage,), dropped_prompts=0.0), 0).context
+        shown = (context == text_features(HARDEST)).flatten(1).all(1).float().mean()
+        assert float(shown) == pytest.approx(hardest, abs=0.07)
 
     @pytest.mark.parametrize("how", ["variety", "placement"])
     def test_a_stage_says_how_much_scenes_differ(self, how):
