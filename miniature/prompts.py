@@ -68,8 +68,8 @@ PROMPTS = (
     Prompt("one", "green", "ring", "bounce", "blue", "tiles", "pans"),
     Prompt("one", "rainbow", "square", "bounce", "brown", "gradient", "still"),
 )
-# Thin outlines, three of them, over the busiest ground: what small models learn last. Trained on and
-# not shown: now and then a fourth one comes, or one breaks.
+# Thin outlines, three of them, over the busiest ground: what small models learn last. Trained on,
+# and not shown: now and then a fourth one comes, or one breaks.
 HARDEST = Prompt("three", "green", "ring", "orbit", "blue", "tiles", "pans")
 
 
