@@ -6,6 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -43,7 +44,8 @@ class Batch(NamedTuple):
 
 def make_batch(recipe: Recipe, step: int) -> Batch:
     """The batch of a step."""
-    stage, family = recipe.stage_at(step), family_of(recipe)
+    stage = recipe.stage_at(step)
+    family = family_of(replace(recipe, train_shift=stage.train_shift or recipe.train_shift))
     generator = torch.Generator().manual_seed(private_seed("noise", recipe.seed, step))
     size = (stage.frames, stage.height, stage.width)
     clips = VideoSet(recipe.seed, *size, stage.variety, stage.placement)

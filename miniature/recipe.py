@@ -16,6 +16,7 @@ class Stage:
         variety, placement: of the scenes, 0 to 1 (`draw_scene`).
         stored: share of clips that show one of the stored prompts (`PROMPTS`), 0 to 1.
         hardest: share of these that show `HARDEST` instead, 0 to 1.
+        train_shift: WAN's, None for the recipe's.
     """
 
     steps: int
@@ -27,6 +28,7 @@ class Stage:
     placement: float = 1.0
     stored: float = 0.0
     hardest: float = 0.0
+    train_shift: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -46,7 +48,8 @@ class Recipe:
         vector_lr: of AdamW, for everything else.
         warmup, cooldown: steps over which the rates rise from 0 and, at the end, fall to 0.
         train_shift: where noise levels are drawn: WAN samples at shift 8 (ComfyUI's default),
-            which leaves few steps for detail, so training looks at detail more.
+            which leaves few steps for detail, so training looks at detail more, unless a stage says
+            otherwise.
         unseen_weight: of the loss in latent directions that are no colour.
         dropped_prompts: share of clips that are trained with the empty prompt.
         ema_steps: over how many steps weights are averaged.
