@@ -1,8 +1,9 @@
 """The "hopper" kernel: plans on sm_90, warp-specialised, in Gluon.
 
-It has passed its tests on an H100, where it is faster than cuDNN's dense attention even with every
-block kept. Its first output for a shape is held against the torch kernel all the same. Without an
-entry in MEASURED_RANK it runs only where it is asked for by name.
+With plans that keep or drop blocks it has passed its tests on an H100, where it is faster than
+cuDNN's dense attention even with every block kept; with pooled levels, which it leaves to a second
+kernel, it has not run on a GPU yet. Its first output for a shape is held against the torch kernel.
+Without an entry in MEASURED_RANK it runs only where it is asked for by name.
 """
 
 from __future__ import annotations
@@ -115,11 +116,13 @@ def _run(call: KernelCall) -> Tensor:
 
 
 def _rank(call: KernelCall) -> float:
-    # Pooled levels take a second kernel one more pass over the queries and the output: with a
-    # pooled remainder some 2 ms beside 40 (estimated, 14B at 720p). Of a pyramid's time level 1 is
-    # about a half, so whether that gains anything is to be measured.
+    # Pooled levels take a second kernel one more pass over the queries and the output. With a
+    # pooled remainder that is some 2 ms beside 40 (estimated, 14B at 720p), a fraction of what
+    # this kernel gains at head dim 128 and about what it gains at 64. Of a pyramid's time level 1
+    # is about a half: whether it gains there is to be measured.
     plan = call.plan
-    if plan.levels not in ((1,), (1, plan.block_n)):
+    remainder = call.q.shape[3] == 128 and plan.levels == (1, plan.block_n)
+    if plan.levels != (1,) and not remainder:
         return UNMEASURED_RANK
     return MEASURED_RANK.get((call.q.shape[3], plan.block_m), UNMEASURED_RANK)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.twins import Twins
-from .sampling import KEYS, QUERIES
+from .sampling import KEYS, QUERIES, Sample
 
 # Scores held at once, in elements of 4 bytes; there are two such buffers.
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
@@ -135,6 +135,7 @@ def token_importance(
     block_m: int,
     block_n: int,
     scale: float,
+    queries: Sample = QUERIES,
     twins: Twins | None = None,
 ) -> Tensor:
     """block_importance of the sampled tokens of whole q and k.
@@ -142,13 +143,14 @@ def token_importance(
     Args:
         q, k: [B, H, N, D], any lengths and strides.
         block_m, block_n: tokens per query block and key block, multiples of 16 and of 4.
+        queries: which of q's tokens count.
         twins: as in block_importance.
 
     Returns:
         fp32 [B, H, ceil(q tokens / block_m), ceil(k tokens / block_n)].
     """
     tokens = {
-        "tokens_per_q_block": QUERIES.per_block(block_m),
+        "tokens_per_q_block": queries.per_block(block_m),
         "tokens_per_k_block": KEYS.per_block(block_n),
     }
     # The twin reads the sample where it is.
@@ -156,10 +158,10 @@ def token_importance(
         f"{__package__}.triton_importance",
         q,
         lambda twin: twin.refuses(q, k, tokens["tokens_per_q_block"], scale),
-        lambda twin: twin.importance(q, k, **tokens, scale=scale, queries=QUERIES, keys=KEYS),
+        lambda twin: twin.importance(q, k, **tokens, scale=scale, queries=queries, keys=KEYS),
     )
     if found is not None:
         return found
     return block_importance(
-        QUERIES.tokens(q, block_m), KEYS.tokens(k, block_n), **tokens, scale=scale, twins=twins
+        queries.tokens(q, block_m), KEYS.tokens(k, block_n), **tokens, scale=scale, twins=twins
     )

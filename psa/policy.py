@@ -15,6 +15,7 @@ from ..kernels.twins import Twins
 from .importance import token_importance
 from .levels import assign_levels, topk_segments
 from .preset import PsaPreset, SimThresholds
+from .sampling import QUERIES, QUERIES_OF_TILES
 from .similarity import similarity_cap
 
 SKIPPED_BLOCKS = ("drop", "pool")
@@ -140,7 +141,13 @@ class PsaPolicy:
         # Not kept in a name: the scores are four bytes a block pair, and the lists as many again.
         levels = self._levels(
             token_importance(
-                q, k, block_m=self.block_m, block_n=self.block_n, scale=scale, twins=self.twins
+                q,
+                k,
+                block_m=self.block_m,
+                block_n=self.block_n,
+                scale=scale,
+                queries=QUERIES_OF_TILES if self.rearrange_method == "STA" else QUERIES,
+                twins=self.twins,
             )
         )
         if self.sim_thresholds is not None:

@@ -114,6 +114,7 @@ def importance_kernel(
     TOKENS_Q: tl.constexpr,
     Q_STRIDE: tl.constexpr,
     Q_OFFSET: tl.constexpr,
+    Q_TURN: tl.constexpr,
     K_STRIDE: tl.constexpr,
     K_OFFSET: tl.constexpr,
     KEEP_MAXIMA: tl.constexpr,
@@ -139,7 +140,9 @@ def importance_kernel(
         b = (head // heads).to(tl.int64)
         h = (head % heads).to(tl.int64)
         first_row = tile % tiles_per_head * ROWS
-        tokens = tl.minimum((first_row + rows) * Q_STRIDE + Q_OFFSET, q_len - 1).to(tl.int64)
+        group = first_row + rows
+        tokens = group * Q_STRIDE + (Q_OFFSET + group * Q_TURN) % Q_STRIDE
+        tokens = tl.minimum(tokens, q_len - 1).to(tl.int64)
         query = tl.load(
             Q + b * stride_qb + h * stride_qh + tokens[:, None] * stride_qn + dims[None, :]
         )
@@ -215,7 +218,7 @@ def importance(
     Args:
         q, k: [B, H, N, D], any lengths and outer strides.
         queries, keys: which of q's and of k's tokens count, the last one standing in for those
-            that its block lacks.
+            that its block lacks; keys without a turn.
 
     Returns:
         fp32 [B, H, query blocks, key blocks].
@@ -238,9 +241,9 @@ def importance(
         q, k, out, scratch, q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1),
         k.stride(2), heads, q_len, k_len, num_q_blocks, num_k_blocks, tokens_per_k_block,
         tiles_per_head, num_tiles, scale * LOG2_E, TOKENS_Q=tokens_per_q_block,
-        Q_STRIDE=queries.stride, Q_OFFSET=queries.offset, K_STRIDE=keys.stride,
-        K_OFFSET=keys.offset, KEEP_MAXIMA=keep_maxima, ROWS=tile.rows, BLOCKS=tile.blocks,
-        HEAD_DIM=head_dim, **tile.options(),
+        Q_STRIDE=queries.stride, Q_OFFSET=queries.offset, Q_TURN=queries.turn,
+        K_STRIDE=keys.stride, K_OFFSET=keys.offset, KEEP_MAXIMA=keep_maxima,
+        ROWS=tile.rows, BLOCKS=tile.blocks, HEAD_DIM=head_dim, **tile.options(),
     )  # fmt: skip
     return out
 

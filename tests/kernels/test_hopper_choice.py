@@ -103,12 +103,15 @@ def with_levels(call, *found, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "found, ranked", [((1,), True), ((1, 0), True), ((1, 2), False), ((1, 0, 8), False)], ids=str
-)
+    "head_dim, found, ranked",
+    [(128, (1,), True), (128, (1, 0), True), (128, (1, 2), False), (128, (1, 0, 8), False),
+     (64, (1,), True), (64, (1, 0), False)],
+    ids=str,
+)  # fmt: skip
 def test_auto_takes_it_with_a_pooled_remainder_and_not_yet_with_a_pyramid(
-    as_if_on_hopper, found, ranked
+    as_if_on_hopper, head_dim, found, ranked
 ):
-    call = with_levels(a_call(head_dim=128), *found, pooled_remainder=True)
+    call = with_levels(a_call(head_dim=head_dim), *found, pooled_remainder=0 in found)
     assert HOPPER.refuses(call) is None
     assert (candidates(call)[0][0][0].name == "hopper") == ranked
     assert [kernel.name for kernel, _ in candidates(call, "hopper")[0]][-1:] == (

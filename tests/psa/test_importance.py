@@ -11,7 +11,7 @@ import pytest
 import torch
 from sparse_video_attention.kernels import BlockPlan, TokenLayout
 from sparse_video_attention.psa import PsaPolicy, block_importance, importance, policy
-from sparse_video_attention.psa.sampling import KEYS, QUERIES, Sample
+from sparse_video_attention.psa.sampling import KEYS, QUERIES, QUERIES_OF_TILES, Sample
 from torch.utils._python_dispatch import TorchDispatchMode
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "psa_importance.npz"
@@ -165,8 +165,32 @@ def test_a_sample_is_the_same_places_of_every_block(num_tokens, sample, stride):
     assert want.shape[2] == -(-num_tokens // 32) * sample.per_block(32)
 
 
+def test_the_queries_of_a_tile_are_from_all_its_columns():
+    """STA's tiles are 8 columns wide, row by row."""
+    columns = torch.arange(8.0).repeat(32)[None, None, :, None]
+    sampled = QUERIES_OF_TILES.tokens(columns, 128).view(2, 8)
+    assert torch.equal(sampled.sort(dim=1).values, torch.arange(8.0).expand(2, 8))
+    assert len(QUERIES.tokens(columns, 128).unique()) == 1
+    numbers = QUERIES_OF_TILES.tokens(torch.arange(70.0)[None, None, :, None], 32).flatten()
+    assert numbers.tolist() == [8, 29, 34, 55, 69, 69]
+
+
 @pytest.mark.parametrize("stride", [1, 4, 16])
 def test_sample_of_whole_blocks_copies_nothing(stride):
     x = torch.zeros(1, 2, 256, 8)
     sampled = Sample.every(stride).tokens(x, 128)
     assert sampled.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+
+
+def test_tiles_are_scored_by_queries_from_all_their_columns(monkeypatch):
+    scored = []
+    monkeypatch.setattr(
+        policy,
+        "token_importance",
+        lambda q, k, **how: scored.append(how) or importance.token_importance(q, k, **how),
+    )
+    q, k = random_qk(1, 2, 600, 600, 64, torch.float32)
+    for method in ("STA", "Gilbert", None):
+        chosen = PsaPolicy(((1, (0.0, 0.5)),), rearrange_method=method)
+        chosen.plan(q, k, TokenLayout(6, 10, 10), layer=0, scale=0.125)
+    assert [how["queries"] for how in scored] == [QUERIES_OF_TILES, QUERIES, QUERIES]

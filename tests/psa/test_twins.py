@@ -32,16 +32,18 @@ rdna = triton_importance.tile_for("gfx1100", 128)
 for batch, heads, tokens, head_dim, block_m, block_n, scratch, tile in [
     (2, 2, 1000, 64, 128, 64, 2**27, None), (1, 1, 2100, 128, 64, 32, 0, None),
     (1, 3, 63, 64, 256, 128, 2**27, None), (1, 1, 1100, 64, 128, 32, 2**27, rdna),
-    (1, 1, 600, 64, 256, 64, 0, rdna),
+    (1, 1, 600, 64, 256, 64, 0, rdna), (1, 1, 300, 64, 16, 32, 2**27, None),
+    (1, 2, 300, 64, 32, 16, 0, None),
 ]:
     q, k = random_k(batch, heads, tokens, head_dim), random_k(batch, heads, tokens + 70, head_dim)
     triton_importance.MAX_SCRATCH_BYTES = scratch
     triton_importance.tile_for = lambda arch, head_dim: tile or triton_importance.TILE
     counts = {"tokens_per_q_block": block_m // 16, "tokens_per_k_block": block_n // 4}
-    samples = {"queries": Sample(16, 8), "keys": Sample(4, 2)}
-    got = triton_importance.importance(q, k, **counts, scale=0.2, **samples)
-    want = token_importance(q, k, block_m=block_m, block_n=block_n, scale=0.2)
-    torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-9)
+    for queries in (Sample(16, 8), Sample(16, 8, turn=5)):
+        samples = {"queries": queries, "keys": Sample(4, 2)}
+        got = triton_importance.importance(q, k, **counts, scale=0.2, **samples)
+        how = {"block_m": block_m, "block_n": block_n, "scale": 0.2, "queries": queries}
+        torch.testing.assert_close(got, token_importance(q, k, **how), rtol=2e-5, atol=1e-9)
 
 q, k = random_k(1, 2, 96, 64), random_k(1, 2, 160, 64)
 counts = {"tokens_per_q_block": 32, "tokens_per_k_block": 16}
@@ -96,7 +98,14 @@ def test_equal_to_torch_in_the_interpreter():
 def importance_kernel(capability, head_dim, keep):
     from sparse_video_attention.psa import triton_importance as twin
 
-    constants = {"TOKENS_Q": 8, "Q_STRIDE": 16, "Q_OFFSET": 8, "K_STRIDE": 4, "K_OFFSET": 2}
+    constants = {
+        "TOKENS_Q": 8,
+        "Q_STRIDE": 16,
+        "Q_OFFSET": 8,
+        "Q_TURN": 5,
+        "K_STRIDE": 4,
+        "K_OFFSET": 2,
+    }
     constants["KEEP_MAXIMA"] = keep
     constants["stride_kn"] = 5120
     tile = twin.tile_for(capability, head_dim)
