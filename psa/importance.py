@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.twins import Twins
-from .sampling import KEYS, QUERIES, Sample
+from .sampling import QUARTER, Sample
 
 # Scores held at once, in elements of 4 bytes; there are two such buffers.
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
@@ -135,14 +135,14 @@ def token_importance(
     block_m: int,
     block_n: int,
     scale: float,
-    queries: Sample = QUERIES,
+    queries: Sample = QUARTER,
     twins: Twins | None = None,
 ) -> Tensor:
     """block_importance of the sampled tokens of whole q and k.
 
     Args:
         q, k: [B, H, N, D], any lengths and strides.
-        block_m, block_n: tokens per query block and key block, multiples of 16 and of 4.
+        block_m, block_n: tokens per query block and key block, multiples of queries.stride, of 4.
         queries: which of q's tokens count.
         twins: as in block_importance.
 
@@ -151,17 +151,17 @@ def token_importance(
     """
     tokens = {
         "tokens_per_q_block": queries.per_block(block_m),
-        "tokens_per_k_block": KEYS.per_block(block_n),
+        "tokens_per_k_block": QUARTER.per_block(block_n),
     }
     # The twin reads the sample where it is.
     found = (twins or Twins()).run(
         f"{__package__}.triton_importance",
         q,
         lambda twin: twin.refuses(q, k, tokens["tokens_per_q_block"], scale),
-        lambda twin: twin.importance(q, k, **tokens, scale=scale, queries=queries, keys=KEYS),
+        lambda twin: twin.importance(q, k, **tokens, scale=scale, queries=queries, keys=QUARTER),
     )
     if found is not None:
         return found
     return block_importance(
-        queries.tokens(q, block_m), KEYS.tokens(k, block_n), **tokens, scale=scale, twins=twins
+        queries.tokens(q, block_m), QUARTER.tokens(k, block_n), **tokens, scale=scale, twins=twins
     )

@@ -15,7 +15,7 @@ from ..kernels.twins import Twins
 from .importance import token_importance
 from .levels import assign_levels, topk_segments
 from .preset import PsaPreset, SimThresholds
-from .sampling import QUERIES, QUERIES_OF_TILES
+from .sampling import QUARTER, SIXTEENTH, SIXTEENTH_OF_TILES, Sample
 from .similarity import similarity_cap
 
 SKIPPED_BLOCKS = ("drop", "pool")
@@ -146,7 +146,7 @@ class PsaPolicy:
                 block_m=self.block_m,
                 block_n=self.block_n,
                 scale=scale,
-                queries=QUERIES_OF_TILES if self.rearrange_method == "STA" else QUERIES,
+                queries=self._sampled_queries(),
                 twins=self.twins,
             )
         )
@@ -156,6 +156,11 @@ class PsaPolicy:
             )
             torch.minimum(levels, cap.unsqueeze(2), out=levels)
         return self._with_text(levels, layout, packed=False)
+
+    def _sampled_queries(self) -> Sample:
+        if self.mask_mode == "thresholdbound":
+            return QUARTER
+        return SIXTEENTH_OF_TILES if self.rearrange_method == "STA" else SIXTEENTH
 
     def _levels(self, importance: Tensor) -> Tensor:
         """int8 [B, H, M, N] from fp32 importance: by the ratios, no row empty."""

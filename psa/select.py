@@ -133,7 +133,7 @@ def choose_section(
     if name not in sections:
         raise ValueError(f"section {name!r} is missing; sections are {', '.join(sections)}")
     # For few steps too, since a MODEL does not say how many there will be: on the CogVideoX
-    # miniature (4 steps, benchmarks/RESULTS.md) psa_4steps was about 2 dB closer, keeping a little
-    # more, and the help page says so.
+    # miniature (4 steps, benchmarks/RESULTS.md) psa_4steps was as close as psa_balanced, and the
+    # help page says what was closer.
     preset = sections[name].default_attention
     return SectionChoice(name, preset, f"preset {name}/{preset}: {why}")

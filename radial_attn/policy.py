@@ -28,8 +28,8 @@ class RadialPolicy:
 
     block_size: int = 128
     decay_factor: float = 0.2
-    # On the trained miniatures (benchmarks/RESULTS.md) pooling changed about 1 dB, mostly for the
-    # better; it is not the default, as published, since libraries' kernels cannot pool.
+    # On the trained miniatures (benchmarks/RESULTS.md) pooling came up to 1.5 dB closer; it is not
+    # the default, as published, since libraries' kernels cannot pool.
     skipped_blocks: str = "drop"
     family: str = "wan"
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from sparse_video_attention.kernels import BlockPlan, TokenLayout
 from sparse_video_attention.psa import PsaPolicy, block_importance, importance, policy
-from sparse_video_attention.psa.sampling import KEYS, QUERIES, QUERIES_OF_TILES, Sample
+from sparse_video_attention.psa.sampling import QUARTER, SIXTEENTH, SIXTEENTH_OF_TILES, Sample
 from torch.utils._python_dispatch import TorchDispatchMode
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "psa_importance.npz"
@@ -155,7 +155,9 @@ def test_refuses(change, message):
         block_importance(**request)
 
 
-@pytest.mark.parametrize("sample, stride", [(QUERIES, 16), (KEYS, 4)], ids=["queries", "keys"])
+@pytest.mark.parametrize(
+    "sample, stride", [(SIXTEENTH, 16), (QUARTER, 4)], ids=["sixteenth", "quarter"]
+)
 @pytest.mark.parametrize("num_tokens", [1, 2, 8, 9, 31, 32, 33, 35, 96, 127])
 def test_a_sample_is_the_same_places_of_every_block(num_tokens, sample, stride):
     x = torch.arange(2 * 3 * num_tokens * 4.0).view(2, num_tokens, 3, 4).transpose(1, 2)
@@ -168,10 +170,10 @@ def test_a_sample_is_the_same_places_of_every_block(num_tokens, sample, stride):
 def test_the_queries_of_a_tile_are_from_all_its_columns():
     """STA's tiles are 8 columns wide, row by row."""
     columns = torch.arange(8.0).repeat(32)[None, None, :, None]
-    sampled = QUERIES_OF_TILES.tokens(columns, 128).view(2, 8)
+    sampled = SIXTEENTH_OF_TILES.tokens(columns, 128).view(2, 8)
     assert torch.equal(sampled.sort(dim=1).values, torch.arange(8.0).expand(2, 8))
-    assert len(QUERIES.tokens(columns, 128).unique()) == 1
-    numbers = QUERIES_OF_TILES.tokens(torch.arange(70.0)[None, None, :, None], 32).flatten()
+    assert len(SIXTEENTH.tokens(columns, 128).unique()) == 1
+    numbers = SIXTEENTH_OF_TILES.tokens(torch.arange(70.0)[None, None, :, None], 32).flatten()
     assert numbers.tolist() == [8, 29, 34, 55, 69, 69]
 
 
@@ -182,7 +184,8 @@ def test_sample_of_whole_blocks_copies_nothing(stride):
     assert sampled.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
 
 
-def test_tiles_are_scored_by_queries_from_all_their_columns(monkeypatch):
+def test_ranks_need_fewer_queries_than_shares(monkeypatch):
+    """And tiles have queries from all their columns."""
     scored = []
     monkeypatch.setattr(
         policy,
@@ -190,7 +193,9 @@ def test_tiles_are_scored_by_queries_from_all_their_columns(monkeypatch):
         lambda q, k, **how: scored.append(how) or importance.token_importance(q, k, **how),
     )
     q, k = random_qk(1, 2, 600, 600, 64, torch.float32)
-    for method in ("STA", "Gilbert", None):
-        chosen = PsaPolicy(((1, (0.0, 0.5)),), rearrange_method=method)
-        chosen.plan(q, k, TokenLayout(6, 10, 10), layer=0, scale=0.125)
-    assert [how["queries"] for how in scored] == [QUERIES_OF_TILES, QUERIES, QUERIES]
+    for mode in ("topk", "thresholdbound"):
+        for order in ("STA", "Gilbert", None):
+            chosen = PsaPolicy(((1, (0.0, 0.5)),), mode, rearrange_method=order)
+            chosen.plan(q, k, TokenLayout(6, 10, 10), layer=0, scale=0.125)
+    by_rank = [SIXTEENTH_OF_TILES, SIXTEENTH, SIXTEENTH]
+    assert [how["queries"] for how in scored] == by_rank + [QUARTER] * 3

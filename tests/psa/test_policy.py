@@ -112,9 +112,9 @@ def test_plan_follows_the_definition(name, layout, head_dim, dtype):
     _, block_n, tile_n = preset.block_size
     want = assign_levels(
         block_importance(
-            clamped_sample(q, 128, 16),
+            clamped_sample(q, 128, 16 if preset.mask_mode == "topk" else 4),
             clamped_sample(k, block_n, 4),
-            tokens_per_q_block=8,
+            tokens_per_q_block=8 if preset.mask_mode == "topk" else 32,
             tokens_per_k_block=block_n // 4,
         ),
         preset.mask_ratios,

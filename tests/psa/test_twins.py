@@ -38,8 +38,9 @@ for batch, heads, tokens, head_dim, block_m, block_n, scratch, tile in [
     q, k = random_k(batch, heads, tokens, head_dim), random_k(batch, heads, tokens + 70, head_dim)
     triton_importance.MAX_SCRATCH_BYTES = scratch
     triton_importance.tile_for = lambda arch, head_dim: tile or triton_importance.TILE
-    counts = {"tokens_per_q_block": block_m // 16, "tokens_per_k_block": block_n // 4}
-    for queries in (Sample(16, 8), Sample(16, 8, turn=5)):
+    for queries in (Sample(4, 2), Sample(16, 8), Sample(16, 8, turn=5)):
+        counts = {"tokens_per_q_block": block_m // queries.stride}
+        counts["tokens_per_k_block"] = block_n // 4
         samples = {"queries": queries, "keys": Sample(4, 2)}
         got = triton_importance.importance(q, k, **counts, scale=0.2, **samples)
         how = {"block_m": block_m, "block_n": block_n, "scale": 0.2, "queries": queries}
@@ -95,14 +96,14 @@ def test_equal_to_torch_in_the_interpreter():
     assert ran.stdout.strip().endswith("equal"), ran.stderr
 
 
-def importance_kernel(capability, head_dim, keep):
+def importance_kernel(capability, head_dim, keep, stride):
     from sparse_video_attention.psa import triton_importance as twin
 
     constants = {
-        "TOKENS_Q": 8,
-        "Q_STRIDE": 16,
-        "Q_OFFSET": 8,
-        "Q_TURN": 5,
+        "TOKENS_Q": 128 // stride,
+        "Q_STRIDE": stride,
+        "Q_OFFSET": stride // 2,
+        "Q_TURN": 5 if stride == 16 else 0,
         "K_STRIDE": 4,
         "K_OFFSET": 2,
     }
@@ -176,12 +177,13 @@ def assembled(kernel, capability, tmp_path):
     return int(registers[1]), int(spilled[1])
 
 
+@pytest.mark.parametrize("stride", [4, 16])
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "twice"])
 @pytest.mark.parametrize("head_dim", [64, 128], ids=["D64", "D128"])
 @pytest.mark.parametrize("capability", [80, 90, "gfx1100", "gfx1201"], ids=str)
-def test_importance_compiles_without_spills(capability, head_dim, keep, tmp_path):
+def test_importance_compiles_without_spills(capability, head_dim, keep, stride, tmp_path):
     pytest.importorskip("triton")
-    kernel = importance_kernel(capability, head_dim, keep)
+    kernel = importance_kernel(capability, head_dim, keep, stride)
     registers, spilled = assembled(kernel, capability, tmp_path)
     assert spilled == 0
     if capability == 90:
