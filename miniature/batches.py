@@ -22,6 +22,7 @@ from .scene import Draw
 from .seeds import private_seed
 from .video_set import VideoSet
 
+_SQUARES = tuple(prompt for prompt in PROMPTS if prompt.shape == "square")
 # Clips of a step have numbers of their own.
 _CLIPS_PER_STEP = 1 << 12
 # Batches that are made before they are asked for, per process.
@@ -67,11 +68,15 @@ def _prompts(recipe: Recipe, step: int) -> list[Prompt | None]:
     stage = recipe.stage_at(step)
     draw = Draw(private_seed("prompts", recipe.seed, step))
 
+    def happens(share: float) -> bool:
+        # Drawn for no stage that does not want it, so that the batches of older stages stay.
+        return share > 0 and draw.uniform(0.0, 1.0) < share
+
     def stored() -> Prompt:
         prompt = PROMPTS[draw.integer(len(PROMPTS))]
-        # Drawn for no stage that does not want it, so that the batches of older stages stay.
-        hardest = stage.hardest > 0 and draw.uniform(0.0, 1.0) < stage.hardest
-        return HARDEST if hardest else prompt
+        if happens(stage.hardest):
+            return HARDEST
+        return _SQUARES[draw.integer(len(_SQUARES))] if happens(stage.squares) else prompt
 
     return [stored() if draw.uniform(0.0, 1.0) < stage.stored else None for _ in range(stage.clips)]
 

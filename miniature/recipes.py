@@ -15,6 +15,8 @@ _SETTLED, _ALIKE = 0.05, 0.2
 _APART, _IN_PLACE = 0.25, 0.12
 # Of every four clips one shows the hardest prompt, beside its share of the others.
 _OFTEN = 0.25
+# Corners are learned last: two thirds of the clips show squares, with what all prompts have of them.
+_MOSTLY = 0.5
 
 
 def _settled(steps: int, clips: int, frames: int, variety: float = _SETTLED) -> Stage:
@@ -27,10 +29,12 @@ def _apart(steps: int, clips: int, frames: int, placement: float = _APART) -> St
     return replace(stage, placement=placement, stored=0.75)
 
 
-def _shown(steps: int, clips: int, frames: int, hardest: float = 0.0) -> Stage:
+def _shown(
+    steps: int, clips: int, frames: int, hardest: float = 0.0, squares: float = 0.0
+) -> Stage:
     """Of nothing but the stored prompts."""
     stage = _apart(steps, clips, frames, placement=_IN_PLACE)
-    return replace(stage, stored=1.0, hardest=hardest)
+    return replace(stage, stored=1.0, hardest=hardest, squares=squares)
 
 
 _RECIPES: dict[str, Recipe] = {
@@ -126,6 +130,9 @@ _CPU_LONG = {
         _shown(400, clips=2, frames=9),
         # How many shapes there are, and where, is decided in the most noise.
         replace(_shown(560, clips=2, frames=9, hardest=0.15), train_shift=8.0),
+        _shown(1300, clips=2, frames=9, squares=_MOSTLY),
+        _shown(60, clips=1, frames=21),
+        _shown(500, clips=2, frames=9, squares=_MOSTLY),
     ),
     "cogvideox-cpu": (
         Stage(570, clips=4, frames=9, height=16, width=24),
@@ -158,6 +165,9 @@ _CPU_LONG = {
         _shown(300, clips=16, frames=1),
         _shown(20, clips=1, frames=21),
         _shown(430, clips=2, frames=9),
+        _shown(1600, clips=2, frames=9, squares=_MOSTLY),
+        _shown(60, clips=1, frames=21),
+        _shown(500, clips=2, frames=9, squares=_MOSTLY),
     ),
 }
 
