@@ -15,7 +15,7 @@ _SETTLED, _ALIKE = 0.05, 0.2
 _APART, _IN_PLACE = 0.25, 0.12
 # Of every four clips one shows the hardest prompt, beside its share of the others.
 _OFTEN = 0.25
-# Corners are learned last: two thirds of the clips show squares, with what all prompts have of them.
+# Corners are learned last: half of the clips show squares, beside their share of the others.
 _MOSTLY = 0.5
 
 
