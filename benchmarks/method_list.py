@@ -18,7 +18,7 @@ from .structured import AttentionInputs
 
 # Halvings of a setting's range when a density is looked for.
 BISECTIONS = 10
-# Ends the name of a preset whose skipped blocks are pooled, as the node's default is.
+# Ends the name of a method whose skipped blocks are pooled, the default of radial and PSA.
 POOLED = " pool"
 
 
@@ -58,12 +58,12 @@ def methods(model_family: str, precisions: Iterable[str] = ("auto",)) -> Iterato
 
 def _methods(model_family: str) -> Iterator[Method]:
     # The most telling first, for runs that are cut short.
-    yield Method("radial", RadialPolicy())
+    yield Method("radial", RadialPolicy(skipped_blocks="drop"))
     yield Method("sparge raster", SpargePolicy())
     for label, preset in _presets(model_family):
         yield Method(f"psa {label}", PsaPolicy.from_preset(preset, label=label))
     yield Method("sparge Gilbert", SpargePolicy(block_order="Gilbert"))
-    yield Method("radial pool", RadialPolicy(skipped_blocks="pool"))
+    yield Method("radial pool", RadialPolicy())
     yield Method("sparge raster pool", SpargePolicy(skipped_blocks="pool"))
     gilbert = SpargePolicy(block_order="Gilbert", skipped_blocks="pool")
     yield Method("sparge Gilbert pool", gilbert)
@@ -91,7 +91,7 @@ class Dial:
 
 
 DIALS = (
-    Dial("radial", lambda decay: RadialPolicy(decay_factor=decay), 0.0, MAX_DECAY_FACTOR),
+    Dial("radial", lambda decay: RadialPolicy(128, decay, "drop"), 0.0, MAX_DECAY_FACTOR),
     Dial("sparge raster", lambda topk: SpargePolicy(topk=topk), 0.0, 1.0),
     Dial("sparge Gilbert", lambda topk: SpargePolicy(topk=topk, block_order="Gilbert"), 0.0, 1.0),
 )

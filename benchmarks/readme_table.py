@@ -10,8 +10,8 @@ from .tables import Result
 
 # The mask of radial attention, and a density that the dynamic methods reach.
 WANTED_DENSITY = 0.2
-# Radial and Sparge at their nodes' defaults, and the presets of the models that most people have.
-WANTED_METHODS = ("radial", "sparge raster")
+# At their nodes' defaults; of PSA the presets of the models that most people have.
+WANTED_METHODS = ("radial pool", "sparge raster")
 WANTED_METHODS += tuple(
     f"psa {preset}/psa_balanced{end}"
     for preset in ("Wan2.1_14b", "CogVideo_5b")

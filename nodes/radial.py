@@ -90,7 +90,7 @@ class PatchRadialAttention(io.ComfyNode):
                     ),
                 ),
                 *advanced_inputs(),
-                skipped_blocks_input(),
+                skipped_blocks_input(default="pool"),
                 *kernel_inputs(),
                 dense_vace_blocks_input(),
             ],
@@ -107,7 +107,7 @@ class PatchRadialAttention(io.ComfyNode):
         model: io.Model.Type,
         block_size: int = 128,
         decay_factor: float = 0.2,
-        skipped_blocks: str = "drop",
+        skipped_blocks: str = "pool",
         dense_layers: str = "0",
         **shared: Any,
     ) -> io.NodeOutput:

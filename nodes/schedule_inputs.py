@@ -123,7 +123,7 @@ def advanced_inputs() -> list[io.Input]:
     ]
 
 
-def skipped_blocks_input(default: str = "drop") -> io.Combo.Input:
+def skipped_blocks_input(*, default: str) -> io.Combo.Input:
     return io.Combo.Input(
         "skipped_blocks",
         options=["drop", "pool"],

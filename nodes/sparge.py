@@ -109,7 +109,7 @@ class PatchSpargeAttention(io.ComfyNode):
                         "every call on CogVideoX and VACE."
                     ),
                 ),
-                skipped_blocks_input(),
+                skipped_blocks_input(default="drop"),
                 *kernel_inputs(),
                 dense_vace_blocks_input(),
             ],

@@ -16,6 +16,8 @@ from ..kernels.lists import strided_lists
 
 def conversion_refused(plan: BlockPlan, block_m: int, block_n: int) -> str | None:
     """Why a plan cannot be run in blocks of block_m x block_n at full resolution, or None."""
+    if plan.levels == (1, plan.block_n):
+        return "it attends to whole blocks only: set skipped_blocks to drop"
     if plan.levels != (1,):
         return "it attends at full resolution only, and the plan has pooled blocks"
     if plan.block_m % block_m or plan.block_n % block_n:

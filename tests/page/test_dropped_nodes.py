@@ -20,7 +20,7 @@ KERNEL = {"kernel": "auto", "precision": "auto", "min_tokens": 4096, "dense_vace
 SPARGE_ADVANCED = {"cdfthreshd": 0.0, "attention_sink": False, "block_order": "raster"}
 # {node: (what everyone sees, what is advanced)}
 DROPPED = {
-    "PatchRadialAttention": (RADIAL, SCHEDULE | {"skipped_blocks": "drop"} | KERNEL),
+    "PatchRadialAttention": (RADIAL, SCHEDULE | {"skipped_blocks": "pool"} | KERNEL),
     "PatchPSA": (PSA, {"config_file": "", "dense_layers": ""} | SCHEDULE | KERNEL),
     "PatchSpargeAttention": (
         SPARGE,

@@ -39,7 +39,7 @@ def mask_of(policy, layout):
 @pytest.mark.parametrize("block_size", [64, 128])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_plan_is_the_mask(layout, block_size, family):
-    policy = RadialPolicy(block_size, 0.5, family=family)
+    policy = RadialPolicy(block_size, 0.5, "drop", family)
     mask = mask_of(policy, layout)
     mask[~mask.diagonal()] = True
     plan = policy.static_plan(layout, torch.device("cpu"))
@@ -49,22 +49,21 @@ def test_plan_is_the_mask(layout, block_size, family):
 
 
 def test_480p_plan_has_the_published_density():
-    plan = RadialPolicy().static_plan(LAYOUTS["wan-480p"], "cpu")
+    plan = RadialPolicy(skipped_blocks="drop").static_plan(LAYOUTS["wan-480p"], "cpu")
     assert plan.indices.numel() == 22534
     assert plan.density() == pytest.approx(22534 / 256**2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_pooling_turns_skipped_blocks_into_one_mean_each(layout):
-    policy = RadialPolicy(64, 0.2)
-    dropped = policy.static_plan(layout, "cpu").to_levels()
-    pooled = RadialPolicy(64, 0.2, "pool").static_plan(layout, "cpu").to_levels()
+    dropped = RadialPolicy(64, 0.2, "drop").static_plan(layout, "cpu").to_levels()
+    pooled = RadialPolicy(64, 0.2).static_plan(layout, "cpu").to_levels()
     assert torch.equal(pooled, dropped.masked_fill(dropped == 0, 64))
 
 
 @pytest.mark.parametrize("layout", LOSSY.values(), ids=LOSSY)
 def test_query_blocks_that_lost_their_own_keys_keep_everything(layout):
-    policy = RadialPolicy()
+    policy = RadialPolicy(skipped_blocks="drop")
     mask = mask_of(policy, layout)
     lost = ~mask.diagonal()
     assert lost.any()
@@ -75,8 +74,9 @@ def test_query_blocks_that_lost_their_own_keys_keep_everything(layout):
 
 def test_text_before_the_video_shifts_the_pattern_by_its_length():
     # 256 tokens of text are two whole blocks: behind them lies the mask of the video alone.
-    shifted = RadialPolicy().static_plan(TokenLayout(5, 32, 32, prefix_tokens=256), "cpu")
-    alone = RadialPolicy().static_plan(TokenLayout(5, 32, 32), "cpu")
+    policy = RadialPolicy(skipped_blocks="drop")
+    shifted = policy.static_plan(TokenLayout(5, 32, 32, prefix_tokens=256), "cpu")
+    alone = policy.static_plan(TokenLayout(5, 32, 32), "cpu")
     levels = shifted.to_levels()[0, 0]
     assert torch.equal(levels[2:, 2:], alone.to_levels()[0, 0])
     assert levels[:2].all() and levels[:, :2].all()
@@ -118,19 +118,20 @@ def test_protocol():
 def test_equal_policies_share_a_cache_entry():
     plans = {RadialPolicy(64, 0.8): "a"}
     assert plans[RadialPolicy(block_size=64, decay_factor=0.8)] == "a"
-    assert RadialPolicy(64, 0.8, "pool") not in plans and RadialPolicy(64, 0.5) not in plans
+    assert RadialPolicy(64, 0.8, "drop") not in plans and RadialPolicy(64, 0.5) not in plans
 
 
 @pytest.mark.parametrize(
     ("policy", "text"),
     [
-        (RadialPolicy(), "radial (decay 0.2, block 128)"),
+        (RadialPolicy(skipped_blocks="drop"), "radial (decay 0.2, block 128)"),
+        (RadialPolicy(), "radial (decay 0.2, block 128, skipped blocks pooled)"),
         (
             RadialPolicy(64, 0.95, "pool", "hunyuan"),
             "radial (decay 0.95, block 64, skipped blocks pooled, hunyuan)",
         ),
     ],
-    ids=["defaults", "all"],
+    ids=["published", "defaults", "all"],
 )
 def test_describe(policy, text):
     assert policy.describe() == text
