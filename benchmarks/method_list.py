@@ -42,7 +42,8 @@ class Method:
 def methods(model_family: str, precisions: Iterable[str] = ("auto",)) -> Iterator[Method]:
     """Radial, Sparge and the presets of the sections that begin with model_family.
 
-    Where there is one, also what "auto" waits to know of: pooled presets on the hopper kernel.
+    Where there is a hopper kernel, also what "auto" waits to know of: the pooled ones on the kernel
+    that it does not take, which is triton for WAN's radial and Sparge and hopper for the rest.
     """
     for precision in precisions:
         for method in _methods(model_family):
@@ -52,8 +53,10 @@ def methods(model_family: str, precisions: Iterable[str] = ("auto",)) -> Iterato
                 yield replace(method, name=f"{method.name} {precision}", precision=precision)
     if "auto" in precisions and unavailable_reason("hopper") is None:
         for method in _methods(model_family):
-            if method.name.startswith("psa ") and method.name.endswith(POOLED):
-                yield replace(method, name=f"{method.name} hopper", kernel="hopper")
+            chosen = model_family == "Wan" and not method.name.startswith("psa ")
+            other = "triton" if chosen else "hopper"
+            if method.name.endswith(POOLED):
+                yield replace(method, name=f"{method.name} {other}", kernel=other)
 
 
 def _methods(model_family: str) -> Iterator[Method]:

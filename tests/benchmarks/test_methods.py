@@ -10,6 +10,7 @@ from PIL import Image
 from sparse_video_attention.kernels import TokenLayout
 from sparse_video_attention.sparge import SpargePolicy
 
+from benchmarks import method_list
 from benchmarks.grids import FRAME_GRIDS, GRID_SHAPES, find_grid_shape
 from benchmarks.method_list import DIALS, DialDensity, methods, nearest_setting
 from benchmarks.methods import main
@@ -65,6 +66,20 @@ def case(shape_name, method_name):
     inputs = structured_inputs(shape.layout, shape.heads, shape.head_dim)
     q, k, v = (x.double() for x in inputs.heads_first())
     return shape, policy, q, k, v
+
+
+@pytest.mark.parametrize("hopper", [True, False])
+@pytest.mark.parametrize("shape_name", [WAN, COGVIDEOX])
+def test_pooled_methods_also_run_on_the_hopper_kernel_or_beside_it(shape_name, hopper, monkeypatch):
+    reason = None if hopper else "no such device"
+    monkeypatch.setattr(method_list, "unavailable_reason", lambda name: reason)
+    by_name = [m for m in methods(find_grid_shape(shape_name).model_family) if m.kernel != "auto"]
+    # What "auto" takes for WAN's pooled remainders is hopper itself.
+    static = "triton" if shape_name == WAN else "hopper"
+    others = ["radial pool", "sparge raster pool", "sparge Gilbert pool"]
+    expected = {(f"{name} {static}", static) for name in others}
+    expected |= {(f"{preset} pool hopper", "hopper") for preset in PSA_NAMES[shape_name]}
+    assert {(m.name, m.kernel) for m in by_name} == (expected if hopper else set())
 
 
 def attention_row(q, keys, values, biases):
