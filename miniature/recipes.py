@@ -15,8 +15,8 @@ _SETTLED, _ALIKE = 0.05, 0.2
 _APART, _IN_PLACE = 0.25, 0.12
 # Of every four clips one shows the hardest prompt, beside its share of the others.
 _OFTEN = 0.25
-# Corners are learned last: half of the clips show squares, beside their share of the others.
-_MOSTLY = 0.5
+# Of the rest so many show squares, beside their share of the others: corners are learned last.
+_SQUARES = 0.3
 
 
 def _settled(steps: int, clips: int, frames: int, variety: float = _SETTLED) -> Stage:
@@ -130,9 +130,10 @@ _CPU_LONG = {
         _shown(400, clips=2, frames=9),
         # How many shapes there are, and where, is decided in the most noise.
         replace(_shown(560, clips=2, frames=9, hardest=0.15), train_shift=8.0),
-        _shown(1300, clips=2, frames=9, squares=_MOSTLY),
-        _shown(60, clips=1, frames=21),
-        _shown(500, clips=2, frames=9, squares=_MOSTLY),
+        _shown(200, clips=16, frames=1, squares=_SQUARES),
+        _shown(650, clips=2, frames=9, squares=_SQUARES),
+        _shown(40, clips=1, frames=21, squares=_SQUARES),
+        _shown(250, clips=2, frames=9, squares=_SQUARES),
     ),
     "cogvideox-cpu": (
         Stage(570, clips=4, frames=9, height=16, width=24),
@@ -165,9 +166,10 @@ _CPU_LONG = {
         _shown(300, clips=16, frames=1),
         _shown(20, clips=1, frames=21),
         _shown(430, clips=2, frames=9),
-        _shown(1600, clips=2, frames=9, squares=_MOSTLY),
-        _shown(60, clips=1, frames=21),
-        _shown(500, clips=2, frames=9, squares=_MOSTLY),
+        _shown(250, clips=16, frames=1, squares=_SQUARES),
+        _shown(750, clips=2, frames=9, squares=_SQUARES),
+        _shown(40, clips=1, frames=21, squares=_SQUARES),
+        _shown(400, clips=2, frames=9, squares=_SQUARES),
     ),
 }
 

@@ -28,9 +28,11 @@ GROUND_COLOURS = {
 RADIUS = (3.4, 4.6)
 RING_WIDTH = 2.4
 SPEED = (0.3, 0.6)
-# Radians a frame. Slow, and alike in scenes of little variety: where every square turned at a rate
-# of its own, small models showed the mean of all angles, which is a disc.
-SPIN = (0.05, 0.15)
+# Radians a frame, in scenes of full and of no variety: where every square turned at a rate of its
+# own, small models showed the mean of all angles, which is a disc.
+SPIN, SETTLED_SPIN = (0.1, 0.35), 0.03
+# Radians, where shapes keep to places of their own: upright within the first frames.
+TILT = -0.15
 # In the middle of the first two, places of one phase are 2 pi tokens apart, the period of the
 # fastest rotary frequency: one head can find them all.
 _REGULAR = (4 * math.pi - 2, 4 * math.pi + 2)
@@ -124,8 +126,8 @@ def draw_scene(prompt: Prompt, draw: Draw, variety: float = 1.0, placement: floa
             shade=draw.uniform(0.85, 1.0),
             start=(placed(2.0, home=across), placed(2.0, home=down)),
             velocity=(way() * varied(*SPEED), way() * varied(*SPEED)),
-            angle=placed(math.pi / 2, home=math.pi / 4),
-            spin=way() * varied(*SPIN),
+            angle=placed(math.pi / 2, home=TILT),
+            spin=way() * (SETTLED_SPIN + variety * (draw.uniform(*SPIN) - SETTLED_SPIN)),
             phase=orbit_phase + index / count + draw.uniform(-0.04, 0.04),
         )
 

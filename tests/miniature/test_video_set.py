@@ -7,7 +7,16 @@ import torch
 
 from miniature.latents import cogvideox_colours, wan_colours
 from miniature.prompts import PROMPTS, TEXT_WIDTH, WORDS, Prompt, text_features
-from miniature.scene import GROUND_COLOURS, RADIUS, SHAPE_COLOURS, SPIN, Draw, draw_scene, render
+from miniature.scene import (
+    GROUND_COLOURS,
+    RADIUS,
+    SETTLED_SPIN,
+    SHAPE_COLOURS,
+    SPIN,
+    Draw,
+    draw_scene,
+    render,
+)
 from miniature.video_set import VideoSet
 
 SIZE = {"frames": 8, "height": 24, "width": 40}
@@ -69,8 +78,8 @@ class TestSeeds:
             radius = scene.shapes[0].radius
             assert abs(radius - (low + high) / 2) <= variety * (high - low) / 2 + 1e-9
             assert abs(scene.direction - math.pi) <= variety * math.pi + 1e-9
-            spin, middle = abs(scene.shapes[0].spin), sum(SPIN) / 2
-            assert abs(spin - middle) <= variety * (SPIN[1] - SPIN[0]) / 2 + 1e-9
+            spins = [(1 - variety) * SETTLED_SPIN + variety * spin for spin in SPIN]
+            assert spins[0] <= abs(scene.shapes[0].spin) <= spins[1] + 1e-9
         for settled in ("wavelength", "zoom_period", "rainbow_period", "direction"):
             values = {getattr(scene, settled) for scene in scenes}
             assert len(values) == (1 if variety == 0 else 40)
