@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PYRAMID_LEVELS = (1, 2, 4, 8)
+# What can become of blocks that a method leaves out, as its node's input says it, and what is said
+# where a kernel cannot pool.
+SKIPPED_BLOCKS = ("drop", "pool")
+POOLING = "skipped_blocks is pool: choose drop, or kernel auto"
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 MAX_ENTRIES = 2**31 - 1
 

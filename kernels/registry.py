@@ -60,6 +60,7 @@ class Kernel:
         auto_precision: (call) -> the precision "auto" means for this call.
         rank: (call) -> expected speed relative to the torch kernel on the same device (larger
             wins), from measurements where there are any. 0 or less: only when asked for by name.
+        pools: whether it can run plans with pooled blocks at all.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Kernel:
     run: Callable[[KernelCall], Tensor]
     auto_precision: Callable[[KernelCall], str]
     rank: Callable[[KernelCall], float]
+    pools: bool = True
 
 
 _KERNELS: dict[str, Kernel] = {}

@@ -11,7 +11,7 @@ from .layout import model_family, supported_families, unreadable_reason
 from .log import log
 from .router import OVERRIDE_KEY, AttentionRouter, find_router
 from .run import RUN_KEY, OuterSampleWrapper, RunState
-from .settings import SETTINGS_KEY, AttentionSettings
+from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice
 
 KEY = SETTINGS_KEY
 
@@ -33,8 +33,9 @@ def describe_model(model: Any) -> tuple[str, int]:
     return family, len(diffusion_model.blocks)
 
 
-def _check_kernel(name: str) -> None:
-    """Raise ValueError if a kernel asked for by name cannot run on this machine."""
+def _check_kernel(choice: SparseChoice) -> None:
+    """Raise ValueError if a kernel asked for by name can run nothing of what was chosen."""
+    name = choice.kernel
     if name == "auto":
         return
     if name not in registry.kernels():
@@ -42,6 +43,9 @@ def _check_kernel(name: str) -> None:
     reason = registry.unavailable_reason(name)
     if reason is not None:
         raise ValueError(f"kernel {name!r} cannot run here: {reason}")
+    reason = None if registry.kernels()[name].pools else choice.policy.needs_pooling()
+    if reason is not None:
+        raise ValueError(f"kernel {name!r} attends to whole blocks only, and {reason}")
 
 
 def install(model: Any, settings: AttentionSettings) -> Any:
@@ -54,13 +58,13 @@ def install(model: Any, settings: AttentionSettings) -> Any:
 
     Raises:
         ValueError: a sparse method does not support the model, or a kernel asked for by name
-            cannot run here.
+            cannot run here, or not what the method attends to.
     """
     from comfy.patcher_extension import CallbacksMP, WrappersMP
 
     if settings.sparse is not None:
         describe_model(model)
-        _check_kernel(settings.sparse.kernel)
+        _check_kernel(settings.sparse)
     patched = model.clone()
     options = patched.model_options.setdefault("transformer_options", {})
     earlier: AttentionSettings | None = options.get(KEY)

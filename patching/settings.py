@@ -38,6 +38,9 @@ class SparsePolicy(Protocol):
     def describe(self) -> str:
         """The method and its parameters, for the log."""
 
+    def needs_pooling(self) -> str | None:
+        """Why only kernels that pool blocks can run its plans and what to choose else, or None."""
+
     def dense_reason(self, layout: TokenLayout) -> str | None:
         """Why the method cannot act on this layout, or None."""
 

@@ -23,6 +23,9 @@ class DensePreset:
         """The preset, for the log."""
         return f"psa {self.label} (dense)"
 
+    def needs_pooling(self) -> None:
+        """None: any kernel will do."""
+
     def dense_reason(self, layout: TokenLayout) -> str:
         """Always a reason: the preset asks for dense attention."""
         return f"preset {self.label} is dense attention"

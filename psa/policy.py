@@ -10,15 +10,13 @@ from torch import Tensor
 
 from ..kernels import BlockPlan, TokenLayout
 from ..kernels.orders import video_order
-from ..kernels.plan import PYRAMID_LEVELS
+from ..kernels.plan import POOLING, PYRAMID_LEVELS, SKIPPED_BLOCKS
 from ..kernels.twins import Twins
 from .importance import token_importance
 from .levels import assign_levels, topk_segments
 from .preset import PsaPreset, SimThresholds
 from .sampling import QUARTER, SIXTEENTH, SIXTEENTH_OF_TILES, Sample
 from .similarity import similarity_cap
-
-SKIPPED_BLOCKS = ("drop", "pool")
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,13 @@ class PsaPolicy:
         parts += [f"{self.rearrange_method} order"] if self.rearrange_method else []
         parts += ["skipped blocks pooled"] if self.skipped_blocks == "pool" else []
         return f"psa {self.label} ({', '.join(parts)})"
+
+    def needs_pooling(self) -> str | None:
+        """Why only kernels that pool blocks can run its plans, or None."""
+        if self.levels != (1,):
+            coarse = ", ".join(str(level) for level in self.levels[1:])
+            return f"preset {self.label} has levels {coarse}: choose kernel auto"
+        return POOLING if self.skipped_blocks == "pool" else None
 
     def dense_reason(self, layout: TokenLayout) -> str | None:
         """Why PSA cannot act on this layout, or None."""

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import BlockPlan, TokenLayout
-from ..kernels.plan import BLOCK_SIZES
+from ..kernels.plan import BLOCK_SIZES, POOLING, SKIPPED_BLOCKS
 from .mask import FAMILIES, MAX_DECAY_FACTOR, fewest_dense_rows, radial_block_mask
-
-SKIPPED_BLOCKS = ("drop", "pool")
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,10 @@ class RadialPolicy:
         parts += ["skipped blocks pooled"] if self.skipped_blocks == "pool" else []
         parts += [self.family] if self.family != "wan" else []
         return f"radial ({', '.join(parts)})"
+
+    def needs_pooling(self) -> str | None:
+        """Why only kernels that pool blocks can run its plans, or None."""
+        return POOLING if self.skipped_blocks == "pool" else None
 
     def dense_reason(self, layout: TokenLayout) -> str | None:
         """Why radial attention cannot act on this layout, or None."""

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from ..kernels import BlockPlan, TokenLayout
 from ..kernels.orders import video_order
-from ..kernels.plan import BLOCK_SIZES
+from ..kernels.plan import BLOCK_SIZES, POOLING, SKIPPED_BLOCKS
 from ..kernels.twins import Twins
 from .checkpoint import SpargeCheckpoint
 from .dynamic_map import block_map
 from .thresholds import topk_counts
 
-SKIPPED_BLOCKS = ("drop", "pool")
 BLOCK_ORDERS = ("raster", "Gilbert")
 PUBLISHED_BLOCKS = (128, 64)
 
@@ -97,6 +96,10 @@ class SpargePolicy:
         parts += [f"blocks {self.block_m}x{self.block_n}"] if blocks != PUBLISHED_BLOCKS else []
         parts += ["skipped blocks pooled"] if self.skipped_blocks == "pool" else []
         return f"sparge ({', '.join(parts)})"
+
+    def needs_pooling(self) -> str | None:
+        """Why only kernels that pool blocks can run its plans, or None."""
+        return POOLING if self.skipped_blocks == "pool" else None
 
     def dense_reason(self, layout: TokenLayout) -> str | None:
         """Why Sparge cannot act on this layout, or None."""

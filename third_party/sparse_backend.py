@@ -79,4 +79,5 @@ class SparseBackend:
             run=self.run,
             auto_precision=lambda call: self.precision,
             rank=lambda call: self.rank,
+            pools=False,
         )

@@ -35,6 +35,9 @@ class BandPolicy:
     def describe(self):
         return f"band (reach {self.reach})"
 
+    def needs_pooling(self):
+        return None
+
     def dense_reason(self, layout):
         return None
 

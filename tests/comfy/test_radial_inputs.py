@@ -34,6 +34,52 @@ def test_bad_input_is_refused_with_one_sentence(models, patch_radial, inputs, sa
     assert repr(model.model_options) == options
 
 
+@pytest.mark.parametrize(
+    ("node", "inputs", "reason"),
+    [
+        ("PatchRadialAttention", {}, "skipped_blocks is pool: choose drop, or kernel auto"),
+        ("PatchRadialAttention", {"skipped_blocks": "drop"}, None),
+        ("PatchSpargeAttention", {"skipped_blocks": "pool"}, "skipped_blocks is pool: choose drop"),
+        ("PatchSpargeAttention", {}, None),
+        (
+            "PatchPSA",
+            {"preset": "Wan2.1_14b/psa_balanced", "skipped_blocks": "drop"},
+            "preset Wan2.1_14b/psa_balanced has levels 2, 4, 8: choose kernel auto",
+        ),
+        ("PatchPSA", {"preset": "Wan2.1_14b/baseline"}, None),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
+)
+@pytest.mark.parametrize("kernel", ["flash_attn4", "spas_sage_attn", "sparse_sageattn", "flex"])
+def test_kernels_of_whole_blocks_are_refused_where_blocks_are_pooled(
+    models, monkeypatch, kernel, node, inputs, reason
+):
+    from sparse_video_attention.kernels import registry
+    from sparse_video_attention.nodes.extension import NODES
+
+    # As on a machine that has them all; what registers afterwards would want the real one.
+    assert kernel in registry.kernels()
+    monkeypatch.setattr(registry, "unavailable_reason", lambda name: None)
+    (patch,) = [each.execute for each in NODES if each.__name__ == node]
+    if reason is None:
+        (patched,) = patch(models("wan"), kernel=kernel, **inputs).result
+        settings = patched.model_options["transformer_options"]["sparse_video_attention"]
+        assert settings.sparse.kernel == kernel
+        return
+    with pytest.raises(ValueError) as refusal:
+        patch(models("wan"), kernel=kernel, **inputs)
+    assert f"kernel {kernel!r} attends to whole blocks only, and {reason}" in str(refusal.value)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "torch", "triton", "hopper"])
+def test_the_pack_s_own_kernels_pool(models, monkeypatch, patch_radial, kernel):
+    from sparse_video_attention.kernels import registry
+
+    assert kernel in ("auto", *registry.kernels())
+    monkeypatch.setattr(registry, "unavailable_reason", lambda name: None)
+    assert patch_radial(models("wan"), kernel=kernel, skipped_blocks="pool") is not None
+
+
 @pytest.mark.parametrize("given", [64, 64.0])
 def test_a_block_size_linked_from_a_float_is_a_block_size(models, patch_radial, given):
     patched = patch_radial(models("wan"), block_size=given)

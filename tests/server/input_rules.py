@@ -11,6 +11,7 @@ LAYERS = 2
 
 BACKENDS = list(third_party.available())
 KERNELS = ["torch", "triton", "hopper", "flash_attn4", "spas_sage_attn", "sparse_sageattn", "flex"]
+WHOLE_BLOCKS_ONLY = ["flash_attn4", "spas_sage_attn", "sparse_sageattn", "flex"]
 PRESETS = ["Wan2.1_1.3b/psa_topk", "CogVideo_5b/psa_4steps", "Wan2.2_5B/baseline", "Mine/own"]
 MINE_YAML = """
 Mine:
@@ -130,9 +131,21 @@ def is_allowed(allows, value):
         return False
 
 
+def needs_pooling(node, given):
+    """Whether a kernel has to attend to means of blocks for these inputs, all of them allowed."""
+    skipped = {"PatchRadialAttention": "pool", "PatchPSA": "pool", "PatchSpargeAttention": "drop"}
+    if node == "PatchPSA" and given.get("preset", "auto") != "Mine/own":
+        return given.get("preset", "auto") != "Wan2.2_5B/baseline"
+    return given.get("skipped_blocks", skipped[node]) == "pool"
+
+
 def faults(node, inputs):
     """Names of the inputs that have to be refused."""
     wrong = {name for name, value in inputs.items() if not is_allowed(ALLOWS[node][name], value)}
+    given = {name: unwrapped(value) for name, value in inputs.items()}
+    if "kernel" in given and not wrong & {"kernel", "skipped_blocks"}:
+        if given["kernel"] in WHOLE_BLOCKS_ONLY and needs_pooling(node, given):
+            wrong |= {"kernel"}
     start, end = inputs.get("start_percent", 0.0), inputs.get("end_percent", 1.0)
     if not wrong & {"start_percent", "end_percent"}:
         if float(unwrapped(start)) >= float(unwrapped(end)):
