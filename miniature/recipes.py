@@ -134,6 +134,7 @@ _CPU_LONG = {
         _shown(650, clips=2, frames=9, squares=_SQUARES),
         _shown(40, clips=1, frames=21, squares=_SQUARES),
         _shown(250, clips=2, frames=9, squares=_SQUARES),
+        _shown(260, clips=2, frames=9),
     ),
     "cogvideox-cpu": (
         Stage(570, clips=4, frames=9, height=16, width=24),
@@ -170,6 +171,8 @@ _CPU_LONG = {
         _shown(750, clips=2, frames=9, squares=_SQUARES),
         _shown(40, clips=1, frames=21, squares=_SQUARES),
         _shown(400, clips=2, frames=9, squares=_SQUARES),
+        # All prompts alike again: the disc had begun to leave.
+        _shown(360, clips=2, frames=9),
     ),
 }
 
