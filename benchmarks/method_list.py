@@ -42,8 +42,8 @@ class Method:
 def methods(model_family: str, precisions: Iterable[str] = ("auto",)) -> Iterator[Method]:
     """Radial, Sparge and the presets of the sections that begin with model_family.
 
-    Where there is a hopper kernel, also what "auto" waits to know of: the pooled ones on the kernel
-    that it does not take, which is triton for WAN's radial and Sparge and hopper for the rest.
+    Where hopper runs, also every pooled method on the kernel that "auto" does not choose for it, to
+    compare them: triton for WAN's radial and Sparge, hopper for the others.
     """
     for precision in precisions:
         for method in _methods(model_family):
@@ -61,12 +61,12 @@ def methods(model_family: str, precisions: Iterable[str] = ("auto",)) -> Iterato
 
 def _methods(model_family: str) -> Iterator[Method]:
     # The most telling first, for runs that are cut short.
+    yield Method("radial pool", RadialPolicy())
     yield Method("radial", RadialPolicy(skipped_blocks="drop"))
     yield Method("sparge raster", SpargePolicy())
     for label, preset in _presets(model_family):
         yield Method(f"psa {label}", PsaPolicy.from_preset(preset, label=label))
     yield Method("sparge Gilbert", SpargePolicy(block_order="Gilbert"))
-    yield Method("radial pool", RadialPolicy())
     yield Method("sparge raster pool", SpargePolicy(skipped_blocks="pool"))
     gilbert = SpargePolicy(block_order="Gilbert", skipped_blocks="pool")
     yield Method("sparge Gilbert pool", gilbert)

@@ -126,7 +126,8 @@ def _section(comparison: Comparison) -> str:
             "<h3>The radial mask</h3>"
             f'<img alt="block mask" src="{_png(comparison.mask)}">'
             '<p class="soft">A row per block of queries, a column per block of keys; blue blocks '
-            "are computed, white lines are borders of frames. Near frames see each other whole, "
+            "are computed, grey ones left out or attended to through their means, white lines "
+            "are borders of frames. Near frames see each other whole, "
             "distant ones through a window that narrows, and all see the first frame. PSA and "
             "Sparge choose their blocks anew at every call.</p>"
         )

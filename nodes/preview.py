@@ -42,7 +42,9 @@ class PreviewAttentionMask(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(tooltip="The mask: dark blocks are left out, lines part frames."),
+                io.Image.Output(
+                    tooltip="The mask: dark blocks are left out or means, lines part frames."
+                ),
                 io.Float.Output(
                     display_name="density",
                     tooltip="Of sparse calls, 1.0 if there are none, NaN where only a run tells.",

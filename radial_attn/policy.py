@@ -27,7 +27,8 @@ class RadialPolicy:
     block_size: int = 128
     decay_factor: float = 0.2
     # Published is drop. On inputs with the structure of a video, at the models' own sizes, pooling
-    # takes more than half off the error for up to 2 % more time (benchmarks/RESULTS.md).
+    # takes more than half off the error on WAN and two fifths on CogVideoX, for up to 2 % more time
+    # (benchmarks/RESULTS.md).
     skipped_blocks: str = "pool"
     family: str = "wan"
 

@@ -124,7 +124,7 @@ def test_the_run_line_says_what_ran(models, patch_radial, sample, run_lines):
     sample(patched)
     line = run_lines()[-1]
     for part in (
-        "radial (decay 0.2, block 64)",
+        "radial (decay 0.2, block 64, skipped blocks pooled)",
         "WanModel",
         "5x8x10 tokens",
         "3 of 4 layers sparse on 3 of 4 steps",

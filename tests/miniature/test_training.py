@@ -133,14 +133,16 @@ class TestSteps:
         shown = (context == text_features(HARDEST)).flatten(1).all(1).float().mean()
         assert float(shown) == pytest.approx(hardest, abs=0.07)
 
-    @pytest.mark.parametrize("squares", [0.0, 0.5, 1.0])
-    def test_a_stage_can_show_squares_more_often(self, squares):
-        stage = Stage(1, clips=200, frames=1, height=2, width=2, stored=1.0, squares=squares)
+    @pytest.mark.parametrize(("squares", "hardest"), [(0.0, 0.0), (0.5, 0.0), (1.0, 0.5)])
+    def test_a_stage_can_show_squares_more_often(self, squares, hardest):
+        shares = {"stored": 1.0, "hardest": hardest, "squares": squares}
+        stage = Stage(1, clips=200, frames=1, height=2, width=2, **shares)
         context = make_batch(replace(TOY, stages=(stage,), dropped_prompts=0.0), 0).context
         with_squares = [text_features(p) for p in PROMPTS if p.shape == "square"]
         shown = [(context == text).flatten(1).all(1).float().mean() for text in with_squares]
-        # Three of the eight have squares already.
-        assert float(sum(shown)) == pytest.approx(squares + (1 - squares) * 3 / 8, abs=0.1)
+        # Three of the eight have squares already, and the hardest has none.
+        expected = (1 - hardest) * (squares + (1 - squares) * 3 / 8)
+        assert float(sum(shown)) == pytest.approx(expected, abs=0.1)
         assert min(shown) > 0.05
 
     @pytest.mark.parametrize("how", ["variety", "placement"])

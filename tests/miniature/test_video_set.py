@@ -13,6 +13,7 @@ from miniature.scene import (
     SETTLED_SPIN,
     SHAPE_COLOURS,
     SPIN,
+    TILT,
     Draw,
     draw_scene,
     render,
@@ -109,6 +110,14 @@ class TestSeeds:
         ways = {scene.pan > 0 for scene in scenes}
         ways |= {speed > 0 for s in scenes for shape in s.shapes for speed in shape.velocity}
         assert ways == ({True, False} if placement == 1 else {True})
+
+    @pytest.mark.parametrize("placement", [0.0, 0.12, 0.25])
+    def test_squares_in_places_of_their_own_stand_nearly_upright_and_turn_one_way(self, placement):
+        words = prompt(count="three", shape="square")
+        for seed in range(40):
+            for shape in draw_scene(words, Draw(seed), 0.05, placement).shapes:
+                assert abs(shape.angle - TILT) <= placement * math.pi / 4 + 1e-9
+                assert shape.spin > 0
 
     def test_a_set_passes_its_placement_on(self):
         sets = [VideoSet(3, **SIZE, placement=placement) for placement in (0.25, 1.0)]

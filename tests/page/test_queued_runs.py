@@ -90,7 +90,8 @@ def colours(picture):
 
 
 def test_preview_and_report_show_their_pictures_and_text(page, tiny):
-    workflow = tiny(steps=3, min_tokens=0, dense_timesteps=1, block_size=64)
+    graph = {"min_tokens": 0, "dense_timesteps": 1, "block_size": 64, "skipped_blocks": "drop"}
+    workflow = tiny(steps=3, **graph)
     latent = workflow.nodes[workflow.sampler]["inputs"]["latent_image"]
     inputs = {"model": [workflow.find(PATCH), 0], "samples": latent, "steps": 3}
     workflow = workflow.reporting(PATCH, "page").without("SaveImage")
