@@ -135,6 +135,7 @@ _CPU_LONG = {
         _shown(40, clips=1, frames=21, squares=_SQUARES),
         _shown(250, clips=2, frames=9, squares=_SQUARES),
         _shown(260, clips=2, frames=9),
+        _shown(600, clips=2, frames=9),
     ),
     "cogvideox-cpu": (
         Stage(570, clips=4, frames=9, height=16, width=24),
