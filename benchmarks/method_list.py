@@ -65,14 +65,14 @@ def _methods(model_family: str) -> Iterator[Method]:
     yield Method("radial", RadialPolicy(skipped_blocks="drop"))
     yield Method("sparge raster", SpargePolicy())
     for label, preset in _presets(model_family):
-        yield Method(f"psa {label}", PsaPolicy.from_preset(preset, label=label))
+        pooling = PsaPolicy.from_preset(preset, skipped_blocks="pool", label=label)
+        yield Method(f"psa {label}{POOLED}", pooling)
     yield Method("sparge Gilbert", SpargePolicy(block_order="Gilbert"))
     yield Method("sparge raster pool", SpargePolicy(skipped_blocks="pool"))
     gilbert = SpargePolicy(block_order="Gilbert", skipped_blocks="pool")
     yield Method("sparge Gilbert pool", gilbert)
     for label, preset in _presets(model_family):
-        pooling = PsaPolicy.from_preset(preset, skipped_blocks="pool", label=label)
-        yield Method(f"psa {label}{POOLED}", pooling)
+        yield Method(f"psa {label}", PsaPolicy.from_preset(preset, label=label))
 
 
 def _presets(model_family: str) -> Iterator[tuple[str, PsaPreset]]:

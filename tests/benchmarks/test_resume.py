@@ -133,7 +133,7 @@ def test_methods_measure_only_what_is_missing(tmp_path, code, monkeypatch):
     monkeypatch.setattr(method_shape, "methods", few)
     methods.main([*arguments, "--out", str(tmp_path / "a")])
     first = written(tmp_path / "a", "methods")
-    assert [row["method"] for row in first["rows"]] == ["radial", "sparge raster"]
+    assert [row["method"] for row in first["rows"]] == ["radial pool", "radial"]
 
     run_again = []
     own = method_shape.ShapeRun.quality
@@ -156,16 +156,16 @@ def test_a_method_that_fails_is_named_and_the_others_are_kept(tmp_path, code, mo
     own = method_shape.ShapeRun.quality
 
     def quality(run, method):
-        if method.name == "radial":
+        if method.name == "radial pool":
             raise RuntimeError("out of luck")
         return own(run, method)
 
     monkeypatch.setattr(method_shape.ShapeRun, "quality", quality)
     monkeypatch.setattr(method_shape, "methods", lambda *given: list(listed_methods(*given))[:2])
     arguments = ["--device", "cpu", "--shapes", GRID, "--repeats", "1", "--times-only"]
-    with pytest.raises(SystemExit, match="radial on .*: out of luck"):
+    with pytest.raises(SystemExit, match="radial pool on .*: out of luck"):
         methods.main([*arguments, "--out", str(tmp_path)])
-    assert [row["method"] for row in written(tmp_path, "methods")["rows"]] == ["sparge raster"]
+    assert [row["method"] for row in written(tmp_path, "methods")["rows"]] == ["radial"]
 
 
 @pytest.mark.comfy
