@@ -43,7 +43,7 @@ def _check_kernel(choice: SparseChoice) -> None:
     reason = registry.unavailable_reason(name)
     if reason is not None:
         raise ValueError(f"kernel {name!r} cannot run here: {reason}")
-    reason = None if registry.kernels()[name].pools else choice.policy.needs_pooling()
+    reason = None if registry.kernels()[name].pools else choice.policy.pooling_reason()
     if reason is not None:
         raise ValueError(f"kernel {name!r} attends to whole blocks only, and {reason}")
 

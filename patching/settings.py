@@ -38,7 +38,7 @@ class SparsePolicy(Protocol):
     def describe(self) -> str:
         """The method and its parameters, for the log."""
 
-    def needs_pooling(self) -> str | None:
+    def pooling_reason(self) -> str | None:
         """Why only kernels that pool blocks can run its plans and what to choose else, or None."""
 
     def dense_reason(self, layout: TokenLayout) -> str | None:

@@ -23,7 +23,7 @@ class DensePreset:
         """The preset, for the log."""
         return f"psa {self.label} (dense)"
 
-    def needs_pooling(self) -> None:
+    def pooling_reason(self) -> None:
         """None: any kernel will do."""
 
     def dense_reason(self, layout: TokenLayout) -> str:

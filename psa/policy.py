@@ -102,7 +102,7 @@ class PsaPolicy:
         parts += ["skipped blocks pooled"] if self.skipped_blocks == "pool" else []
         return f"psa {self.label} ({', '.join(parts)})"
 
-    def needs_pooling(self) -> str | None:
+    def pooling_reason(self) -> str | None:
         """Why only kernels that pool blocks can run its plans, or None."""
         if self.levels != (1,):
             coarse = ", ".join(str(level) for level in self.levels[1:])

@@ -67,7 +67,7 @@ class RadialPolicy:
         parts += [self.family] if self.family != "wan" else []
         return f"radial ({', '.join(parts)})"
 
-    def needs_pooling(self) -> str | None:
+    def pooling_reason(self) -> str | None:
         """Why only kernels that pool blocks can run its plans, or None."""
         return POOLING if self.skipped_blocks == "pool" else None
 

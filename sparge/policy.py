@@ -97,7 +97,7 @@ class SpargePolicy:
         parts += ["skipped blocks pooled"] if self.skipped_blocks == "pool" else []
         return f"sparge ({', '.join(parts)})"
 
-    def needs_pooling(self) -> str | None:
+    def pooling_reason(self) -> str | None:
         """Why only kernels that pool blocks can run its plans, or None."""
         return POOLING if self.skipped_blocks == "pool" else None
 

@@ -35,7 +35,7 @@ class BandPolicy:
     def describe(self):
         return f"band (reach {self.reach})"
 
-    def needs_pooling(self):
+    def pooling_reason(self):
         return None
 
     def dense_reason(self, layout):
