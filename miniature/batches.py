@@ -6,7 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import astuple, replace
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -22,7 +22,6 @@ from .scene import Draw
 from .seeds import private_seed
 from .video_set import VideoSet
 
-_SQUARES = tuple(prompt for prompt in PROMPTS if prompt.shape == "square")
 # Clips of a step have numbers of their own.
 _CLIPS_PER_STEP = 1 << 12
 # Batches that are made before they are asked for, per process.
@@ -76,7 +75,10 @@ def _prompts(recipe: Recipe, step: int) -> list[Prompt | None]:
         prompt = PROMPTS[draw.integer(len(PROMPTS))]
         if happens(stage.hardest):
             return HARDEST
-        return _SQUARES[draw.integer(len(_SQUARES))] if happens(stage.squares) else prompt
+        if happens(stage.word_share):
+            with_word = [p for p in PROMPTS if stage.word in astuple(p)]
+            return with_word[draw.integer(len(with_word))]
+        return prompt
 
     return [stored() if draw.uniform(0.0, 1.0) < stage.stored else None for _ in range(stage.clips)]
 

@@ -16,7 +16,8 @@ class Stage:
         variety, placement: of the scenes, 0 to 1 (`draw_scene`).
         stored: share of clips that show one of the stored prompts (`PROMPTS`), 0 to 1.
         hardest: share of these that show `HARDEST` instead, 0 to 1.
-        squares: share of the rest that show one of the stored prompts with squares, 0 to 1.
+        word, word_share: of the rest so many show one of the stored prompts that have this word,
+            a share of 0 to 1.
         train_shift: WAN's, None for the recipe's.
     """
 
@@ -29,7 +30,8 @@ class Stage:
     placement: float = 1.0
     stored: float = 0.0
     hardest: float = 0.0
-    squares: float = 0.0
+    word: str = ""
+    word_share: float = 0.0
     train_shift: float | None = None
 
     @property

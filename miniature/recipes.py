@@ -16,7 +16,9 @@ _APART, _IN_PLACE = 0.25, 0.12
 # Of every four clips one shows the hardest prompt, beside its share of the others.
 _OFTEN = 0.25
 # Of the rest so many show squares, beside their share of the others: corners are learned last.
-_SQUARES = 0.3
+_SQUARES = ("square", 0.3)
+# Or what changes colour, discs and squares, which were taken for one another after that.
+_RAINBOWS = ("rainbow", 0.35)
 
 
 def _settled(steps: int, clips: int, frames: int, variety: float = _SETTLED) -> Stage:
@@ -30,11 +32,16 @@ def _apart(steps: int, clips: int, frames: int, placement: float = _APART) -> St
 
 
 def _shown(
-    steps: int, clips: int, frames: int, hardest: float = 0.0, squares: float = 0.0
+    steps: int,
+    clips: int,
+    frames: int,
+    hardest: float = 0.0,
+    often: tuple[str, float] = ("", 0.0),
 ) -> Stage:
     """Of nothing but the stored prompts."""
     stage = _apart(steps, clips, frames, placement=_IN_PLACE)
-    return replace(stage, stored=1.0, hardest=hardest, squares=squares)
+    word, share = often
+    return replace(stage, stored=1.0, hardest=hardest, word=word, word_share=share)
 
 
 _RECIPES: dict[str, Recipe] = {
@@ -130,12 +137,14 @@ _CPU_LONG = {
         _shown(400, clips=2, frames=9),
         # How many shapes there are, and where, is decided in the most noise.
         replace(_shown(560, clips=2, frames=9, hardest=0.15), train_shift=8.0),
-        _shown(200, clips=16, frames=1, squares=_SQUARES),
-        _shown(650, clips=2, frames=9, squares=_SQUARES),
-        _shown(40, clips=1, frames=21, squares=_SQUARES),
-        _shown(250, clips=2, frames=9, squares=_SQUARES),
+        _shown(200, clips=16, frames=1, often=_SQUARES),
+        _shown(650, clips=2, frames=9, often=_SQUARES),
+        _shown(40, clips=1, frames=21, often=_SQUARES),
+        _shown(250, clips=2, frames=9, often=_SQUARES),
         _shown(260, clips=2, frames=9),
-        _shown(600, clips=2, frames=9),
+        _shown(393, clips=2, frames=9),
+        _shown(430, clips=2, frames=9, often=_RAINBOWS),
+        _shown(170, clips=2, frames=9),
     ),
     "cogvideox-cpu": (
         Stage(570, clips=4, frames=9, height=16, width=24),
@@ -168,10 +177,10 @@ _CPU_LONG = {
         _shown(300, clips=16, frames=1),
         _shown(20, clips=1, frames=21),
         _shown(430, clips=2, frames=9),
-        _shown(250, clips=16, frames=1, squares=_SQUARES),
-        _shown(750, clips=2, frames=9, squares=_SQUARES),
-        _shown(40, clips=1, frames=21, squares=_SQUARES),
-        _shown(400, clips=2, frames=9, squares=_SQUARES),
+        _shown(250, clips=16, frames=1, often=_SQUARES),
+        _shown(750, clips=2, frames=9, often=_SQUARES),
+        _shown(40, clips=1, frames=21, often=_SQUARES),
+        _shown(400, clips=2, frames=9, often=_SQUARES),
         # All prompts alike again: the disc had begun to leave.
         _shown(360, clips=2, frames=9),
     ),

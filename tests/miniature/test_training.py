@@ -133,15 +133,18 @@ class TestSteps:
         shown = (context == text_features(HARDEST)).flatten(1).all(1).float().mean()
         assert float(shown) == pytest.approx(hardest, abs=0.07)
 
-    @pytest.mark.parametrize(("squares", "hardest"), [(0.0, 0.0), (0.5, 0.0), (1.0, 0.5)])
-    def test_a_stage_can_show_squares_more_often(self, squares, hardest):
-        shares = {"stored": 1.0, "hardest": hardest, "squares": squares}
+    @pytest.mark.parametrize(
+        ("word", "share", "hardest"),
+        [("square", 0.0, 0.0), ("square", 0.5, 0.0), ("square", 1.0, 0.5), ("rainbow", 0.4, 0.0)],
+    )
+    def test_a_stage_can_show_prompts_with_a_word_more_often(self, word, share, hardest):
+        shares = {"stored": 1.0, "hardest": hardest, "word": word, "word_share": share}
         stage = Stage(1, clips=200, frames=1, height=2, width=2, **shares)
         context = make_batch(replace(TOY, stages=(stage,), dropped_prompts=0.0), 0).context
-        with_squares = [text_features(p) for p in PROMPTS if p.shape == "square"]
-        shown = [(context == text).flatten(1).all(1).float().mean() for text in with_squares]
-        # Three of the eight have squares already, and the hardest has none.
-        expected = (1 - hardest) * (squares + (1 - squares) * 3 / 8)
+        with_word = [text_features(p) for p in PROMPTS if word in p.sentence]
+        shown = [(context == text).flatten(1).all(1).float().mean() for text in with_word]
+        # Some of the eight are shown anyway, and the hardest has neither word.
+        expected = (1 - hardest) * (share + (1 - share) * len(with_word) / 8)
         assert float(sum(shown)) == pytest.approx(expected, abs=0.1)
         assert min(shown) > 0.05
 
