@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from miniature.prompts import PROMPTS
 from miniature.weights import weights_path
 
 from .command import add_places, run_command
+from .eight_bit import int8_twin
 from .environment import command_line, default_device, device_name, header, slug
 from .quality_metrics import Distance, find_lpips, psnr, ssim
 from .quality_plot import can_be_drawn, draw
@@ -113,7 +115,7 @@ def _measure(
     device = exact.model.load_device.type
     grid = [
         setting
-        for setting in settings(exact.family, arguments.grid, eight_bit=device == "cuda")
+        for setting in settings(exact.family, arguments.grid)
         if setting.method in arguments.methods
     ]
     how = {"steps": arguments.steps, "guidance": arguments.guidance}
@@ -196,7 +198,8 @@ def run(arguments: argparse.Namespace) -> list[Path]:
             if arguments.keep_others:
                 dense = [] if arguments.floors == 0 else ["dense"]
                 keep_others(result, path, [*arguments.methods, *dense])
-            _measure(arguments, pair, shots, _writer(result, path))
+            with int8_twin() if device.type == "cpu" else nullcontext():
+                _measure(arguments, pair, shots, _writer(result, path))
             _print_summary(result["rows"])
             print(f"wrote {path}")
             if can_be_drawn(result):

@@ -133,8 +133,8 @@ def _few_steps(family: str) -> Iterator[Setting]:
             yield Setting("psa", f"psa few {preset}", {"preset": preset}, schedule)
 
 
-def _schedules(full: bool, eight_bit: bool) -> Iterator[Setting]:
-    """One method with other steps and layers dense."""
+def _schedules(full: bool) -> Iterator[Setting]:
+    """One method with other steps and layers dense, and in 8 bits."""
     base = Setting("sparge", "", {"topk": 0.2, "simthreshd1": -1.0})
     for steps in (0, 1, 2, 4, 8) if full else (0, 4):
         yield replace(base, curve="dense_timesteps", schedule={"dense_timesteps": steps})
@@ -143,17 +143,16 @@ def _schedules(full: bool, eight_bit: bool) -> Iterator[Setting]:
     if full:
         for steps in (0, 1, 2):
             yield replace(base, curve="last_dense", schedule={"last_dense_timesteps": steps})
-    for precision in ("native", "int8") if eight_bit else ():
+    for precision in ("native", "int8"):
         yield replace(base, curve="precision", schedule={"precision": precision})
 
 
-def settings(family: str, grid: str, *, eight_bit: bool) -> list[Setting]:
+def settings(family: str, grid: str) -> list[Setting]:
     """All of them.
 
     Args:
         family: "wan" or "cogvideox".
         grid: "small" or "full", both for STEPS denoising steps, or "few_steps".
-        eight_bit: whether a kernel here has 8-bit products.
 
     Raises:
         ValueError: another grid.
@@ -168,5 +167,5 @@ def settings(family: str, grid: str, *, eight_bit: bool) -> list[Setting]:
         *_radial(full),
         *_psa(family),
         *_sparge(full),
-        *_schedules(full, eight_bit),
+        *_schedules(full),
     ]

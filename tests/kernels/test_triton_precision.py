@@ -6,6 +6,8 @@ from sparse_video_attention.kernels import BlockPlan
 from sparse_video_attention.kernels.reference import reference_attention
 from sparse_video_attention.kernels.triton_launch import Launch
 
+from benchmarks.eight_bit import round_keys, round_queries
+
 # Relative L2 error to expect where values average to nothing, the worst that they can do.
 PROMISED = {"int8": 0.025, "fp8": 0.07}
 PRECISIONS = ["int8", "fp8"]
@@ -142,3 +144,13 @@ def test_a_nan_does_not_vanish_in_integers(triton_attention, precision, name):
     assert out[:, 0].isfinite().all(), "another head"
     seen = out[0, 1, 67] if name == "q" else out[0, 1, :, 5] if name == "v" else out[0, 1]
     assert not seen.isfinite().any()
+
+
+def test_what_stands_in_for_int8_on_a_cpu_rounds_as_the_kernel_does(triton_attention):
+    q, k, v = hard_inputs(2, 1, 30, 211, 64)
+    plan = full_plan(30, 211, 32)
+    want = reference_attention(q, k, v, plan, scale=0.05)
+    kernel = triton_attention(q, k, v, plan, precision="int8", scale=0.05)
+    rounded = round_queries(q), round_keys(k, 32)
+    twin = reference_attention(*rounded, v, plan, scale=0.05)
+    assert relative_error(twin, kernel) < 0.2 * relative_error(kernel, want)

@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
+from sparse_video_attention.kernels import BlockPlan, block_sparse_attention
 
 from benchmarks import quality
+from benchmarks.eight_bit import int8_twin
 from benchmarks.quality_metrics import psnr, ssim
 from benchmarks.quality_settings import GRIDS, Setting, settings
 from benchmarks.quality_summary import directions, summarise
@@ -61,7 +63,7 @@ def test_every_setting_is_one_that_the_nodes_accept(family, load_model):
     model = load_model(family)
     found_by_grid = {}
     for grid in GRIDS:
-        found = settings(family, grid, eight_bit=True)
+        found = settings(family, grid)
         labels = [(setting.curve, setting.label) for setting in found]
         assert len(set(labels)) == len(labels)
         assert {setting.method for setting in found} == {"radial", "psa", "sparge"}
@@ -74,7 +76,21 @@ def test_every_setting_is_one_that_the_nodes_accept(family, load_model):
 
 def test_an_unknown_grid_is_named():
     with pytest.raises(ValueError, match="grid 'huge': allowed are small, full, few_steps"):
-        settings("wan", "huge", eight_bit=False)
+        settings("wan", "huge")
+
+
+def test_int8_is_offered_on_a_cpu_while_it_is_measured():
+    q, k, v = (noise(1, 2, 100, 64, seed=seed) - 0.5 for seed in range(3))
+    blocks = torch.ones(2, 4, dtype=torch.bool)
+    plan = BlockPlan.from_mask(blocks, block_m=64, block_n=32, q_len=100, k_len=100)
+    want = block_sparse_attention(q, k, v, plan)
+    with int8_twin():
+        out = block_sparse_attention(q, k, v, plan, precision="int8")
+        native = block_sparse_attention(q, k, v, plan)
+    assert torch.equal(native, want)
+    assert 1e-4 < (out - want).norm() / want.norm() < 0.025
+    with pytest.raises(ValueError, match="no kernel offers precision 'int8'"):
+        block_sparse_attention(q, k, v, plan, precision="int8")
 
 
 def row(curve, label, density, db, method="radial", seed=0):
