@@ -116,15 +116,11 @@ def _run(call: KernelCall) -> Tensor:
 
 
 def _rank(call: KernelCall) -> float:
-    # Pooled levels take a second kernel one more pass over the queries and the output. With a
-    # pooled remainder that is some 2 ms beside 40 (estimated, 14B at 720p), a fraction of what
-    # this kernel gains at head dim 128 and about what it gains at 64. Of a pyramid's time level 1
-    # is about a half: whether it gains there is to be measured.
-    plan = call.plan
-    remainder = call.q.shape[3] == 128 and plan.levels == (1, plan.block_n)
-    if plan.levels != (1,) and not remainder:
+    # Pooled levels take a second kernel one more pass over the queries and the output: some 2 ms
+    # beside 40 (estimated, 14B at 720p). That is to be run and measured first.
+    if call.plan.levels != (1,):
         return UNMEASURED_RANK
-    return MEASURED_RANK.get((call.q.shape[3], plan.block_m), UNMEASURED_RANK)
+    return MEASURED_RANK.get((call.q.shape[3], call.plan.block_m), UNMEASURED_RANK)
 
 
 register(

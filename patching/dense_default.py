@@ -17,6 +17,8 @@ from .attention_call import AttentionCall
 # which asks for flash first, took about 64: what a dense step took beyond the rest of a radial one,
 # by its 40 layers (benchmarks/RESULTS.md). Both are exact attention.
 FASTER_THAN_COMFYUI: dict[int | str, str] = {90: "torch_sdpa"}
+# How the log names such a backend.
+BY_DEFAULT = "this pack's default on this GPU"
 COMFYUI_PYTORCH = "attention_pytorch"
 DTYPES = (torch.float16, torch.bfloat16)
 

@@ -134,6 +134,9 @@ def _order_for_whole_forward(
 ) -> ForwardOrder | None:
     if state.order is None or (state.run is not None and state.run.order_per_call):
         return None
+    # In training; calls that need gradients stay dense, and need no order.
+    if torch.is_grad_enabled():
+        return None
     if not may_reorder_whole_forward(model, options, state.router):
         return None
     forward_order = ForwardOrder(state.order, len(model.blocks), state.router)

@@ -11,10 +11,13 @@ from torch import Tensor
 from .record import RunRecord
 
 # A graph that splits a schedule has two or three runs of a model, and ComfyUI's cache keeps others.
-KEPT_RUNS = 4
+KEPT_RUNS = 8
 _SAMPLED = 64
 # Nodes may hand a latent on in half precision.
 _TOLERANCE = 1e-2
+# So many of the values have to be alike: wrappers may write over the first frames of a result, as
+# InfiniteTalk's do where a video goes on.
+_ALIKE = 0.6
 
 
 class _Mark(NamedTuple):
@@ -28,8 +31,8 @@ class _Mark(NamedTuple):
         if self.shape != other.shape:
             return float("inf")
         allowed = _TOLERANCE * (1 + self.values.abs())
-        worst = float(((self.values - other.values).abs() / allowed).max())
-        return worst if worst == worst else float("inf")
+        distances = ((self.values - other.values).abs() / allowed).nan_to_num(nan=float("inf"))
+        return float(distances.sort().values[int(_ALIKE * (_SAMPLED - 1))])
 
 
 def _mark(latent: Any) -> _Mark | None:
@@ -69,7 +72,7 @@ class RunHistory:
         wanted = _mark(latent)
         if wanted is None:
             return None
-        known = [(mark.distance(wanted), record) for record, mark in self._runs if mark is not None]
+        known = [(mark.distance(wanted), run) for run, mark in self._runs if mark is not None]
         if not known:
             return None
         distance, record = min(reversed(known), key=lambda entry: entry[0])

@@ -12,6 +12,7 @@ from .log import log
 from .router import OVERRIDE_KEY, AttentionRouter, find_router
 from .run import RUN_KEY, OuterSampleWrapper, RunState
 from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice
+from .stale_graphs import StaleGraphs
 
 KEY = SETTINGS_KEY
 
@@ -78,10 +79,12 @@ def install(model: Any, settings: AttentionSettings) -> Any:
     router = AttentionRouter(previous)
     options[OVERRIDE_KEY] = router
 
-    history, reassert = RunHistory(), _ReassertOverride(router)
+    # One for the whole chain of this pack's nodes: a report may be asked of any of them.
+    history, reassert = run_history(patched) or RunHistory(), _ReassertOverride(router)
     patched.set_attachments(KEY, history)
     for kind, wrapper in (
         (WrappersMP.DIFFUSION_MODEL, diffusion_model_wrapper),
+        (WrappersMP.APPLY_MODEL, StaleGraphs()),
         (WrappersMP.OUTER_SAMPLE, OuterSampleWrapper(history, reassert.put_on_top)),
     ):
         patched.remove_wrappers_with_key(kind, KEY)

@@ -41,6 +41,7 @@ def model_facts(model: Any) -> ModelFacts:
         in_channels=channels,
         patch_size_t=patch,
         has_clip_image=getattr(net, "img_emb", None) is not None,
+        network=type(net).__name__,
     )
 
 

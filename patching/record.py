@@ -45,6 +45,14 @@ class SparseSummary(NamedTuple):
     kernels: list[str]
 
 
+class Counted(NamedTuple):
+    """How much a record had at some point."""
+
+    calls: int
+    forwards: int
+    backend_calls: Counter[tuple[str, str]]
+
+
 def dense_layer_reason(layer: int) -> str:
     """Why the calls of a layer are dense that was chosen to be."""
     return f"layer {layer} is in dense_layers"
@@ -84,6 +92,7 @@ class RunRecord:
         dense_backends: the dense backends chosen, as the log says them; empty for none.
         backend_calls: dense calls by (site, who ran them), where it was not ComfyUI's choice.
         ended_early: it was stopped, or failed.
+        no_forward: what is said where no forward came to this pack.
     """
 
     method: str
@@ -97,6 +106,7 @@ class RunRecord:
     dense_backends: str = ""
     backend_calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     ended_early: bool = False
+    no_forward: str = "the model was not called"
     seconds: float = 0.0
     _warned: set[str] = field(default_factory=set)
     _started: float = field(default_factory=time.perf_counter)
@@ -112,6 +122,17 @@ class RunRecord:
     def count_backend(self, site: str, ran: str) -> None:
         with self._lock:
             self.backend_calls[site, ran] += 1
+
+    def counted(self) -> Counted:
+        """What there is by now, for `back_to`."""
+        with self._lock:
+            return Counted(len(self.calls), self.forwards, self.backend_calls.copy())
+
+    def back_to(self, counted: Counted) -> None:
+        """Forget the calls of a forward that is run again."""
+        with self._lock:
+            del self.calls[counted.calls :]
+            self.forwards, self.backend_calls = counted.forwards, counted.backend_calls
 
     def note(self, text: str) -> None:
         """Add to what the run's line says at its end, once."""
@@ -180,7 +201,7 @@ class RunRecord:
         if self.layouts:
             where += f", {' then '.join(self.layouts)} tokens"
         if not self.forwards:
-            return f"{where}: the model was not called"
+            return "; ".join([f"{where}: {self.no_forward}", *self._remarks()])
         if not self.calls:
             nothing = f"{where}: no self-attention call reached this pack"
             if not self.ended_early:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..kernels.fallback import KernelFallback, KernelRun, NoKernelServesError
+from ..kernels.fallback import KernelFallback, KernelRun
 from .attention_call import AttentionCall, classify, read_call
 from .dense_calls import DenseCalls
-from .dense_default import faster_default
-from .log import log, one_line
+from .dense_default import BY_DEFAULT, faster_default
+from .failures import Failures
+from .log import log
 from .plans import PlanCache
 from .record import CallRecord, dense_layer_reason
 from .run import RUN_KEY, RunState
@@ -92,7 +93,12 @@ class AttentionRouter:
 
         layer = forward.next_layer(call.transformer_options)
         reason = _dense_reason(call, forward, layer, forward.from_vace_block(layer))
-        if reason is None and (slower := self.speed.slower(_kind_of(call, forward))):
+        kind: Hashable = None
+        failures = Failures() if forward.run is None else forward.run.failures
+        if reason is None:
+            kind = _kind_of(call, forward)
+            reason = failures.reason(kind)
+        if reason is None and (slower := self.speed.slower(kind)):
             reason = slower.reason
             _say(forward, slower.notes)
         watch = Stopwatch(call.q.device)
@@ -100,15 +106,14 @@ class AttentionRouter:
             assert layer is not None
             try:
                 sparse, density = self._run_sparse(call, forward, layer)
-            except NoKernelServesError as error:
-                reason = str(error)
             except Exception as error:  # a sampling run must not end for this
-                reason = one_line(error)
+                reason = failures.add(kind, error)
             if reason is not None:
                 forward.warn_once(f"a call fell back to dense attention: {reason}")
                 watch = Stopwatch(call.q.device)
             else:
                 watch.stop()
+                failures.succeeded(kind)
                 ran = _named(sparse)
                 forward.calls.append(CallRecord(forward.step, layer, ran, density, None, watch))
                 self._compare_speed(func, args, kwargs, call, site, forward, layer, sparse)
@@ -152,20 +157,23 @@ class AttentionRouter:
         whoever is next."""
         options = call.transformer_options
         settings: AttentionSettings = options[SETTINGS_KEY]
-        name = None if settings.dense is None else settings.dense.backend(site)
-        name = name or default
+        chosen = None if settings.dense is None else settings.dense.backend(site)
+        name = chosen or default
         if name is None or site is None:
             return self._hand_on(func, args, kwargs), "dense"
         run: RunState | None = options.get(RUN_KEY)
         out = self.dense.run(name, call)
+        # What the person chose goes by the input's name.
+        said = name if chosen else f"{name} ({BY_DEFAULT})"
+        where = site.value if chosen else "self-attention"
         if isinstance(out, Tensor):
             if run is not None:
-                run.record.count_backend(site.value, name)
+                run.record.count_backend(where, said)
             return out, name
         if run is not None:
-            run.record.count_backend(site.value, f"ComfyUI's choice ({name}: {out})")
+            run.record.count_backend(where, f"ComfyUI's choice ({name}: {out})")
             if run.record.first_time(f"{name}: {out}"):
-                log.warning(f"{site.value} {name} is passed over: {out}")
+                log.warning(f"{where} {said} is passed over: {out}")
         return self._hand_on(func, args, kwargs), "dense"
 
     def _hand_on(self, func: Override, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -6,9 +6,13 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .compiled import is_compiled
+from .failures import Failures
 from .history import RunHistory
+from .layout import unreadable_reason
 from .log import log, one_line
 from .record import RunRecord
 from .sampler_steps import SamplerSteps
@@ -16,6 +20,7 @@ from .schedule import NoiseBounds, Schedule
 from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice
 
 RUN_KEY = "sparse_video_attention_run"
+OTHER_WAY = "no forward of the model reached this pack: something runs the model in its own way"
 
 
 class RunState:
@@ -23,14 +28,33 @@ class RunState:
 
     Attributes:
         order_per_call: tokens cannot stay in a method's order for a whole forward.
+        is_compiled: torch.compile runs the model or a part of it.
+        shapes: of the video in forwards that were looked at for calls kept from this pack.
+        failures: sparse calls that failed in this run.
     """
 
-    def __init__(self, record: RunRecord, bounds: NoiseBounds | None) -> None:
+    def __init__(
+        self, record: RunRecord, bounds: NoiseBounds | None, *, is_compiled: bool = False
+    ) -> None:
         self.record = record
         self.bounds = bounds
+        self.is_compiled = is_compiled
         self.reasserted = False
         self.order_per_call = False
         self.steps = SamplerSteps()
+        self.shapes: set[torch.Size | None] = set()
+        self.failures = Failures()
+
+    def calls_so_far(self) -> int:
+        """Attention calls that came to this pack, of those that calls_per_forward counts."""
+        record = self.record
+        return len(record.calls) if record.method else sum(record.backend_calls.values())
+
+    def calls_per_forward(self) -> int:
+        """The fewest that a forward has, 0 where none has to come."""
+        if not self.record.method and not self.record.dense_backends:
+            return 0
+        return self.record.num_layers or 1
 
     def step(self, sigma: float, sample_sigmas: Tensor) -> tuple[int | None, int]:
         """(denoising step, steps in the schedule) of a forward at noise level sigma."""
@@ -110,7 +134,8 @@ class OuterSampleWrapper:
         bounds = None
         if choice is not None:
             bounds = noise_bounds(choice.schedule, guider.model_patcher)
-        run = options[RUN_KEY] = RunState(record, bounds)
+        compiled = is_compiled(guider.model_options, guider.model_patcher)
+        run = options[RUN_KEY] = RunState(record, bounds, is_compiled=compiled)
         self._at_start(options)
         out = None
         try:
@@ -120,6 +145,9 @@ class OuterSampleWrapper:
             raise
         finally:
             options.pop(RUN_KEY, None)
+            if run.steps.has_begun:
+                network = guider.model_patcher.model.diffusion_model
+                record.no_forward = unreadable_reason(network) or OTHER_WAY
             self._close(record, choice, out)
         return out
 

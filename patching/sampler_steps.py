@@ -53,6 +53,11 @@ class SamplerSteps:
 
         return (*args[:_CALLBACK], callback, *args[_CALLBACK + 1 :])
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the sampler has reported a step."""
+        return self._reported is not None
+
     def report(self, step: int) -> None:
         """The sampler has evaluated the model for a step."""
         self._reported = step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -111,6 +111,15 @@ class DenseChoice:
         # By value: ComfyUI and a script may have loaded this package under two names.
         return next((name for place, name in self.backends if place.value == site.value), None)
 
+    def merged_over(self, earlier: DenseChoice | None) -> DenseChoice:
+        """These backends, and for the sites that they leave those of an earlier choice."""
+        if earlier is None:
+            return self
+        chosen = {site.value for site, _ in self.backends}
+        kept = tuple(pair for pair in earlier.backends if pair[0].value not in chosen)
+        said = dict.fromkeys((*earlier.unavailable, *self.unavailable))
+        return DenseChoice(self.backends + kept, tuple(said))
+
     def describe(self) -> str:
         """The choice, for the log; empty if everything is left to ComfyUI."""
         return ", ".join(f"{site.value} {name}" for site, name in self.backends)
@@ -128,6 +137,5 @@ class AttentionSettings:
         if earlier is None:
             return self
         sparse = earlier.sparse if self.sparse is None else self.sparse
-        return replace(
-            self, sparse=sparse, dense=earlier.dense if self.dense is None else self.dense
-        )
+        dense = earlier.dense if self.dense is None else self.dense.merged_over(earlier.dense)
+        return AttentionSettings(sparse, dense)

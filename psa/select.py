@@ -22,6 +22,7 @@ class ModelFacts:
             video is concatenated.
         patch_size_t: latent frames per token.
         has_clip_image: the model has an input for CLIP image features.
+        network: class of ComfyUI's that the model is.
     """
 
     family: str
@@ -31,6 +32,11 @@ class ModelFacts:
     in_channels: int = 16
     patch_size_t: int = 1
     has_clip_image: bool = False
+    network: str = ""
+
+
+# Its input has the channels of an image, as a WAN 2.2 A14B's.
+HUMO = "HumoWanModel"
 
 
 class SectionChoice(NamedTuple):
@@ -75,6 +81,8 @@ def _distance(facts: ModelFacts, model: _Model) -> tuple[bool, bool, float]:
 
 
 def _wan_14b(facts: ModelFacts) -> tuple[str, str]:
+    if facts.network == HUMO:
+        return "Wan2.1_14b", "this is a HuMo 17B, which was made from WAN 2.1 14B"
     if facts.has_clip_image:
         return "Wan2.1_14b", "this is a WAN 2.1 14B that takes CLIP image features"
     if facts.in_channels > facts.latent_channels:

@@ -85,6 +85,18 @@ def test_it_runs_what_a_sparse_node_leaves_dense_in_either_order(
 
 
 @pytest.mark.core
+def test_a_second_node_keeps_what_the_first_chose_for_other_places(
+    models, set_backends, sample, fake_backend
+):
+    first, second = fake_backend("sage_attn2"), fake_backend("flash_attn2")
+    patched = set_backends(models("wan"), cross_attn_1_type="sage_attn2")
+    sample(set_backends(patched, self_attn_1_type="flash_attn2"))
+    assert len(first) == len(second) > 0
+    del first[:], second[:]
+    sample(set_backends(patched, cross_attn_1_type="flash_attn2"))
+    assert second and not first
+
+
 def test_a_call_it_cannot_take_goes_to_comfyui_and_is_named(
     models, set_backends, sample, fake_backend, run_lines
 ):

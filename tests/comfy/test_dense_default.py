@@ -32,7 +32,8 @@ def test_the_faster_one_serves_dense_steps_and_layers_and_is_told(
     assert ran_dense(everything_dense) == {"torch_sdpa"}
     sample(patched)
     assert ran_dense(patched) == {"torch_sdpa"}
-    assert "torch_sdpa" in run_lines()[-1]
+    assert "self-attention torch_sdpa (this pack's default on this GPU) x" in run_lines()[-1]
+    assert "self_attn_1_type" not in run_lines()[-1], "nobody used that input"
 
 
 def test_elsewhere_comfyui_keeps_its_own(models, patch_radial, sample):

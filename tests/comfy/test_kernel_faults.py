@@ -1,9 +1,12 @@
 """Kernels that fail in the middle of a run: the run completes and the log says what happened."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from sparse_video_attention.kernels import registry
 from sparse_video_attention.patching import run_history
+from sparse_video_attention.patching.settings import SETTINGS_KEY
 
 pytestmark = pytest.mark.comfy
 
@@ -59,6 +62,51 @@ def test_a_kernel_that_fails_later_in_the_run_is_set_aside_then(
     assert torch.equal(sample(patched), expected)
     ran = [call.ran for call in run_history(patched).latest.calls if call.reason is None]
     assert ran == ["preferred"] * 4 + ["torch"] * 5
+
+
+@pytest.mark.parametrize("recovers", [False, True])
+def test_what_fails_twice_in_a_row_is_not_tried_again_in_this_run(
+    model, install_band, sample, monkeypatch, recovers
+):
+    """Three sparse layers in three steps; memory runs out for all kernels."""
+    torch_kernel = registry.kernels()["torch"]
+    tries = []
+
+    def run(call):
+        tries.append(1)
+        if recovers and len(tries) % 2 == 0:
+            return torch_kernel.run(call)
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(registry, "_KERNELS", {"torch": replace(torch_kernel, run=run)})
+    patched = install_band(model)
+    for _ in range(2):
+        tries.clear()
+        out = sample(patched)
+        reasons = [c.reason for c in run_history(patched).latest.calls if c.step and c.layer]
+        assert len(tries) == (9 if recovers else 2)
+        failed = [reason for reason in reasons if reason is not None]
+        assert len(failed) == (5 if recovers else 9)
+        assert all("ran out of memory" in reason for reason in failed)
+    assert recovers or torch.equal(out, sample(model))
+
+
+def test_a_plan_that_cannot_be_made_is_not_tried_at_every_call(
+    model, install_band, sample, monkeypatch
+):
+    patched = install_band(model)
+    policy = patched.model_options["transformer_options"][SETTINGS_KEY].sparse.policy
+    asked = []
+
+    def plan(*args, **kwargs):
+        asked.append(1)
+        raise NotImplementedError("no such operation on this device")
+
+    monkeypatch.setattr(type(policy), "is_static", False)
+    monkeypatch.setattr(type(policy), "plan", plan, raising=False)
+    assert torch.equal(sample(patched), sample(model))
+    assert len(asked) == 2
+    assert "9 x NotImplementedError: no such operation" in run_history(patched).latest.summary()
 
 
 def test_without_any_kernel_the_run_is_dense(model, install_band, sample, monkeypatch, run_lines):

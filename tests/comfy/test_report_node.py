@@ -67,6 +67,15 @@ def test_the_latest_run_may_have_been_cut_short(model, install_band, sample, rep
     assert "the run ended early" in report(patched)[2].splitlines()[1]
 
 
+def test_a_node_further_up_the_chain_knows_the_run_too(
+    model, install_band, set_backends, sample, report
+):
+    patched = install_band(model)
+    latent = sample(set_backends(patched, cross_attn_1_type="torch_sdpa"))
+    text = report(patched, {"samples": latent})[2]
+    assert "band (reach 1)" in text and "not what it returned" not in text
+
+
 def test_dense_backends_alone_have_a_report(model, set_backends, sample, report, fake_backend):
     fake_backend("xformers")
     patched = set_backends(model, self_attn_1_type="xformers")

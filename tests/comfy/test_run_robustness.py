@@ -196,6 +196,16 @@ def test_a_run_without_steps_says_that_the_model_was_not_called(model, install_b
     assert "the model was not called" in run_history(patched).latest.summary()
 
 
+def test_a_model_that_something_runs_in_its_own_way_is_told_from_one_not_called(
+    model, install_band, sample
+):
+    patched = install_band(model)
+    patched.set_model_unet_function_wrapper(lambda apply, args: torch.zeros_like(args["input"]))
+    sample(patched)
+    summary = run_history(patched).latest.summary()
+    assert "something runs the model in its own way" in summary and "not called" not in summary
+
+
 def test_nan_inputs_do_not_set_a_dense_backend_aside(model, comfyui, monkeypatch):
     from sparse_video_attention.nodes.backend import SetAttentionBackend
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from sparse_video_attention.patching import run_history
+from sparse_video_attention.patching.router import OVERRIDE_KEY
 
 pytestmark = pytest.mark.comfy
 
@@ -52,3 +53,74 @@ def test_a_second_run_with_other_settings_is_not_the_first_again(
         record = run_history(patched).latest
         layers = {c.layer for c in record.calls if c.reason is None}
         assert layers == set(range(4)) - set(dense_layers)
+
+
+@pytest.fixture
+def pytorch_attention(monkeypatch):
+    """As on GPUs, and with --use-pytorch-cross-attention: nothing breaks a dense model's graph."""
+    import comfy.ldm.cogvideo.model as cogvideox
+    import comfy.ldm.wan.model as wan
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    for module in (wan, cogvideox):
+        monkeypatch.setattr(module, "optimized_attention", attention_pytorch)
+
+
+def compile_blocks(model):
+    """Block by block, as nodes of other packs do it, with the guard filter of ComfyUI's node."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+
+    torch._dynamo.reset()
+    model = model.clone()
+    keys = [f"diffusion_model.blocks.{i}" for i in range(len(model.model.diffusion_model.blocks))]
+    options = {"guard_filter_fn": skip_torch_compile_dict}
+    set_torch_compile_wrapper(model, "eager", keys=keys, options=options)
+    return model
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+@pytest.mark.parametrize("parts", ["whole", "blocks"])
+def test_graphs_from_before_the_node_do_not_keep_a_run_dense(
+    pytorch_attention, load_model, install_band, compiled, sample, name, parts
+):
+    model = load_model(name)
+    eager = install_band(model, dense_layers=(0, 2))
+    expected, dense = sample(eager), sample(model)
+    unpatched = compiled(model) if parts == "whole" else compile_blocks(model)
+    patched = install_band(unpatched, dense_layers=(0, 2))
+    for thrown_away in (True, False):
+        assert float((sample(unpatched) - dense).norm() / dense.norm()) < 1e-4
+        out = sample(patched)
+        assert float((out - expected).norm() / expected.norm()) < 1e-4
+        assert decisions(patched) == decisions(eager)
+        assert ("graphs were thrown away" in run_history(patched).latest.summary()) == thrown_away
+
+
+def test_graphs_from_before_set_attention_backend_go_too(
+    pytorch_attention, load_model, set_backends, compiled, sample, fake_backend
+):
+    calls = fake_backend("xformers")
+    unpatched = compiled(load_model("wan"))
+    sample(unpatched)
+    sample(set_backends(unpatched, cross_attn_1_type="xformers"))
+    assert calls
+
+
+def test_graphs_are_thrown_away_once_where_that_does_not_help(
+    pytorch_attention, load_model, install_band, compiled, sample, monkeypatch
+):
+    """Another override may keep all calls to itself."""
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    patched = install_band(compiled(load_model("wan")))
+
+    def takes_all(func, *args, **kwargs):
+        return func(*args, **kwargs)
+
+    takes_all.previous = patched.model_options["transformer_options"][OVERRIDE_KEY]
+    patched.model_options["transformer_options"][OVERRIDE_KEY] = takes_all
+    for _ in range(2):
+        sample(patched)
+    assert len(resets) == 1
+    assert "took them all" in run_history(patched).latest.summary()

@@ -104,11 +104,11 @@ def with_levels(call, *found, **kwargs):
 
 @pytest.mark.parametrize(
     "head_dim, found, ranked",
-    [(128, (1,), True), (128, (1, 0), True), (128, (1, 2), False), (128, (1, 0, 8), False),
+    [(128, (1,), True), (128, (1, 0), False), (128, (1, 2), False), (128, (1, 0, 8), False),
      (64, (1,), True), (64, (1, 0), False)],
     ids=str,
 )  # fmt: skip
-def test_auto_takes_it_with_a_pooled_remainder_and_not_yet_with_a_pyramid(
+def test_auto_takes_it_without_pooled_levels_until_those_are_measured(
     as_if_on_hopper, head_dim, found, ranked
 ):
     call = with_levels(a_call(head_dim=head_dim), *found, pooled_remainder=0 in found)

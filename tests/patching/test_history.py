@@ -41,6 +41,15 @@ def test_of_nearly_equal_runs_the_nearest_is_meant():
     assert history.run_of(near) is records[2], "the later one of two that are alike"
 
 
+def test_a_latent_whose_first_frames_were_written_over_is_known(runs):
+    history, records = runs
+    result = latent(1)
+    result[:, :, 0] = 0.5
+    assert history.run_of(result) is records[1]
+    result[:, :, 1] = 0.5
+    assert history.run_of(result) is None
+
+
 @pytest.mark.parametrize(
     "other",
     [

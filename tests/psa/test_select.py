@@ -18,6 +18,10 @@ MODELS = {
     ),
     "wan2.2-a14b-i2v": (ModelFacts("wan", 5120, 40, in_channels=36), "Wan2.2_A14B"),
     "wan2.2-a14b-fun": (ModelFacts("wan", 5120, 40, **FUN_CONTROL), "Wan2.2_A14B"),
+    "humo-17b": (
+        ModelFacts("wan", 5120, 40, in_channels=36, network="HumoWanModel"),
+        "Wan2.1_14b",
+    ),
     "wan2.2-5b": (ModelFacts("wan", 3072, 30, 48, 48), "Wan2.2_5B"),
     "cogvideox-5b": (ModelFacts("cogvideox", 3072, 42), "CogVideo_5b"),
     "cogvideox-5b-i2v": (ModelFacts("cogvideox", 3072, 42, in_channels=32), "CogVideo_5b"),

@@ -1,0 +1,24 @@
+"""Whether torch.compile runs a MODEL's network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Where ComfyUI's set_torch_compile_wrapper keeps what it compiles with.
+COMPILE_OPTIONS = "torch_compile_kwargs"
+# What torch.compile leaves on a module or function it made, and Module.compile on the module.
+_TRACES = ("_orig_mod", "_torchdynamo_orig_callable", "_compiled_call_impl")
+
+
+def is_compiled(model_options: dict[str, Any], model_patcher: Any) -> bool:
+    """Whether the diffusion model or a part of it is compiled.
+
+    Args:
+        model_options: of the run.
+        model_patcher: ComfyUI's, whose object patches count too.
+    """
+    patches = getattr(model_patcher, "object_patches", {}).values()
+    parts = [*patches, *model_patcher.model.diffusion_model.modules()]
+    return COMPILE_OPTIONS in model_options or any(
+        getattr(part, trace, None) is not None for part in parts for trace in _TRACES
+    )
