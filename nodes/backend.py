@@ -65,7 +65,8 @@ class SetAttentionBackend(io.ComfyNode):
                         options=type_names(site),
                         default="auto",
                         optional=True,
-                        tooltip=f"{_SITES[site.value]} auto is what ComfyUI would use.",
+                        tooltip=f"{_SITES[site.value]} auto is what ComfyUI would use, or an "
+                        "earlier node of this kind chose.",
                     )
                     for site in AttentionSite
                 ),
