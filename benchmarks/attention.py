@@ -89,9 +89,12 @@ def _known(kept: Kept, run: AttentionRun) -> list[Row]:
     left = run.left(row.key for row in known)
     if not known or all(planned.reason is not None for planned in left):
         return known
-    dense = known[0].best_dense
-    before, now = known[0].best_dense_ms, run.dense_ms(dense) if dense is not None else None
-    if before is not None and now is not None and drifted(before, now, run.device):
+    before = next((row for row in known if row.kernel == known[0].best_dense), None)
+    now = None if before is None else run.dense_time(before.kernel)
+    if before is None or now is None:
+        return known
+    spread = (before.ms_spread + now.ms_spread) / 2
+    if drifted(before.ms, now.ms, run.device, spread):
         kept.drop(known)
         return []
     return known

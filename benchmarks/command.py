@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from .left_out import leave_out_kernels
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -39,6 +41,7 @@ def run_command(
     """
     arguments = parser.parse_args(argv)
     arguments.given = argv
+    leave_out_kernels()
     try:
         run(arguments)
     except ValueError as error:

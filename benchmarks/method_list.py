@@ -13,6 +13,7 @@ from sparse_video_attention.radial_attn import RadialPolicy
 from sparse_video_attention.radial_attn.mask import MAX_DECAY_FACTOR
 from sparse_video_attention.sparge import SpargePolicy
 
+from .left_out import is_left_out
 from .method_call import LAYER, MethodCall
 from .structured import AttentionInputs
 
@@ -20,6 +21,7 @@ from .structured import AttentionInputs
 BISECTIONS = 10
 # Ends the name of a method whose skipped blocks are pooled, the default of radial and PSA.
 POOLED = " pool"
+HOPPER = "hopper"
 
 
 @dataclass(frozen=True)
@@ -42,21 +44,18 @@ class Method:
 def methods(model_family: str, precisions: Iterable[str] = ("auto",)) -> Iterator[Method]:
     """Radial, Sparge and the presets of the sections that begin with model_family.
 
-    Where hopper runs, also every pooled method on the kernel that "auto" does not choose for it, to
-    compare them: triton for WAN's radial and Sparge, hopper for the others.
+    Where hopper runs, also every pooled method on it, which "auto" does not choose, right after the
+    one by "auto": a GPU's clocks wander.
     """
+    hopper = unavailable_reason(HOPPER) is None and not is_left_out(HOPPER, pooled=True)
     for precision in precisions:
         for method in _methods(model_family):
-            if precision == "auto":
-                yield method
-            else:
+            if precision != "auto":
                 yield replace(method, name=f"{method.name} {precision}", precision=precision)
-    if "auto" in precisions and unavailable_reason("hopper") is None:
-        for method in _methods(model_family):
-            chosen = model_family == "Wan" and not method.name.startswith("psa ")
-            other = "triton" if chosen else "hopper"
-            if method.name.endswith(POOLED):
-                yield replace(method, name=f"{method.name} {other}", kernel=other)
+                continue
+            yield method
+            if hopper and method.name.endswith(POOLED):
+                yield replace(method, name=f"{method.name} {HOPPER}", kernel=HOPPER)
 
 
 def _methods(model_family: str) -> Iterator[Method]:

@@ -51,16 +51,21 @@ class ShapeMeasurement:
         self.run, self.repeats, self.read_clock = run, repeats, read_clock
         self.rows = {row.method: row for row in known}
         self.failed: list[str] = []
-        if shape_row is not None and self._has_drifted(shape_row):
-            shape_row = None
-            self.rows.clear()
         self.shape_row = run.row() if shape_row is None else shape_row
 
-    def _has_drifted(self, before: ShapeRow) -> bool:
+    def _forget_if_drifted(self) -> None:
+        """Drop what was measured on a card of another speed."""
+        before = self.shape_row
         if before.dense is None or before.dense_ms is None or not self.repeats:
-            return False
+            return
         samples = self.run.times({}, [before.dense], self.repeats, self.read_clock)
-        return bool(samples) and drifted(before.dense_ms, fastest(samples).ms, self.run.device)
+        if not samples:
+            return
+        now = fastest(samples)
+        spread = ((before.dense_ms_spread or 0.0) + now.spread) / 2
+        if drifted(before.dense_ms, now.ms, self.run.device, spread):
+            self.rows.clear()
+            self.shape_row = self.run.row()
 
     def measure(self, precisions: Iterable[str], equal_density: bool) -> Iterator[Found]:
         """New rows. On a GPU each comes as soon as it is measured.
@@ -74,7 +79,10 @@ class ShapeMeasurement:
         """
         one_by_one = self.run.device.type == "cuda"
         waiting: list[Untimed] = []
-        for method in methods(self.run.shape.model_family, precisions):
+        wanted = list(methods(self.run.shape.model_family, precisions))
+        if not all(method.name in self.rows for method in wanted):
+            self._forget_if_drifted()
+        for method in wanted:
             if method.name in self.rows:
                 continue
             if method.policy.dense_reason(self.run.shape.layout) is None:
@@ -126,7 +134,7 @@ class ShapeMeasurement:
             row.method: row.density
             for row in self.rows.values()
             if row.method.startswith("psa ") and row.precision == "auto"
-            if not row.method.endswith(POOLED)
+            if POOLED not in row.method
         }
         wanted = {name: found for name, found in presets.items() if done.count(name) < len(DIALS)}
         for method in of_equal_density(wanted, self.run.shape.layout, self.run.inputs):

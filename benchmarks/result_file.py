@@ -57,12 +57,15 @@ def code_digest(ignored: Iterable[str] = (), root: Path = REPOSITORY) -> str:
     return digest.hexdigest()[:12]
 
 
-def drifted(before: float, now: float, device: torch.device) -> bool:
+def drifted(before: float, now: float, device: torch.device, spread: float = 0.0) -> bool:
     """Whether the same dense attention took another time than in the earlier run, and says so.
 
     Never on CPUs, whose times vary by more with what else runs.
+
+    Args:
+        spread: by how much samples of the two vary, which says nothing of the card.
     """
-    if device.type == "cpu" or abs(now / before - 1.0) <= MAX_DRIFT:
+    if device.type == "cpu" or abs(now - before) <= MAX_DRIFT * before + spread:
         return False
     print(f"  dense attention takes {now:.4g} where it took {before:.4g}: all is measured anew")
     return True

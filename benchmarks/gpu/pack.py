@@ -1,7 +1,7 @@
 """Gather what a GPU machine without a network needs beside this repository, in .gpu/.
 
     python benchmarks/gpu/pack.py            # ComfyUI's own code, and wheels its import needs
-    python benchmarks/gpu/pack.py --peers    # and the library of comfy-kitchen's attention
+    python benchmarks/gpu/pack.py --peers    # the library of comfy-kitchen's attention, by itself
     python benchmarks/gpu/pack.py --flash4   # FlashAttention 4 too, in parts of at most 52 MB
 
 The machine is taken to have Python 3.12, PyTorch with Triton, and what they bring. Nothing here is
@@ -11,6 +11,7 @@ installed or imported on this machine. README.md beside this says how to go on.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shutil
 import subprocess
@@ -42,6 +43,8 @@ LEFT_OUT = ("/hip/_C", "/lib/stubs/")
 # Needed by int8_attention and sol_attn alone; without it a copy fits into 64 MB with room to spare.
 PEERS = "/cuda/_C"
 COMFYUI_FILES = ("folder_paths.py", "node_helpers.py", "comfyui_version.py", "LICENSE")
+# What a GPU machine runs of this repository.
+CODE = ("kernels", "patching", "psa", "radial_attn", "sparge", "third_party", "benchmarks", "tests")
 # Larger files that are not code are vocabularies of text encoders.
 MAX_DATA_FILE = 200_000
 PART_BYTES = 52 * 10**6
@@ -111,6 +114,23 @@ def split(paths: list[Path], folder: Path) -> list[Path]:
     return parts
 
 
+def apart(wheels: list[Path], name: str) -> None:
+    """Wheels in parts that are each sent by themselves: .gpu-NAME-0/ ..."""
+    for old in ROOT.glob(f".gpu-{name}-*"):
+        shutil.rmtree(old)
+    for part in split(wheels, ROOT / f".gpu-{name}-"):
+        print(f"{part.parent.name}: {megabytes(part.parent):.1f} MB")
+
+
+def code_digest() -> str:
+    """Twelve digits that change with the repository's code, tests included."""
+    digest = hashlib.sha256()
+    for folder in CODE:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def megabytes(folder: Path) -> float:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
 
@@ -121,17 +141,23 @@ def main() -> None:
     parser.add_argument("--comfyui", type=Path, default=Path(default))
     parser.add_argument("--python", default="3.12", help="of the GPU machine; default: 3.12")
     parser.add_argument(
-        "--peers", action="store_true", help="comfy-kitchen's CUDA library too (36 MB)"
+        "--peers", action="store_true", help="comfy-kitchen's CUDA library too (36 MB, one part)"
+    )
+    parser.add_argument(
+        "--digest", action="store_true", help="pack nothing; print what tells this code from others"
     )
     parser.add_argument("--flash4", action="store_true", help="FlashAttention 4 too")
     options = parser.parse_args()
+    if options.digest:
+        print(code_digest())
+        return
 
     target, cache = ROOT / ".gpu", ROOT / ".cache" / "gpu-wheels"
     for name in ("comfyui", "wheels"):  # and not earlier results, which are there to go on from
         shutil.rmtree(target / name, ignore_errors=True)
     copy_comfyui(options.comfyui, target / "comfyui")
     for wheel in download(WHEELS, cache / "base", options.python):
-        slim(wheel, target / "wheels", LEFT_OUT if options.peers else (*LEFT_OUT, PEERS))
+        slim(wheel, target / "wheels", (*LEFT_OUT, PEERS))
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -140,14 +166,14 @@ def main() -> None:
     (target / "commit").write_text(said + "\n", encoding="utf-8")
     if changed.returncode:
         print("there are changes that are not committed; results will say so")
+    (target / "digest").write_text(code_digest() + "\n", encoding="utf-8")
     print(f".gpu: {megabytes(target):.1f} MB")
+    if options.peers:
+        kitchen = [path for path in (cache / "base").glob("comfy_kitchen*.whl")]
+        apart([slim(wheel, cache / "peers-slim") for wheel in kitchen], "peers")
     if options.flash4:
         wheels = download(FLASH4_WHEELS, cache / "flash4", options.python)
-        slimmed = [slim(wheel, cache / "flash4-slim") for wheel in wheels]
-        for old in ROOT.glob(".gpu-flash4-*"):
-            shutil.rmtree(old)
-        for part in split(slimmed, ROOT / ".gpu-flash4-"):
-            print(f"{part.parent.name}: {megabytes(part.parent):.1f} MB")
+        apart([slim(wheel, cache / "flash4-slim") for wheel in wheels], "flash4")
 
 
 if __name__ == "__main__":

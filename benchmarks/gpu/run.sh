@@ -10,20 +10,36 @@ state=${STATE:-/tmp/gpu-state${DRY:+-dry}}
 [ -n "$DRY" ] && rm -rf "$state/results" "$state/done"
 mkdir -p "$OUT" "$state/package" "$state/done"
 export PYTHONUNBUFFERED=1
+# A machine may hand back the latest command's files alone: they have everything.
+[ -f "$state/run.log" ] && cp "$state/run.log" "$OUT/run.log"
+exec > >(tee -a "$OUT/run.log") 2>&1
+log=$!
 
 # The repository as the package it is, and what pack.py brought.
+packed=${PACKED:-.gpu}
 ln -sfn "$PWD" "$state/package/sparse_video_attention"
 export PYTHONPATH=$state/package
-if [ -d .gpu/comfyui ]; then
+if [ -d "$packed/comfyui" ]; then
+    if [ "$(python3 benchmarks/gpu/pack.py --digest)" != "$(cat "$packed/digest")" ]; then
+        echo "the code is not what $packed was packed with: run pack.py again, and copy both"
+        exit 1
+    fi
     if [ ! -d "$state/site" ]; then
-        for wheel in .gpu/wheels/*.whl; do
+        for wheel in "$packed"/wheels/*.whl; do
             python3 -m zipfile -e "$wheel" "$state/site" || exit 1
         done
     fi
     PYTHONPATH=$PYTHONPATH:$state/site
-    export COMFYUI_PATH=$PWD/.gpu/comfyui
-    BENCHMARKED_COMMIT=$(cat .gpu/commit)
+    export COMFYUI_PATH=$(realpath "$packed/comfyui")
+    BENCHMARKED_COMMIT=$(cat "$packed/commit")
     export BENCHMARKED_COMMIT
+fi
+peers=$state/parts/.gpu-peers-0
+if [ -e "$peers" ] && [ ! -d "$state/peers" ]; then
+    python3 -m zipfile -e "$peers" "$state/peers" || exit 1
+    for wheel in "$state"/peers/*.whl; do
+        python3 -m zipfile -e "$wheel" "$state/site" || exit 1
+    done
 fi
 if [ -d "$state/flash4" ]; then
     PYTHONPATH=$PYTHONPATH:$state/flash4:$state/flash4/nvidia_cutlass_dsl/dsl_packages
@@ -31,8 +47,9 @@ fi
 # Results to go on from: those of this machine, else those brought along.
 if [ ! -d "$state/results" ]; then
     mkdir -p "$state/results"
-    [ -n "$DRY" ] || [ ! -d .gpu/results ] || cp -r .gpu/results/. "$state/results/"
+    [ -n "$DRY" ] || [ ! -d "$packed/results" ] || cp -r "$packed/results/." "$state/results/"
 fi
+mkdir -p "$OUT/results" && cp -r "$state/results/." "$OUT/results/"
 
 python=${PYTHON:-python3}
 results=(--out "$OUT/results")
@@ -41,6 +58,7 @@ resumed=("${results[@]}" --resume "$state/results")
 # Less is not worth a start; and what a process may take to end, and copying results.
 least=40
 reserve=15
+skipped=99
 
 seconds_for() { # a stage's own limit -> what it gets
     local seconds=$1 left=$((${BUDGET:-0} - SECONDS - reserve))
@@ -54,15 +72,23 @@ limit() { # seconds, command...
     shift
     if [ "$seconds" -lt "$least" ]; then
         echo "--- skipped, $((BUDGET - SECONDS)) s are left: $*"
-        return 1
+        return $skipped
     fi
     echo "--- $* (at most $seconds s)"
-    local start=$SECONDS
-    timeout -k 10 "$seconds" "$@" 2>&1 | tee -a "$OUT/run.log"
+    local start=$SECONDS out=()
+    # "auto" must not choose what has failed: it could hang, or break all that comes after.
+    hopper || out+=(hopper)
+    pooled || out+=(hopper:pooled)
+    BENCHMARK_WITHOUT="${out[*]}" timeout -k 10 "$seconds" "$@"
     local status=$?
     echo "--- $([ $status = 0 ] && echo done || echo "FAILED, exit status $status") after $((SECONDS - start)) s: ${*:2:3}"
-    [ -d "$OUT/results" ] && cp -r "$OUT/results/." "$state/results/"
+    cp -r "$OUT/results/." "$state/results/"
+    cp "$OUT/run.log" "$state/run.log"
     return $status
+}
+
+ended() { # after a command: tests that failed are not run again for that
+    [ $? -le 1 ]
 }
 
 gpu_tests() { # seconds, pytest arguments...
@@ -75,15 +101,19 @@ gpu_tests() { # seconds, pytest arguments...
 }
 
 hopper() { [ -n "$HOPPER" ] || [ -e "$state/hopper" ]; }
+pooled() { hopper && { [ "$HOPPER" = pooled ] || [ -e "$state/pooled" ]; }; }
 
 smoke() {
     [ -n "$DRY" ] || nvidia-smi | head -15
     limit 60 "$python" -c "import torch, triton, sparse_video_attention.kernels as k; \
 print(torch.__version__, triton.__version__, torch.cuda.is_available(), k.available())"
     # A barrier that is wrong would hang: one token first, alone.
-    hopper || { gpu_tests 90 -m gpu tests/kernels/test_hopper.py -k one-token &&
-        gpu_tests 150 -m gpu tests/kernels/test_hopper.py -k "not 160000" && touch "$state/hopper"; }
+    local of_hopper=(-m gpu tests/kernels/test_hopper.py)
+    hopper || { gpu_tests 90 "${of_hopper[@]}" -k one-token &&
+        gpu_tests 150 "${of_hopper[@]}" -k "not 160000 and not pooled" && touch "$state/hopper"; }
+    hopper && { pooled || gpu_tests 150 "${of_hopper[@]}" -k pooled && touch "$state/pooled"; }
     hopper && echo "hopper runs: HOPPER=1" || echo "hopper is left out of what follows"
+    pooled && echo "with pooled levels too: HOPPER=pooled" || echo "pooled levels on it are left out"
 }
 
 # Every kernel at both head dims, odd sizes, batch 2, each precision, pooled levels and remainders,
@@ -97,6 +127,7 @@ or equal_to_torch or made_on_the_gpu or plan_on_a_gpu or published_map_on_a_gpu 
 core() {
     gpu_tests 200 -m "gpu and not slow" tests/kernels tests/psa tests/sparge tests/patching \
         --deselect tests/kernels/test_hopper.py -k "${core//$'\n'/ }"
+    ended
 }
 
 tests() {
@@ -104,20 +135,26 @@ tests() {
     gpu_tests 400 -m "gpu and not slow" tests/kernels tests/psa tests/sparge tests/third_party \
         tests/patching tests/benchmarks --deselect "$apart::test_is_the_definition_on_a_gpu" \
         --deselect "$apart::test_slices_of_one_projection_on_a_gpu"
+    ended
 }
 
 pack() {
     gpu_tests 300 -m gpu tests/benchmarks/test_end_to_end.py
+    ended
 }
 
 sanitize() {
-    gpu_tests 580 -m gpu tests/kernels/test_triton_gpu.py -k sanitizer
+    # One by one: each says what it found when it ends.
+    for tool in memcheck racecheck initcheck; do
+        gpu_tests 580 -m gpu tests/kernels/test_triton_gpu.py -k "sanitizer and $tool"
+        ended || return
+    done
 }
 
 # Compiling needs no GPU to itself: it goes on beside the tests. Nothing is timed beside it.
 warm() {
-    local size=(--precisions auto int8 --shapes wan14b_720p wan14b_480p)
-    [ "$sequence" = first ] || size+=(cogvideox5b)
+    local size=(--shapes wan14b_720p wan14b_480p)
+    [ "$sequence" = first ] || size+=(cogvideox5b --precisions auto int8)
     size+=(--kernels triton)
     hopper && size+=(hopper)
     [ -n "$DRY" ] && size=(--shapes 8x8x9:2x32 --dtype fp32 --kernels torch --head-dims 64 --processes 1)
@@ -143,7 +180,8 @@ attention() {
 
 methods() {
     local size=(--precisions auto int8 --repeats 8)
-    [ "$sequence" = first ] && size+=(--shapes wan14b_720p wan14b_480p --times-only)
+    [ "$sequence" = first ] && size=(--precisions auto --repeats 8 --times-only
+        --shapes wan14b_720p wan14b_480p)
     [ -n "$DRY" ] && size=(--shapes 8x8x9:2x32 --repeats 1 --times-only)
     limit 540 "$python" -m benchmarks.methods "${on_cpu[@]}" "${resumed[@]}" "${size[@]}"
 }
@@ -171,9 +209,9 @@ profile() {
         --kernels "${kernels[@]}" "${size[@]}"
 }
 
-flash4_part() { # one part of FlashAttention 4, kept on the machine for the next
+part() { # of a package that is sent by itself, kept on the machine for what comes next
     mkdir -p "$state/parts"
-    for part in .gpu-flash4-*/part; do
+    for part in .gpu-*-*/part; do
         cp "$part" "$state/parts/$(basename "$(dirname "$part")")" && echo "kept $part"
     done
 }
@@ -195,7 +233,7 @@ flash4() {
 first="smoke warm core attention methods end_to_end"
 second="smoke warm attention methods end_to_end pack tests"
 third="smoke tune profile sanitize"
-stages="smoke core tests pack sanitize warm attention methods end_to_end tune profile flash4_part flash4"
+stages="smoke core tests pack sanitize warm attention methods end_to_end tune profile part flash4"
 
 stage() {
     case $1 in
@@ -216,6 +254,7 @@ for asked in "${@:?which? first, second, third, or stages: $stages}"; do
                 elif stage "$name" && [ "$name" != warm ]; then
                     touch "$mark"
                 fi
+                cp "$OUT/run.log" "$state/run.log"
             done
             sequence=
             ;;
@@ -230,3 +269,5 @@ done
 settled
 # Plots are drawn again from the numbers.
 find "$OUT" -name "*.png" -delete
+exec >&- 2>&-
+wait "$log"

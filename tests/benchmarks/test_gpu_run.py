@@ -1,6 +1,7 @@
 """benchmarks/gpu/run.sh: its budget, and what it does again. Its programs are stand-ins."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,6 +11,7 @@ RUN = Path(__file__).parents[2] / "benchmarks" / "gpu" / "run.sh"
 # Writes down what it was to run, and leaves a result; xdist is not known to it.
 STAND_IN = """#!/bin/bash
 echo "$*" >> "$CALLS"
+echo "$BENCHMARK_WITHOUT" >> "$CALLS.without"
 case "$*" in
     *xdist*) exit 1 ;;
     *benchmarks.$FAILING*) exit 3 ;;
@@ -34,7 +36,7 @@ def run(tmp_path):
         calls.write_text("")
         env = os.environ | {"PATH": f"{bin_folder}:{os.environ['PATH']}", "CALLS": str(calls)}
         env |= {"OUT": str(tmp_path / "out"), "STATE": str(tmp_path / "state")}
-        env |= {"FAILING": "nothing"}
+        env |= {"FAILING": "nothing", "PACKED": str(tmp_path / "packed")}
         for name in ("DRY", "BUDGET", "HOPPER"):
             env.pop(name, None)
         done = subprocess.run(
@@ -109,10 +111,46 @@ def test_results_are_kept_to_go_on_from(run, tmp_path):
     assert (tmp_path / "out" / "results" / "card" / "made.json").is_file()
 
 
-def test_hopper_is_left_out_where_one_token_fails(run, tmp_path):
+def failing(tmp_path, text):
+    """The stand-in fails where it is called with a text."""
     (tmp_path / "bin" / "python3").write_text(
-        STAND_IN.replace("case", '[[ "$*" == *one-token* ]] && exit 1\ncase', 1)
+        STAND_IN.replace("case", f'[[ "$*" == *"{text}"* ]] && exit 1\ncase', 1)
     )
+
+
+def test_what_an_earlier_command_made_comes_back_with_every_other(run, tmp_path):
+    run("attention")
+    shutil.rmtree(tmp_path / "out")
+    run("no-such-stage")
+    assert (tmp_path / "out" / "results" / "card" / "made.json").is_file()
+    assert "benchmarks.attention" in (tmp_path / "out" / "run.log").read_text()
+
+
+def test_tests_that_fail_are_not_run_again_and_those_cut_short_are(run, tmp_path):
+    failing(tmp_path, "not slow")
+    calls, printed = run("first", HOPPER="pooled")
+    assert "FAILED, exit status 1" in printed
+    assert "--- core is done" in run("first", HOPPER="pooled")[1]
+
+
+@pytest.mark.parametrize(
+    ("fails", "without"), [("one-token", "hopper hopper:pooled"), ("-k pooled", "hopper:pooled")]
+)
+def test_nothing_chooses_a_kernel_that_failed(run, tmp_path, fails, without):
+    failing(tmp_path, fails)
+    run("smoke", "methods")
+    assert (tmp_path / "calls.without").read_text().splitlines()[-1] == without
+
+
+def test_code_other_than_what_was_packed_is_not_measured(run, tmp_path):
+    (tmp_path / "packed" / "comfyui").mkdir(parents=True)
+    (tmp_path / "packed" / "digest").write_text("another")
+    calls, printed = run("attention")
+    assert started(calls) == [] and "run pack.py again" in printed
+
+
+def test_hopper_is_left_out_where_one_token_fails(run, tmp_path):
+    failing(tmp_path, "one-token")
     calls, printed = run("smoke", "attention")
     assert "hopper is left out of what follows" in printed
     assert not any("not 160000" in call for call in calls)

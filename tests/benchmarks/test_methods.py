@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sparse_video_attention.kernels import TokenLayout
+from sparse_video_attention.kernels import TokenLayout, available, registry
 from sparse_video_attention.sparge import SpargePolicy
 
 from benchmarks import method_list
 from benchmarks.grids import FRAME_GRIDS, GRID_SHAPES, find_grid_shape
+from benchmarks.left_out import is_left_out, leave_out_kernels
 from benchmarks.method_list import DIALS, DialDensity, methods, nearest_setting
 from benchmarks.methods import main
 from benchmarks.shapes import SHAPES
@@ -68,18 +69,30 @@ def case(shape_name, method_name):
     return shape, policy, q, k, v
 
 
+def test_kernels_to_do_without_are_chosen_by_nothing(monkeypatch):
+    monkeypatch.setattr(registry, "_KERNELS", dict(registry.kernels()))
+    monkeypatch.setenv("BENCHMARK_WITHOUT", "triton hopper:pooled")
+    leave_out_kernels()
+    assert "triton" not in available() and {"torch", "hopper"} <= set(available())
+    assert is_left_out("triton", pooled=True) and is_left_out("hopper", pooled=True)
+    assert not is_left_out("hopper") and not is_left_out("torch", pooled=True)
+
+
 @pytest.mark.parametrize("hopper", [True, False])
+@pytest.mark.parametrize("without", ["", "hopper:pooled"])
 @pytest.mark.parametrize("shape_name", [WAN, COGVIDEOX])
-def test_pooled_methods_also_run_on_the_hopper_kernel_or_beside_it(shape_name, hopper, monkeypatch):
+def test_pooled_methods_also_run_on_the_hopper_kernel(shape_name, without, hopper, monkeypatch):
     reason = None if hopper else "no such device"
     monkeypatch.setattr(method_list, "unavailable_reason", lambda name: reason)
-    by_name = [m for m in methods(find_grid_shape(shape_name).model_family) if m.kernel != "auto"]
-    # What "auto" takes for WAN's pooled remainders is hopper itself.
-    static = "triton" if shape_name == WAN else "hopper"
-    others = ["radial pool", "sparge raster pool", "sparge Gilbert pool"]
-    expected = {(f"{name} {static}", static) for name in others}
-    expected |= {(f"{preset} pool hopper", "hopper") for preset in PSA_NAMES[shape_name]}
-    assert {(m.name, m.kernel) for m in by_name} == (expected if hopper else set())
+    monkeypatch.setenv("BENCHMARK_WITHOUT", without)
+    listed = list(methods(find_grid_shape(shape_name).model_family))
+    by_name = [m for m in listed if m.kernel != "auto"]
+    pooled = ["radial", "sparge raster", "sparge Gilbert", *PSA_NAMES[shape_name]]
+    expected = {(f"{name} pool hopper", "hopper") for name in pooled}
+    assert {(m.name, m.kernel) for m in by_name} == (expected if hopper and not without else set())
+    names = [m.name for m in listed]
+    for name, _ in expected & {(m.name, m.kernel) for m in by_name}:
+        assert names[names.index(name) - 1] == name.removesuffix(" hopper")
 
 
 def attention_row(q, keys, values, biases):

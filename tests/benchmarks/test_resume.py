@@ -107,15 +107,19 @@ def test_on_a_gpu_no_row_waits_for_another(monkeypatch):
     assert count == 3
 
 
-@pytest.mark.parametrize(("now", "kept"), [(2.05, True), (2.1, False), (1.9, False)])
-def test_a_card_of_another_speed_measures_a_shape_anew(now, kept, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("now", "spread", "kept"),
+    [(2.05, 0.0, True), (2.1, 0.0, False), (1.9, 0.0, False), (2.1, 0.2, True), (2.3, 0.2, False)],
+)
+def test_a_card_of_another_speed_measures_a_shape_anew(now, spread, kept, monkeypatch, capsys):
     run = on_a_gpu(monkeypatch, [])
     rows = [found for found in run.measure((), 1) if isinstance(found, measure.Row)]
     missing = [row for row in rows if (row.kernel, row.density) != ("torch", 1.0)]
     file = SimpleNamespace(rows=lambda name="rows": [])
     all_rows = attention.Kept(file)
+    missing = [replace(row, ms_spread=spread) for row in missing]
     all_rows.rows = [*missing, replace(missing[0], shape="another")]
-    monkeypatch.setattr(run, "dense_ms", lambda name: now)
+    monkeypatch.setattr(run, "dense_time", lambda name: Timing(now, 0.0))
     known = attention._known(all_rows, run)
     assert len(known) == (len(missing) if kept else 0)
     assert len(all_rows.rows) == len(known) + 1
