@@ -7,6 +7,7 @@ from typing import Any
 
 from .quality_summary import Summary, is_over_density, summarise
 
+DEFAULTS = " defaults"
 MARKERS = {"radial": "s", "psa": "^", "sparge": "o"}
 
 
@@ -58,16 +59,24 @@ def draw(result: dict[str, Any], path: Path) -> Path:
 
 
 def _draw_panel(axes: Any, group: list[Summary]) -> None:
-    for number, curve in enumerate(dict.fromkeys(summary.curve for summary in group)):
+    from matplotlib import colormaps
+
+    colours = iter(colormaps["tab20"].colors)
+    for curve in dict.fromkeys(summary.curve for summary in group):
         points = sorted((s.density, s.psnr, s.psnr_spread) for s in group if s.curve == curve)
         method = next(summary.method for summary in group if summary.curve == curve)
         density, psnr, spread = zip(*points, strict=True)
+        # Around the same point of another curve.
+        is_default = curve.endswith(DEFAULTS)
         axes.errorbar(
             density,
             psnr,
             yerr=spread,
-            color=f"C{number % 10}",
+            color="black" if is_default else next(colours),
             marker=MARKERS[method],
+            markersize=10 if is_default else 5,
+            fillstyle="none" if is_default else "full",
+            linestyle="none" if is_default else "-",
             linewidth=1,
             capsize=2,
             label=curve,
