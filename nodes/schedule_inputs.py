@@ -51,7 +51,7 @@ def model_input() -> io.Model.Input:
 
 def dense_layers_input(default: str = "0", *, advanced: bool = False) -> io.String.Input:
     # The published choice. On the trained miniatures (benchmarks/RESULTS.md) a dense first layer
-    # was 3 to 5 dB closer to dense attention on CogVideoX, and 1 to 3 on WAN.
+    # was 3 to 5 dB closer to dense attention.
     return io.String.Input(
         "dense_layers",
         default=default,

@@ -99,7 +99,8 @@ class Schedule:
     dense_layers: frozenset[int] = frozenset()
     # A quarter of the steps, as documented for the published method. On the trained miniatures
     # (benchmarks/RESULTS.md) each further dense step was closer to dense attention; of four
-    # steps a dense last one did more than a second dense first one, but for Sparge on CogVideoX.
+    # steps a dense last one did more than a second dense first one, but for Sparge on CogVideoX
+    # and one of PSA's presets on WAN.
     dense_timesteps: int = -1
     last_dense_timesteps: int = 0
     start_percent: float = 0.0

@@ -8,7 +8,7 @@ A block's keys are searched for the largest logit, which a missed key would hide
 looked at, as published. Its queries only have to find the blocks that any of them wants, and
 neighbours want the same. Where blocks are kept by rank (topk), every sixteenth ranks them as well
 as every fourth, for a quarter of the work: the error of psa_topk on inputs with the structure of a
-video (21x30x52 tokens) is 0.057 where it was 0.056, and on the trained WAN miniature it came
+video (21x30x52 tokens) is 0.057 where it was 0.056, and on a trained WAN miniature it came
 closer by 0.1 and 0.4 dB (one video, blocks dropped and pooled). Where they are kept by their share
 (thresholdbound), fewer queries make the shares steeper, and presets would keep less than they were
 made to: there it is every fourth, as published.
