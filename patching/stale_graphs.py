@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .forward import find_transformer_options
+from .forward_order import REPLACE_KEY, TRANSFORMER
 from .log import log
 from .record import Counted
 from .run import RUN_KEY, RunState
@@ -35,32 +36,40 @@ class StaleGraphs:
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         options = find_transformer_options(args, kwargs)
         run: RunState | None = None if options is None else options.get(RUN_KEY)
-        if run is None or not run.is_compiled or self._is_helpless:
+        if options is None or run is None or not run.is_compiled or self._is_helpless:
             return executor(*args, **kwargs)
         shape = args[0].shape if args else None
         if shape in run.shapes:
             return executor(*args, **kwargs)
         before = run.record.counted()
-        out, is_reached = self._watched(executor, args, kwargs, run)
+        out, is_reached = self._watched(executor, args, kwargs, options, run)
         if not is_reached:
             with self._lock:
-                out = self._again(executor, args, kwargs, run, before, out)
+                out = self._again(executor, args, kwargs, options, run, before, out)
         run.shapes.add(shape)
         return out
 
     def _watched(
-        self, executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: RunState
+        self,
+        executor: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        options: dict[str, Any],
+        run: RunState,
     ) -> tuple[Any, bool]:
         """(what the model returns, whether all its attention calls came to this pack)."""
-        before = run.calls_so_far()
+        # Skip layer guidance replaces blocks by nothing.
+        replaced = len((options.get(REPLACE_KEY) or {}).get(TRANSFORMER) or ())
+        before, fewest = run.calls_so_far(), run.calls_per_forward()
         out = executor(*args, **kwargs)
-        return out, run.calls_so_far() - before >= run.calls_per_forward()
+        return out, run.calls_so_far() - before >= min(fewest, max(1, fewest - replaced))
 
     def _again(
         self,
         executor: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        options: dict[str, Any],
         run: RunState,
         before: Counted,
         out: Any,
@@ -70,7 +79,7 @@ class StaleGraphs:
         control = args[_CONTROL] if len(args) > _CONTROL else kwargs.get("control")
         if control is None:  # models use it up
             run.record.back_to(before)
-            out, is_reached = self._watched(executor, args, kwargs, run)
+            out, is_reached = self._watched(executor, args, kwargs, options, run)
             self._is_helpless = not is_reached
         if not self._is_helpless:
             said = (

@@ -124,3 +124,16 @@ def test_graphs_are_thrown_away_once_where_that_does_not_help(
         sample(patched)
     assert len(resets) == 1
     assert "took them all" in run_history(patched).latest.summary()
+
+
+def test_skipped_layers_are_not_taken_for_stale_graphs(
+    pytorch_attention, load_model, install_band, compiled, sample, monkeypatch
+):
+    """Skip layer guidance: a forward more, without some blocks."""
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    patched = install_band(compiled(load_model("wan")))
+    patched.set_model_patch_replace(lambda args, extra: args, "dit", "double_block", 2)
+    sample(patched)
+    layers = {call.layer for call in run_history(patched).latest.calls}
+    assert layers == {0, 1, 3} and not resets
