@@ -45,6 +45,10 @@ def _print_row(row: EndToEndRow) -> None:
         print(f"    {note}")
 
 
+def _step_s(row: EndToEndRow) -> float:
+    return row.step_s
+
+
 class VideoRun:
     """One video: its rows, those of an earlier run that still hold among them."""
 
@@ -60,11 +64,12 @@ class VideoRun:
         }
         self.failed: list[str] = []
         self.dense_names = bench.dense_names()
-        if not all(name in self.rows for name in self.dense_names):
-            self.rows.clear()  # sparse runs keep dense what the fastest of these ran
 
     def is_whole(self) -> bool:
-        return all(name in self.rows for name in self.names)
+        return all(name in self.rows for name in (*self.names, *self.dense_names))
+
+    def _dense(self) -> list[EndToEndRow]:
+        return [row for name, row in self.rows.items() if name in self.dense_names]
 
     def measure(self, wanted: Iterable[tuple[str, str]]) -> Iterator[EndToEndRow]:
         """Every new row, as soon as it is measured.
@@ -78,20 +83,25 @@ class VideoRun:
         if before is None or drifted(before.step_s, row.step_s, self.bench.device):
             self.rows = {DENSE: row}
             yield row
-            for name in self.dense_names[1:]:
-                try:
-                    self.rows[name] = self.bench.dense(self.video, name, latent).row
-                except Exception as error:  # one backend must not end the run
-                    print(f"  {name} failed: {error}", file=sys.stderr)
-                    self.failed.append(f"{name}, {self.video.name}: {error}")
-                    continue
-                compared = over_the_fastest(list(self.rows.values()))
-                self.rows = {row.method: row for row in compared}
-                yield self.rows[name]
-        fastest = min(
-            (row for name, row in self.rows.items() if name in self.dense_names if is_exact(name)),
-            key=lambda row: row.step_s,
-        )
+        for name in self.dense_names[1:]:
+            if name in self.rows:
+                continue
+            try:
+                found = self.bench.dense(self.video, name, latent).row
+            except Exception as error:  # one backend must not end the run
+                print(f"  {name} failed: {error}", file=sys.stderr)
+                self.failed.append(f"{name}, {self.video.name}: {error}")
+                continue
+            compared = over_the_fastest([*self._dense(), found])
+            self.rows |= {row.method: row for row in compared}
+            yield self.rows[name]
+        fastest = min((row for row in self._dense() if is_exact(row.method)), key=_step_s)
+        # Sparse runs keep dense what the fastest of those ran.
+        self.rows = {
+            name: row
+            for name, row in self.rows.items()
+            if name in self.dense_names or row.best_dense == fastest.method
+        }
         for precision, method in wanted:
             if sparse_name(method, precision) in self.rows:
                 continue

@@ -6,8 +6,16 @@ A kernel that hangs, or breaks the GPU's context, takes along everything measure
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from functools import partial
 
-from sparse_video_attention.kernels.registry import kernels, unavailable_reason
+from sparse_video_attention.kernels.registry import (
+    Kernel,
+    KernelCall,
+    kernels,
+    register,
+    unavailable_reason,
+)
 
 VARIABLE = "BENCHMARK_WITHOUT"
 
@@ -24,6 +32,15 @@ def is_left_out(kernel: str, *, pooled: bool = False) -> bool:
 
 def leave_out_kernels() -> None:
     """Take the kernels to do without from this process's registry, so that nothing chooses them."""
-    for name in [name for name in kernels() if is_left_out(name)]:
-        del kernels()[name]
+    for name, kernel in list(kernels().items()):
+        if is_left_out(name):
+            del kernels()[name]
+        elif is_left_out(name, pooled=True):
+            register(replace(kernel, refuses=partial(_refuses_pooled, kernel)))
     unavailable_reason.cache_clear()
+
+
+def _refuses_pooled(kernel: Kernel, call: KernelCall) -> str | None:
+    if call.plan.levels != (1,):
+        return f"{VARIABLE} leaves it out for pooled plans"
+    return kernel.refuses(call)

@@ -25,6 +25,7 @@ SPARSE_TYPES = ("radial_attn", "psa", "sparge_attn")
 # LightX2V's guide names Sparge after its checkpoint.
 _OTHER_NAMES = {"sparge_ckpt": "sparge_attn", "sparge": "sparge_attn"}
 ON_UNAVAILABLE = ("fallback", "error")
+OTHER_CHOICE = "an earlier node's choice, else ComfyUI's own"
 CONFIG_FOLDER, CONFIG_SUFFIXES = "attention_configs", (".json",)
 BUNDLED_CONFIGS = Path(__file__).resolve().parent.parent / "workflows" / "configs"
 
@@ -95,7 +96,7 @@ def _unavailable(asked: Iterable[tuple[AttentionSite, str]], on_unavailable: str
         where = ", ".join(sites)
         if on_unavailable == "error":
             raise ValueError(f"{where} {name!r} cannot run here: {reason}")
-        said[name] = f"{name} for {where} falls back to ComfyUI's own choice: {reason}"
+        said[name] = f"{name} for {where} falls back to {OTHER_CHOICE}: {reason}"
         log.warning(said[name])
     return said
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 # Where ComfyUI's set_torch_compile_wrapper keeps what it compiles with.
 COMPILE_OPTIONS = "torch_compile_kwargs"
 # What torch.compile leaves on a module or function it made, and Module.compile on the module.
@@ -18,7 +20,9 @@ def is_compiled(model_options: dict[str, Any], model_patcher: Any) -> bool:
         model_patcher: ComfyUI's, whose object patches count too.
     """
     patches = getattr(model_patcher, "object_patches", {}).values()
-    parts = [*patches, *model_patcher.model.diffusion_model.modules()]
+    network = model_patcher.model.diffusion_model
+    # Engines of other makers stand in its place too.
+    parts = [*patches, *(network.modules() if isinstance(network, nn.Module) else ())]
     return COMPILE_OPTIONS in model_options or any(
         getattr(part, trace, None) is not None for part in parts for trace in _TRACES
     )

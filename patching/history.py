@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -15,9 +16,8 @@ KEPT_RUNS = 8
 _SAMPLED = 64
 # Nodes may hand a latent on in half precision.
 _TOLERANCE = 1e-2
-# So many of the values have to be alike: wrappers may write over the first frames of a result, as
-# InfiniteTalk's do where a video goes on.
-_ALIKE = 0.6
+# Wrappers may write over the first frames of a result: InfiniteTalk's where a video goes on.
+_FRAMES_NOT_LOOKED_AT = 1 / 3
 
 
 class _Mark(NamedTuple):
@@ -26,22 +26,35 @@ class _Mark(NamedTuple):
     shape: tuple[int, ...]
     values: Tensor
 
-    def distance(self, other: _Mark) -> float:
-        """0 for the same latent, above 1 for another one."""
+    def distance(self, other: _Mark) -> tuple[float, float]:
+        """(0 for the same latent, above 1 for another one; which of two alike is nearer)."""
         if self.shape != other.shape:
-            return float("inf")
+            return float("inf"), float("inf")
         allowed = _TOLERANCE * (1 + self.values.abs())
         distances = ((self.values - other.values).abs() / allowed).nan_to_num(nan=float("inf"))
-        return float(distances.sort().values[int(_ALIKE * (_SAMPLED - 1))])
+        return float(distances[_later_frames(self.shape)].max()), float(distances.mean())
+
+
+def _places(numel: int) -> Tensor:
+    """Of the values that a latent is known by; in whole numbers, since a long video has more
+    values than fp32 can count."""
+    return torch.arange(_SAMPLED) * (numel - 1) // (_SAMPLED - 1)
+
+
+def _later_frames(shape: tuple[int, ...]) -> Tensor:
+    """Which of the values are looked at: bool [_SAMPLED], those of a video's later frames."""
+    if len(shape) != 5:  # [B, C, T, H, W]
+        return torch.ones(_SAMPLED, dtype=torch.bool)
+    frames, pixels = shape[2], shape[3] * shape[4]
+    frame = _places(math.prod(shape)) // pixels % frames
+    return frame >= int(frames * _FRAMES_NOT_LOOKED_AT)
 
 
 def _mark(latent: Any) -> _Mark | None:
     """Of anything that a sampler may return; None for what is no plain tensor."""
     if type(latent) is not Tensor or latent.layout is not torch.strided or not latent.numel():
         return None
-    # In whole numbers: a long video has more values than fp32 can count.
-    places = torch.arange(_SAMPLED) * (latent.numel() - 1) // (_SAMPLED - 1)
-    values = latent.detach().flatten()[places.to(latent.device)]
+    values = latent.detach().flatten()[_places(latent.numel()).to(latent.device)]
     return _Mark(tuple(latent.shape), values.float().cpu())
 
 
@@ -75,5 +88,5 @@ class RunHistory:
         known = [(mark.distance(wanted), run) for run, mark in self._runs if mark is not None]
         if not known:
             return None
-        distance, record = min(reversed(known), key=lambda entry: entry[0])
+        (distance, _), record = min(reversed(known), key=lambda entry: entry[0])
         return record if distance <= 1 else None

@@ -56,6 +56,16 @@ def countable_layers(diffusion_model: Any) -> int:
     return len(diffusion_model.blocks) if counts else 0
 
 
+def fewest_calls(diffusion_model: nn.Module) -> int:
+    """Self-attention calls that every forward of a model makes at least, 0 if not known.
+
+    Every block of a known one makes one; of models that only dense backends are for there is one.
+    """
+    if is_readable(diffusion_model):
+        return len(diffusion_model.blocks)  # type: ignore[arg-type]
+    return 0 if model_family(diffusion_model) else 1
+
+
 def supported_families() -> str:
     return " and ".join(sorted(set(_FAMILY_BY_CLASS.values()), reverse=True))
 

@@ -88,6 +88,9 @@ class AttentionRouter:
         site = classify(call, forward.tokens if forward is not None else None)
         # Where the site cannot be told by length, the forward's own reason is what to record.
         may_be_self = site is AttentionSite.SELF or (site is None and call.q_len == call.k_len)
+        run: RunState | None = call.transformer_options.get(RUN_KEY)
+        if may_be_self and run is not None:
+            run.self_calls += 1
         if not may_be_self or forward is None or forward.choice is None:
             return self._run_dense(func, args, kwargs, call, site)[0]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .compiled import is_compiled
 from .failures import Failures
 from .history import RunHistory
-from .layout import unreadable_reason
+from .layout import fewest_calls, is_readable, unreadable_reason
 from .log import log, one_line
 from .record import RunRecord
 from .sampler_steps import SamplerSteps
@@ -28,33 +28,32 @@ class RunState:
 
     Attributes:
         order_per_call: tokens cannot stay in a method's order for a whole forward.
-        is_compiled: torch.compile runs the model or a part of it.
+        watched_calls: the fewest self-attention calls that a forward brings to this pack where
+            torch.compile runs the model or a part of it; 0 where it does not, or none may come.
+        can_repeat: a forward may be run again, since the model keeps nothing from one to the next.
+        self_calls: self-attention calls that came to this pack.
         shapes: of the video in forwards that were looked at for calls kept from this pack.
         failures: sparse calls that failed in this run.
     """
 
     def __init__(
-        self, record: RunRecord, bounds: NoiseBounds | None, *, is_compiled: bool = False
+        self,
+        record: RunRecord,
+        bounds: NoiseBounds | None,
+        *,
+        watched_calls: int = 0,
+        can_repeat: bool = False,
     ) -> None:
         self.record = record
         self.bounds = bounds
-        self.is_compiled = is_compiled
+        self.watched_calls = watched_calls
+        self.can_repeat = can_repeat
+        self.self_calls = 0
         self.reasserted = False
         self.order_per_call = False
         self.steps = SamplerSteps()
         self.shapes: set[torch.Size | None] = set()
         self.failures = Failures()
-
-    def calls_so_far(self) -> int:
-        """Attention calls that came to this pack, of those that calls_per_forward counts."""
-        record = self.record
-        return len(record.calls) if record.method else sum(record.backend_calls.values())
-
-    def calls_per_forward(self) -> int:
-        """The fewest that a forward has, 0 where none has to come."""
-        if not self.record.method and not self.record.dense_backends:
-            return 0
-        return self.record.num_layers or 1
 
     def step(self, sigma: float, sample_sigmas: Tensor) -> tuple[int | None, int]:
         """(denoising step, steps in the schedule) of a forward at noise level sigma."""
@@ -130,12 +129,17 @@ class OuterSampleWrapper:
         if settings is None:
             return executor(*args, **kwargs)
         choice = settings.sparse
-        record = _open_record(settings, guider.model_patcher.model.diffusion_model)
+        network = guider.model_patcher.model.diffusion_model
+        record = _open_record(settings, network)
         bounds = None
         if choice is not None:
             bounds = noise_bounds(choice.schedule, guider.model_patcher)
-        compiled = is_compiled(guider.model_options, guider.model_patcher)
-        run = options[RUN_KEY] = RunState(record, bounds, is_compiled=compiled)
+        watched = 0
+        if is_compiled(guider.model_options, guider.model_patcher):
+            watched = fewest_calls(network)
+        run = options[RUN_KEY] = RunState(
+            record, bounds, watched_calls=watched, can_repeat=is_readable(network)
+        )
         self._at_start(options)
         out = None
         try:
@@ -146,7 +150,6 @@ class OuterSampleWrapper:
         finally:
             options.pop(RUN_KEY, None)
             if run.steps.has_begun:
-                network = guider.model_patcher.model.diffusion_model
                 record.no_forward = unreadable_reason(network) or OTHER_WAY
             self._close(record, choice, out)
         return out

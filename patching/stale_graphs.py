@@ -14,78 +14,107 @@ import torch
 
 from .forward import find_transformer_options
 from .forward_order import REPLACE_KEY, TRANSFORMER
-from .log import log
-from .record import Counted
+from .log import log, one_line
 from .run import RUN_KEY, RunState
 
 # Of BaseModel.apply_model.
 _CONTROL = 4
+_SAID = (
+    "torch.compile had graphs of this model from before this node, which kept attention from it; "
+    "all graphs were thrown away, and it compiles anew"
+)
+
+
+class _Forward:
+    """A forward to run, once or twice."""
+
+    def __init__(
+        self, executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: RunState
+    ) -> None:
+        self._executor, self._args, self._kwargs, self._run = executor, args, kwargs, run
+
+    @property
+    def shape(self) -> torch.Size | None:
+        """Of the video."""
+        return self._args[0].shape if self._args else None
+
+    def fewest_calls(self, options: dict[str, Any]) -> int:
+        """That it has; skip layer guidance replaces blocks by nothing."""
+        replaced = (options.get(REPLACE_KEY) or {}).get(TRANSFORMER) or ()
+        fewest = self._run.watched_calls
+        return min(fewest, max(1, fewest - len(replaced)))
+
+    def can_run_again(self) -> bool:
+        """Not past control, which models use up, and not where nothing is known of the model."""
+        has_control = len(self._args) > _CONTROL and self._args[_CONTROL] is not None
+        return self._run.can_repeat and not has_control and self._kwargs.get("control") is None
+
+    def __call__(self) -> tuple[Any, int]:
+        """(what the model returns, how many self-attention calls came to this pack)."""
+        before = self._run.self_calls
+        out = self._executor(*self._args, **self._kwargs)
+        return out, self._run.self_calls - before
 
 
 class StaleGraphs:
     """APPLY_MODEL wrapper: throws compiled graphs away where they keep calls from this pack.
 
     Looks at a run's first forward of each shape, since a shape has its own graphs and caches that
-    skip forwards need one before.
+    skip forwards need one before. Where that was in vain it is not done again.
     """
 
     def __init__(self) -> None:
         self._is_helpless = False
+        self._is_in_doubt = False
         self._lock = threading.Lock()
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         options = find_transformer_options(args, kwargs)
         run: RunState | None = None if options is None else options.get(RUN_KEY)
-        if options is None or run is None or not run.is_compiled or self._is_helpless:
+        if options is None or run is None or not run.watched_calls or self._is_helpless:
             return executor(*args, **kwargs)
-        shape = args[0].shape if args else None
-        if shape in run.shapes:
-            return executor(*args, **kwargs)
+        forward = _Forward(executor, args, kwargs, run)
+        # Of forwards on several devices at a time one is looked at.
+        if forward.shape in run.shapes or not self._lock.acquire(blocking=False):
+            return forward()[0]
+        try:
+            return self._watch(forward, forward.fewest_calls(options), run)
+        finally:
+            self._lock.release()
+
+    def _watch(self, forward: _Forward, fewest: int, run: RunState) -> Any:
         before = run.record.counted()
-        out, is_reached = self._watched(executor, args, kwargs, options, run)
-        if not is_reached:
-            with self._lock:
-                out = self._again(executor, args, kwargs, options, run, before, out)
-        run.shapes.add(shape)
-        return out
-
-    def _watched(
-        self,
-        executor: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        options: dict[str, Any],
-        run: RunState,
-    ) -> tuple[Any, bool]:
-        """(what the model returns, whether all its attention calls came to this pack)."""
-        # Skip layer guidance replaces blocks by nothing.
-        replaced = len((options.get(REPLACE_KEY) or {}).get(TRANSFORMER) or ())
-        before, fewest = run.calls_so_far(), run.calls_per_forward()
-        out = executor(*args, **kwargs)
-        return out, run.calls_so_far() - before >= min(fewest, max(1, fewest - replaced))
-
-    def _again(
-        self,
-        executor: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        options: dict[str, Any],
-        run: RunState,
-        before: Counted,
-        out: Any,
-    ) -> Any:
-        """What the model returns without the graphs; `out` where that is not to be had."""
+        out, calls = forward()
+        if calls >= fewest:
+            run.shapes.add(forward.shape)
+            if self._is_in_doubt:
+                self._say(run)
+            self._is_in_doubt = False
+            return out
+        if self._is_in_doubt:  # compiled anew by now, and nothing has come of it
+            self._is_helpless = True
+            return out
         torch.compiler.reset()
-        control = args[_CONTROL] if len(args) > _CONTROL else kwargs.get("control")
-        if control is None:  # models use it up
-            run.record.back_to(before)
-            out, is_reached = self._watched(executor, args, kwargs, options, run)
-            self._is_helpless = not is_reached
+        if not forward.can_run_again():
+            self._is_in_doubt = True
+            return out
+        run.record.back_to(before)
+        run.shapes.add(forward.shape)
+        return self._again(forward, fewest, run, out)
+
+    def _again(self, forward: _Forward, fewest: int, run: RunState, out: Any) -> Any:
+        """The forward's result without the old graphs; `out`, the one with them, if it fails."""
+        try:
+            out, calls = forward()
+        except Exception as error:  # a sampling run must not end for this
+            log.warning(f"a forward could not be run again: {one_line(error)}")
+            self._is_helpless = True
+            return out
+        self._is_helpless = calls < fewest
         if not self._is_helpless:
-            said = (
-                "torch.compile had graphs of this model from before this node, which would have "
-                "kept it dense; all graphs were thrown away, and it compiles anew"
-            )
-            log.warning(said)
-            run.record.note(said)
+            self._say(run)
         return out
+
+    def _say(self, run: RunState) -> None:
+        log.warning(_SAID)
+        run.record.note(_SAID)

@@ -44,7 +44,9 @@ LEFT_OUT = ("/hip/_C", "/lib/stubs/")
 PEERS = "/cuda/_C"
 COMFYUI_FILES = ("folder_paths.py", "node_helpers.py", "comfyui_version.py", "LICENSE")
 # What a GPU machine runs of this repository.
-CODE = ("kernels", "patching", "psa", "radial_attn", "sparge", "third_party", "benchmarks", "tests")
+CODE = ("kernels", "patching", "psa", "radial_attn", "sparge", "third_party", "nodes", "demo")
+CODE += ("benchmarks", "tests")
+CODE_SUFFIXES = (".py", ".sh", ".yaml")
 # Larger files that are not code are vocabularies of text encoders.
 MAX_DATA_FILE = 200_000
 PART_BYTES = 52 * 10**6
@@ -125,9 +127,9 @@ def apart(wheels: list[Path], name: str) -> None:
 def code_digest() -> str:
     """Twelve digits that change with the repository's code, tests included."""
     digest = hashlib.sha256()
-    for folder in CODE:
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    found = [path for folder in CODE for path in (ROOT / folder).rglob("*")]
+    for path in sorted(path for path in found if path.suffix in CODE_SUFFIXES):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -94,6 +94,7 @@ ended() { # after a command: tests that failed are not run again for that
 gpu_tests() { # seconds, pytest arguments...
     local seconds=$1 many=()
     shift
+    "$python" -c "import pytest" || return $skipped
     # Most of the time is compiling: several processes share the GPU.
     [ -z "$DRY" ] && "$python" -c "import xdist" 2>/dev/null && many=(-n 8)
     OMP_NUM_THREADS=2 limit "$seconds" "$python" -m pytest -q -p no:cacheprovider "${many[@]}" \

@@ -1,5 +1,6 @@
 """benchmarks/gpu/run.sh: its budget, and what it does again. Its programs are stand-ins."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -111,10 +112,10 @@ def test_results_are_kept_to_go_on_from(run, tmp_path):
     assert (tmp_path / "out" / "results" / "card" / "made.json").is_file()
 
 
-def failing(tmp_path, text):
+def failing(tmp_path, text, status=1):
     """The stand-in fails where it is called with a text."""
     (tmp_path / "bin" / "python3").write_text(
-        STAND_IN.replace("case", f'[[ "$*" == *"{text}"* ]] && exit 1\ncase', 1)
+        STAND_IN.replace("case", f'[[ "$*" == *"{text}"* ]] && exit {status}\ncase', 1)
     )
 
 
@@ -127,10 +128,17 @@ def test_what_an_earlier_command_made_comes_back_with_every_other(run, tmp_path)
 
 
 def test_tests_that_fail_are_not_run_again_and_those_cut_short_are(run, tmp_path):
-    failing(tmp_path, "not slow")
-    calls, printed = run("first", HOPPER="pooled")
-    assert "FAILED, exit status 1" in printed
-    assert "--- core is done" in run("first", HOPPER="pooled")[1]
+    for status, is_done in ((124, False), (1, True)):
+        failing(tmp_path, "not slow", status)
+        assert f"FAILED, exit status {status}" in run("first", HOPPER="pooled")[1]
+        assert ("--- core is done" in run("first", HOPPER="pooled")[1]) == is_done
+
+
+def test_tests_that_cannot_start_are_not_done(run, tmp_path):
+    failing(tmp_path, "import pytest")
+    for _ in range(2):
+        calls, printed = run("first", HOPPER="pooled")
+        assert "core is done" not in printed and not any("-m pytest" in call for call in calls)
 
 
 @pytest.mark.parametrize(
@@ -142,11 +150,34 @@ def test_nothing_chooses_a_kernel_that_failed(run, tmp_path, fails, without):
     assert (tmp_path / "calls.without").read_text().splitlines()[-1] == without
 
 
-def test_code_other_than_what_was_packed_is_not_measured(run, tmp_path):
-    (tmp_path / "packed" / "comfyui").mkdir(parents=True)
-    (tmp_path / "packed" / "digest").write_text("another")
+@pytest.mark.parametrize("same", [True, False])
+def test_code_other_than_what_was_packed_is_not_measured(run, tmp_path, same):
+    packed = tmp_path / "packed"
+    (packed / "comfyui").mkdir(parents=True)
+    (packed / "digest").write_text("made then\n")
+    (packed / "commit").write_text("0123\n")
+    (tmp_path / "state" / "site").mkdir(parents=True)
+    now = "made then" if same else "made now"
+    (tmp_path / "bin" / "python3").write_text(
+        STAND_IN.replace("case", f'[[ "$*" == *--digest* ]] && echo "{now}"\ncase', 1)
+    )
     calls, printed = run("attention")
-    assert started(calls) == [] and "run pack.py again" in printed
+    assert started(calls) == (["attention"] if same else [])
+    assert ("run pack.py again" in printed) != same
+
+
+def test_the_digest_changes_with_code_and_presets(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("gpu_pack", RUN.with_name("pack.py"))
+    pack = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pack)
+    monkeypatch.setattr(pack, "ROOT", tmp_path)
+    digests = [pack.code_digest()]
+    for name in ("psa/attention_config.yaml", "benchmarks/gpu/run.sh", "kernels/x.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("something")
+        digests.append(pack.code_digest())
+    (tmp_path / "psa" / "notes.md").write_text("no code")
+    assert len(set(digests)) == 4 and pack.code_digest() == digests[-1]
 
 
 def test_hopper_is_left_out_where_one_token_fails(run, tmp_path):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sparse_video_attention.kernels import TokenLayout, available, registry
+from sparse_video_attention.kernels import BlockPlan, TokenLayout, available, registry
+from sparse_video_attention.kernels.registry import KernelCall
 from sparse_video_attention.sparge import SpargePolicy
 
 from benchmarks import method_list
@@ -76,6 +77,11 @@ def test_kernels_to_do_without_are_chosen_by_nothing(monkeypatch):
     assert "triton" not in available() and {"torch", "hopper"} <= set(available())
     assert is_left_out("triton", pooled=True) and is_left_out("hopper", pooled=True)
     assert not is_left_out("hopper") and not is_left_out("torch", pooled=True)
+    q = torch.zeros(1, 1, 64, 64)
+    levels = torch.tensor([[1, 2]], dtype=torch.int8)
+    plan = BlockPlan.from_levels(levels, block_m=64, block_n=32, q_len=64, k_len=64)
+    refused = registry.kernels()["hopper"].refuses(KernelCall(q, q, q, plan, 0.1))
+    assert refused == "BENCHMARK_WITHOUT leaves it out for pooled plans"
 
 
 @pytest.mark.parametrize("hopper", [True, False])

@@ -234,7 +234,7 @@ def test_what_was_asked_for_and_missing_is_in_the_record(model, comfyui, sample)
     patched = SetAttentionBackend.execute(model, cross_attn_1_type="sage_attn3").result[0]
     sample(patched)
     record = run_history(patched).latest
-    assert "sage_attn3 for cross_attn_1_type falls back to ComfyUI's own choice" in (
+    assert "sage_attn3 for cross_attn_1_type falls back to an earlier node's choice" in (
         record.summary()
     )
 

@@ -50,6 +50,17 @@ def test_a_latent_whose_first_frames_were_written_over_is_known(runs):
     assert history.run_of(result) is None
 
 
+def test_runs_that_agree_in_most_places_are_told_apart():
+    """Two seeds over one noise mask."""
+    history, records = RunHistory(), [RunRecord("a"), RunRecord("b")]
+    results = [latent(0) for _ in range(3)]
+    for seed, result in enumerate(results):
+        result[..., :2] = latent(seed + 1)[..., :2]
+    for record, result in zip(records, results, strict=False):
+        history.add(record, result)
+    assert [history.run_of(result) for result in results] == [*records, None]
+
+
 @pytest.mark.parametrize(
     "other",
     [
