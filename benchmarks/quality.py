@@ -115,7 +115,7 @@ def _measure(
     device = exact.model.load_device.type
     grid = [
         setting
-        for setting in settings(exact.family, arguments.grid)
+        for setting in settings(exact.family, arguments.grid, arguments.steps)
         if setting.method in arguments.methods
     ]
     how = {"steps": arguments.steps, "guidance": arguments.guidance}

@@ -17,7 +17,7 @@ STEPS = 12
 QUARTER = STEPS // 4
 # First and last denoising steps that stay dense, of few.
 FEW_DENSE = ((0, 0), (1, 0), (2, 0), (1, 1))
-GRIDS = ("small", "full", "few_steps")
+GRIDS = ("small", "full", "few_steps", "ends")
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,17 @@ def _few_steps(family: str) -> Iterator[Setting]:
             yield Setting("psa", f"psa few {preset}", {"preset": preset}, schedule)
 
 
+def _ends(steps: int) -> Iterator[Setting]:
+    """Whether one more dense step does more at the beginning or at the end of a schedule."""
+    quarter = max(1, steps // 4)
+    for first, last in ((quarter, 0), (quarter + 1, 0), (quarter, 1), (quarter - 1, 1)):
+        schedule = {"dense_timesteps": first, "last_dense_timesteps": last}
+        for method in ("radial", "sparge"):
+            yield Setting(method, f"{method} ends", schedule=schedule)
+        warmup = {"warmup_steps": first, "last_dense_timesteps": last}
+        yield Setting("psa", "psa ends", schedule=warmup)
+
+
 def _schedules(full: bool) -> Iterator[Setting]:
     """One method with other steps and layers dense, and in 8 bits."""
     base = Setting("sparge", "", {"topk": 0.2, "simthreshd1": -1.0})
@@ -147,12 +158,13 @@ def _schedules(full: bool) -> Iterator[Setting]:
         yield replace(base, curve="precision", schedule={"precision": precision})
 
 
-def settings(family: str, grid: str) -> list[Setting]:
+def settings(family: str, grid: str, steps: int = STEPS) -> list[Setting]:
     """All of them.
 
     Args:
         family: "wan" or "cogvideox".
-        grid: "small" or "full", both for STEPS denoising steps, or "few_steps".
+        grid: "small" or "full", both for STEPS denoising steps, "few_steps", or "ends".
+        steps: of the schedule, to "ends".
 
     Raises:
         ValueError: another grid.
@@ -161,6 +173,8 @@ def settings(family: str, grid: str) -> list[Setting]:
         raise ValueError(f"grid {grid!r}: allowed are {', '.join(GRIDS)}")
     if grid == "few_steps":
         return list(_few_steps(family))
+    if grid == "ends":
+        return list(_ends(steps))
     full = grid == "full"
     return [
         *_defaults(),

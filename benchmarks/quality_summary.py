@@ -125,7 +125,7 @@ def _dial(label: str, name: str) -> str:
 def is_over_density(curve: str) -> bool:
     """Whether what differs along a curve is how much is kept, not when or in what precision."""
     dials = ("dense_timesteps", "dense_layers", "last_dense", "precision")
-    return curve not in dials and " few" not in curve
+    return curve not in dials and " few" not in curve and not curve.endswith(" ends")
 
 
 def directions(summaries: list[Summary]) -> list[Direction]:

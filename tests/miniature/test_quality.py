@@ -74,8 +74,17 @@ def test_every_setting_is_one_that_the_nodes_accept(family, load_model):
     assert found_by_grid["full"] > found_by_grid["small"]
 
 
+def test_one_more_dense_step_comes_first_or_last():
+    found = [
+        tuple(setting.schedule.values())
+        for setting in settings("wan", "ends", steps=50)
+        if setting.method == "radial"
+    ]
+    assert found == [(12, 0), (13, 0), (12, 1), (11, 1)]
+
+
 def test_an_unknown_grid_is_named():
-    with pytest.raises(ValueError, match="grid 'huge': allowed are small, full, few_steps"):
+    with pytest.raises(ValueError, match="grid 'huge': allowed are small, full, few_steps, ends"):
         settings("wan", "huge")
 
 
