@@ -20,7 +20,7 @@ from ..kernels import BlockPlan
 from ..kernels.registry import KernelCall
 from .constraints import Constraints
 from .library import Library, LibraryUnusable
-from .plan_blocks import block_lists
+from .plan_blocks import block_lists, once_per_plan
 from .sparse_backend import SparseBackend
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _TILE_M, _TILE_N = 128, 64
 
 
+@once_per_plan
 def flex_block_mask(plan: BlockPlan) -> BlockMask:
     """The plan as a BlockMask in which every listed block is attended to as a whole."""
     from torch.nn.attention.flex_attention import BlockMask

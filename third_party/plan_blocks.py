@@ -2,16 +2,44 @@
 
 Splitting blocks into smaller ones is exact. Joining blocks is not, unless their entries agree,
 which cannot be known without reading the plan back; so a plan is split or refused. Nothing here
-waits for the device.
+waits for the device. What is made of a plan lives as long as it: a radial plan serves all calls.
 """
 
 from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..kernels import BlockPlan
 from ..kernels.lists import strided_lists
+
+_Made = TypeVar("_Made")
+_Size = ParamSpec("_Size")
+
+
+def once_per_plan(
+    make: Callable[Concatenate[BlockPlan, _Size], _Made],
+) -> Callable[Concatenate[BlockPlan, _Size], _Made]:
+    """Of a function of a plan and sizes: each result is made once, and goes with its plan.
+
+    Results are shared between calls and must not refer to the plan.
+    """
+    known: weakref.WeakKeyDictionary[BlockPlan, dict[object, _Made]] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(make)
+    def made(plan: BlockPlan, *args: _Size.args, **kwargs: _Size.kwargs) -> _Made:
+        of_plan = known.setdefault(plan, {})
+        size = (args, tuple(kwargs.items()))
+        if size not in of_plan:
+            of_plan[size] = make(plan, *args, **kwargs)
+        return of_plan[size]
+
+    return made
 
 
 def conversion_refused(plan: BlockPlan, block_m: int, block_n: int) -> str | None:
@@ -28,6 +56,7 @@ def conversion_refused(plan: BlockPlan, block_m: int, block_n: int) -> str | Non
     return None
 
 
+@once_per_plan
 def block_mask(plan: BlockPlan, block_m: int, block_n: int) -> Tensor:
     """int8 [B or 1, H or 1, ceil(q_len / block_m), ceil(k_len / block_n)]: 1 where attended."""
     shape = (*plan.bounds.shape[:3], plan.num_k_blocks)
@@ -48,6 +77,7 @@ def block_mask(plan: BlockPlan, block_m: int, block_n: int) -> Tensor:
     return mask[:, :, : -(-plan.q_len // block_m), : -(-plan.k_len // block_n)].contiguous()
 
 
+@once_per_plan
 def block_lists(plan: BlockPlan, block_m: int, block_n: int) -> tuple[Tensor, Tensor]:
     """Attended key blocks of every row, ascending.
 

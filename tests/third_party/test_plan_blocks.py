@@ -1,5 +1,8 @@
 """Plans in the forms of the external block-sparse kernels: lists, masks, torch's BlockMask."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -52,3 +55,27 @@ def test_flex_gets_the_plan_as_a_block_mask(blocks, packed):
     mask = flex_block_mask(plan)
     assert mask.seq_lengths == (300, 333) and mask.BLOCK_SIZE == blocks
     assert torch.equal(mask.to_dense().to(torch.int16), plan.to_levels())
+
+
+@pytest.mark.parametrize("convert", [block_lists, block_mask])
+def test_a_plan_is_converted_once_and_what_is_made_goes_with_it(convert):
+    plan, _ = random_plan(blocks=(128, 128))
+    found = convert(plan, 128, 64)
+    assert convert(plan, 128, 64) is found
+    assert convert(plan, 64, 64) is not found
+    # Another plan of the same size has its own.
+    other, _ = random_plan(blocks=(128, 128), seed=1)
+    assert convert(other, 128, 64) is not found
+    gone = [weakref.ref(plan), *(weakref.ref(x) for x in found if isinstance(found, tuple))]
+    del plan, found
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * len(gone)
+
+
+def test_a_flex_mask_is_made_once_and_goes_with_its_plan():
+    plan, _ = random_plan()
+    gone = weakref.ref(plan)
+    assert flex_block_mask(plan) is flex_block_mask(plan)
+    del plan
+    gc.collect()
+    assert gone() is None
