@@ -69,7 +69,7 @@ class VideoRun:
         return all(name in self.rows for name in (*self.names, *self.dense_names))
 
     def _dense(self) -> list[EndToEndRow]:
-        return [row for name, row in self.rows.items() if name in self.dense_names]
+        return [row for name, row in self.rows.items() if name.split()[0] == DENSE]
 
     def measure(self, wanted: Iterable[tuple[str, str]]) -> Iterator[EndToEndRow]:
         """Every new row, as soon as it is measured.
@@ -100,7 +100,7 @@ class VideoRun:
         self.rows = {
             name: row
             for name, row in self.rows.items()
-            if name in self.dense_names or row.best_dense == fastest.method
+            if name.split()[0] == DENSE or row.best_dense == fastest.method
         }
         for precision, method in wanted:
             if sparse_name(method, precision) in self.rows:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 # On a GPU: calls before those that count, and the least that these take together. Before that it is
-# kept busy until its clocks have settled, which a card that was idle does in a quarter of a second.
+# kept busy for a while, since the clocks of a card that was idle still change.
 WARM_UP_MS, LEAST_MS, SHORTEST_MS = 25.0, 200.0, 0.05
 SETTLING_SECONDS = 0.3
 # More than any card has.
@@ -88,7 +88,7 @@ def _gpu_timing(call: Callable[[], object], repeats: int) -> Timing:
 
 
 def settle_clocks(call: Callable[[], object], device: torch.device) -> None:
-    """Keep a GPU busy with a call until its clocks are those of a long run."""
+    """Keep a GPU busy with a call, so that its clocks come near those of a long run."""
     start = time.perf_counter()
     while time.perf_counter() - start < SETTLING_SECONDS:
         call()

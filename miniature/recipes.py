@@ -1,5 +1,5 @@
 """The recipes by name. `cpu` is what an hour or two of a small machine can do, `cpu-long` goes on
-from there for ten more, `gpu` is for half an hour of a large card."""
+from there for ten to twelve more, `gpu` is for half an hour of a large card."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import BlockPlan, TokenLayout
+from .failures import Failures
 from .forward_order import ForwardOrder, may_reorder_whole_forward
 from .layout import ForwardTokens, countable_layers, read_tokens
 from .log import log, one_line
@@ -38,6 +39,7 @@ class ForwardState:
             which layer it is at, 0 for others.
         run: None outside a sampling run.
         vace: where VACE's own blocks have to stay dense, None otherwise.
+        failures: sparse calls that failed; those of the whole run where there is one.
     """
 
     router: AttentionRouter
@@ -52,7 +54,12 @@ class ForwardState:
     order: TokenOrder | None = None
     forward_order: ForwardOrder | None = None
     calls: list[CallRecord] = field(default_factory=list)
+    failures: Failures = field(default_factory=Failures)
     calls_counted: int = 0
+
+    def __post_init__(self) -> None:
+        if self.run is not None:
+            self.failures = self.run.failures
 
     def next_layer(self, options: dict[str, Any]) -> int | None:
         """The layer of this self-attention call, None if the host does not say."""

@@ -12,7 +12,6 @@ from ..kernels.fallback import KernelFallback, KernelRun
 from .attention_call import AttentionCall, classify, read_call
 from .dense_calls import DenseCalls
 from .dense_default import BY_DEFAULT, faster_default
-from .failures import Failures
 from .log import log
 from .plans import PlanCache
 from .record import CallRecord, dense_layer_reason
@@ -97,10 +96,9 @@ class AttentionRouter:
         layer = forward.next_layer(call.transformer_options)
         reason = _dense_reason(call, forward, layer, forward.from_vace_block(layer))
         kind: Hashable = None
-        failures = Failures() if forward.run is None else forward.run.failures
         if reason is None:
             kind = _kind_of(call, forward)
-            reason = failures.reason(kind)
+            reason = forward.failures.reason(kind)
         if reason is None and (slower := self.speed.slower(kind)):
             reason = slower.reason
             _say(forward, slower.notes)
@@ -110,13 +108,13 @@ class AttentionRouter:
             try:
                 sparse, density = self._run_sparse(call, forward, layer)
             except Exception as error:  # a sampling run must not end for this
-                reason = failures.add(kind, error)
+                reason = forward.failures.add(kind, error)
             if reason is not None:
                 forward.warn_once(f"a call fell back to dense attention: {reason}")
                 watch = Stopwatch(call.q.device)
             else:
                 watch.stop()
-                failures.succeeded(kind)
+                forward.failures.succeeded(kind)
                 ran = _named(sparse)
                 forward.calls.append(CallRecord(forward.step, layer, ran, density, None, watch))
                 self._compare_speed(func, args, kwargs, call, site, forward, layer, sparse)

@@ -10,6 +10,8 @@ import torch
 from sparse_video_attention.kernels.triton_launch import Launch
 
 from benchmarks import attention, end_to_end, measure, method_shape, methods, result_file, tune
+from benchmarks.end_to_end_row import EndToEndRow
+from benchmarks.end_to_end_runs import Dense
 from benchmarks.launch_space import Case
 from benchmarks.method_list import methods as listed_methods
 from benchmarks.result_file import CHOICE, code_digest, drifted
@@ -186,6 +188,63 @@ def test_end_to_end_measures_only_what_is_missing(comfyui, comfyui_folder, tmp_p
     assert second["rows"][2]["speedup"] == pytest.approx(
         first["rows"][0]["step_s"] / second["rows"][2]["step_s"]
     )
+
+
+class StandInModel:
+    """A bench whose dense backends take so many seconds a step; None fails."""
+
+    size, layers, dtype_name = SimpleNamespace(name="tiny"), 2, "fp32"
+    schedule_steps, device = 50, GPU
+
+    def __init__(self, **seconds):
+        self.seconds = {name.replace("_", " ", 1): value for name, value in seconds.items()}
+        self.measured = []
+
+    def dense_names(self):
+        return list(self.seconds)
+
+    def row(self, method, step_s, best):
+        fields = dict.fromkeys(EndToEndRow.__dataclass_fields__)
+        fields |= {"model": "tiny", "layers": 2, "dtype": "fp32", "schedule_steps": 50}
+        fields |= {"method": method, "step_s": step_s, "schedule_s": step_s, "best_dense": best}
+        return EndToEndRow(**fields)
+
+    def dense(self, video, name, latent=None):
+        self.measured.append(name)
+        if self.seconds[name] is None:
+            raise RuntimeError("it did not serve all calls")
+        return Dense(self.row(name, self.seconds[name], name), "latent")
+
+    def sparse(self, dense, latent, video, method, precision):
+        self.measured.append(method)
+        return self.row(method, 1.0, dense.method)
+
+
+@pytest.mark.parametrize(
+    ("later", "again"),
+    [
+        ({"dense": 4.0}, []),
+        # Slower than the one there is, failing, or no reference: sparse rows still hold.
+        ({"dense": 4.0, "dense_xformers": 5.0}, ["dense xformers"]),
+        ({"dense": 4.0, "dense_xformers": None}, ["dense xformers"]),
+        ({"dense": 4.0, "dense_comfy_kitchen_int8": 1.0}, ["dense comfy_kitchen_int8"]),
+        ({"dense": 4.0, "dense_xformers": 2.0}, ["dense xformers", "radial"]),
+    ],
+    ids=["none", "slower", "failing", "8-bit", "faster"],
+)
+def test_a_new_dense_backend_costs_only_the_rows_that_it_changes(later, again):
+    wanted, video = [("auto", "radial")], SimpleNamespace(name="small")
+    first = StandInModel(dense=4.0, dense_torch_sdpa=3.0)
+    run = end_to_end.VideoRun(first, video, ["radial"], [])
+    list(run.measure(wanted))
+    assert first.measured == ["dense", "dense torch_sdpa", "radial"] and run.is_whole()
+    second = StandInModel(**later)
+    resumed = end_to_end.VideoRun(second, video, ["radial"], run.rows.values())
+    list(resumed.measure(wanted))
+    assert second.measured == ["dense", *again]
+    assert {"dense", "dense torch_sdpa", "radial"} <= set(resumed.rows)
+    fastest = "dense xformers" if "radial" in again else "dense torch_sdpa"
+    assert {row.best_dense for row in resumed.rows.values()} == {fastest}
 
 
 def test_tune_measures_only_cases_that_are_missing(tmp_path, code, monkeypatch):
