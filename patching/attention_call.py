@@ -98,6 +98,8 @@ def classify(call: AttentionCall, tokens: ForwardTokens | None) -> AttentionSite
     if call.q_len == call.k_len:
         ambiguous = call.k_len in (tokens.text_length, tokens.image_length)
         return None if ambiguous else AttentionSite.SELF
+    if tokens.is_one_frame(call.q_len, call.k_len):
+        return AttentionSite.SELF
     if call.k_len == tokens.image_length:
         return AttentionSite.CROSS_IMAGE
     return AttentionSite.CROSS_TEXT if call.k_len == tokens.text_length else None

@@ -192,11 +192,14 @@ def begin_forward(
         The transformer_options to hand to end_forward, None if there is nothing to do.
     """
     options = find_transformer_options(args, kwargs)
-    router = None if options is None else find_router(options.get(OVERRIDE_KEY))
+    run: RunState | None = None if options is None else options.get(RUN_KEY)
+    router = None if run is None else run.router
+    if options is not None and router is None:
+        router = find_router(options.get(OVERRIDE_KEY))
     if options is None or router is None:
         return None
     settings: AttentionSettings = options[SETTINGS_KEY]
-    state = ForwardState(router, settings.sparse, countable_layers(model), options.get(RUN_KEY))
+    state = ForwardState(router, settings.sparse, countable_layers(model), run)
     try:
         _decide(state, model, options, args, kwargs)
         if state.dense_reason is None and not order_per_call:

@@ -9,7 +9,7 @@ from .forward import diffusion_model_wrapper
 from .history import RunHistory
 from .layout import model_family, supported_families, unreadable_reason
 from .log import log
-from .router import OVERRIDE_KEY, AttentionRouter, find_router
+from .router import OVERRIDE_KEY, AttentionRouter, routers
 from .run import RUN_KEY, OuterSampleWrapper, RunState
 from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice
 from .stale_graphs import StaleGraphs
@@ -120,7 +120,8 @@ def _say_what_changes(
 class _ReassertOverride:
     """A node that took the one override slot after us is put beneath us, once per run.
 
-    At the start of a run, and as ON_PREPARE_STATE for those that come in only then.
+    At the start of a run, and as ON_PREPARE_STATE for those that come in only then. One that
+    hands its calls on to us is let be.
     """
 
     def __init__(self, router: AttentionRouter) -> None:
@@ -136,15 +137,30 @@ class _ReassertOverride:
     def put_on_top(self, options: dict[str, Any]) -> None:
         """Act on a run's own transformer_options."""
         run: RunState | None = options.get(RUN_KEY)
-        current = options.get(OVERRIDE_KEY)
-        if run is None or run.reasserted or find_router(current) is self._router:
+        if run is None:
             return
-        run.reasserted = True
-        # A fresh router on this run's options: the shared one must not learn of another run's
-        # neighbour.
-        options[OVERRIDE_KEY] = self._router.on_top_of(current)
+        if run.router is None:
+            run.router = self._router
+        current = options.get(OVERRIDE_KEY)
+        if current is run.router:
+            return
         name = getattr(current, "__qualname__", type(current).__name__)
-        log.warning(
-            f"attention override {name} had replaced this pack's; it now gets the calls that "
-            "stay dense"
-        )
+        if run.router in routers(current):
+            self._say(run, f"attention override {name} comes before this pack's and may take calls")
+        elif run.reasserted:
+            self._say(run, f"attention override {name} took this pack's place in mid run")
+        else:
+            run.reasserted = True
+            # A fresh router on this run's options: the shared one must not learn of another
+            # run's neighbour.
+            run.router = options[OVERRIDE_KEY] = self._router.on_top_of(current)
+            log.warning(
+                f"attention override {name} had replaced this pack's; it now gets the calls that "
+                "stay dense"
+            )
+
+    @staticmethod
+    def _say(run: RunState, said: str) -> None:
+        if run.record.first_time(said):
+            log.warning(said)
+            run.record.note(said)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,11 +35,19 @@ class ForwardTokens:
         text_length, image_length: keys of the cross-attention calls to the text and to the
             reference image; None where the model has no such call. A call is known by its
             lengths, so a video of exactly that many tokens cannot be told from its context.
+        frame_by_frame: self-attention comes in a call per frame, whose keys are those of the
+            video and, but for the first frame, those of one frame more.
     """
 
     layout: TokenLayout
     text_length: int | None = None
     image_length: int | None = None
+    frame_by_frame: bool = False
+
+    def is_one_frame(self, q_len: int, k_len: int) -> bool:
+        """Whether a call with so many queries and keys is one of those per frame."""
+        frame, video = self.layout.tokens_per_frame, self.layout.num_tokens
+        return self.frame_by_frame and q_len == frame and k_len in (video, video + frame)
 
 
 def model_family(diffusion_model: nn.Module) -> str | None:
@@ -122,6 +130,15 @@ def _wan_tokens(
         text_length=None if text is None else text.shape[1],
         image_length=image_length or None,
     )
+
+
+def _read_animate2(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> ForwardTokens:
+    """Animate 2: the reference is the video's first frame; a pose guides it frame by frame.
+
+    In steps that its pose does not reach, attention is as in other models.
+    """
+    guided = kwargs.get("pose_latents") is not None
+    return replace(_wan_tokens(model, args, kwargs), frame_by_frame=guided)
 
 
 def _ref_conv_tokens(model: Any, kwargs: dict[str, Any]) -> int:
@@ -207,6 +224,7 @@ _READERS: dict[str, _Reader] = {
     "VaceWanModel": _read_wan,
     "CameraWanModel": _read_wan,
     "AnimateWanModel": _read_wan,
+    "WanAnimate2Model": _read_animate2,
     "WanModel_S2V": _read_s2v,
     "HumoWanModel": _read_humo,
     "SCAILWanModel": _read_scail,

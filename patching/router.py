@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import functools
+from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,17 +28,41 @@ OVERRIDE_KEY = "optimized_attention_override"
 FORWARD_KEY = "sparse_video_attention_forward"
 
 Override = Callable[..., Tensor]
+LONGEST_CHAIN = 100
+
+
+def _handed_on_to(override: Any) -> Iterator[Any]:
+    """What an override may hand calls on to: its `previous`, or functions that it closes over."""
+    previous = getattr(override, "previous", None)
+    if previous is not None:
+        yield previous
+    if isinstance(override, functools.partial):
+        yield from (override.func, *override.args, *override.keywords.values())
+    for cell in getattr(override, "__closure__", None) or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # an empty cell
+            continue
+
+
+def routers(override: Override | None) -> Iterator[AttentionRouter]:
+    """The routers of this pack in a chain of overrides, the first one first."""
+    seen: set[int] = set()
+    chain = [override]
+    # Bounded, since an object may make up a `previous` without end.
+    while chain and len(seen) < LONGEST_CHAIN:
+        current = chain.pop(0)
+        if id(current) in seen or not callable(current):
+            continue
+        seen.add(id(current))
+        if isinstance(current, AttentionRouter):
+            yield current
+        chain.extend(_handed_on_to(current))
 
 
 def find_router(override: Override | None) -> AttentionRouter | None:
-    """The first router of this pack in a chain of overrides linked by `.previous`."""
-    seen: set[int] = set()
-    while override is not None and id(override) not in seen:
-        if isinstance(override, AttentionRouter):
-            return override
-        seen.add(id(override))
-        override = getattr(override, "previous", None)
-    return None
+    """The first router of this pack in a chain of overrides."""
+    return next(routers(override), None)
 
 
 class AttentionRouter:
@@ -281,6 +306,8 @@ def _dense_reason(
         return "a VACE block, and dense_vace_blocks is on"
     if call.mask is not None:
         return "the call has an attention mask"
+    if tokens.is_one_frame(call.q_len, call.k_len):
+        return "attention comes frame by frame while a pose guides this model"
     if call.skip_reshape or not call.q.shape == call.k.shape == call.v.shape:
         return "not a call over the video: it has its own shape of q, k and v"
     if call.q_len != tokens.layout.num_tokens:

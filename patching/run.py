@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from .sampler_steps import SamplerSteps
 from .schedule import NoiseBounds, Schedule
 from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice
 
+if TYPE_CHECKING:
+    from .router import AttentionRouter
+
 RUN_KEY = "sparse_video_attention_run"
 OTHER_WAY = "no forward of the model reached this pack: something runs the model in its own way"
 
@@ -32,6 +35,8 @@ class RunState:
             torch.compile runs the model or a part of it; 0 where it does not, or none may come.
         can_repeat: a forward may be run again, since the model keeps nothing from one to the next.
         self_calls: self-attention calls that came to this pack.
+        router: the one of this pack that acts in this run.
+        reasserted: it has been put on top of an override that had taken its place.
         shapes: of the video in forwards that were looked at for calls kept from this pack.
         failures: sparse calls that failed in this run.
     """
@@ -49,6 +54,7 @@ class RunState:
         self.watched_calls = watched_calls
         self.can_repeat = can_repeat
         self.self_calls = 0
+        self.router: AttentionRouter | None = None
         self.reasserted = False
         self.order_per_call = False
         self.steps = SamplerSteps()

@@ -1,0 +1,70 @@
+"""Animate 2 as newer ComfyUIs have it, or, on an older one, a model that calls attention likewise.
+
+A pose video guides the frames behind the reference: each frame's queries come in a call of their
+own, with the keys of all tokens and, but for the reference in front, those of the frame's pose.
+"""
+
+import importlib
+
+import torch
+from sparse_video_attention.kernels import TokenLayout
+
+from .model_variants import wan
+from .variant_model import Model
+
+CODE, NAME = "wan.model_animate2", "WanAnimate2Model"
+LAYOUT = TokenLayout(3, 8, 10)
+POSE = (1, 16, 2, 16, 20)
+_I2V = dict(config={"in_dim": 36, "out_dim": 16}, x=(1, 36, 3, 16, 20))
+
+
+def animate2(comfyui):
+    """The Model, of ComfyUI's own class where there is one."""
+    try:
+        importlib.import_module(f"comfy.ldm.{CODE}")
+    except ModuleNotFoundError:
+        model = Model(comfyui, wan(**_I2V))
+        model.net.__class__ = _stand_in()
+        model.dense = model.run(model.patcher)[0]
+        return model
+    return Model(comfyui, wan(code=CODE, name=NAME, **_I2V))
+
+
+def _stand_in():
+    from comfy.ldm.wan import model as wan_model
+
+    class SelfAttention(wan_model.WanSelfAttention):
+        pose = None
+
+        def forward(self, x, freqs, transformer_options=None):
+            if self.pose is None:
+                return super().forward(x, freqs, transformer_options=transformer_options)
+            q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
+            frames = []
+            for frame, queries in enumerate(q.split(LAYOUT.tokens_per_frame, dim=1)):
+                pose = [self.pose] if frame else []
+                keys, values = torch.cat([k, *pose], dim=1), torch.cat([v, *pose], dim=1)
+                frames.append(
+                    wan_model.optimized_attention(
+                        queries,
+                        keys,
+                        values,
+                        heads=self.num_heads,
+                        transformer_options=transformer_options,
+                    )
+                )
+            return self.o(torch.cat(frames, dim=1))
+
+    class Guided(wan_model.WanModel):
+        def forward_orig(self, *args, pose_latents=None, **kwargs):
+            pose = None
+            if pose_latents is not None:
+                size = (1, LAYOUT.tokens_per_frame, self.dim)
+                pose = pose_latents.flatten().repeat(4)[: size[1] * size[2]].view(size)
+            for block in self.blocks:
+                block.self_attn.__class__ = SelfAttention
+                block.self_attn.pose = pose
+            return super().forward_orig(*args, **kwargs)
+
+    Guided.__name__ = NAME
+    return Guided
