@@ -36,6 +36,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .gluon_names import copy_to_global, copy_to_shared, reinterpret
+
 # Rows of a warpgroup's wgmma; channels in the 128 bytes over which TMA and wgmma swizzle.
 ROWS: gl.constexpr = gl.constexpr(64)
 CHUNK: gl.constexpr = gl.constexpr(64)
@@ -79,7 +81,7 @@ def _copy_tile(
     mbarrier.expect(ready, TILE_N * HEAD_DIM * 2)
     for chunk in gl.static_range(HEAD_DIM // CHUNK):
         for copy in gl.static_range(COPIES):
-            tma.async_copy_global_to_shared(
+            copy_to_shared(
                 descriptor,
                 [batch, head, rows[copy], chunk * CHUNK],
                 ready,
@@ -150,9 +152,9 @@ def _attend_partition(
     PRODUCTS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
-    query = q_memory._reinterpret(dtype, [WARPGROUPS, ROWS, HEAD_DIM], TILE).index(WARPGROUP)
-    keys = k_memory._reinterpret(dtype, [STAGES, TILE_N, HEAD_DIM], TILE)
-    values = v_memory._reinterpret(dtype, [STAGES, TILE_N, HEAD_DIM], TILE)
+    query = reinterpret(q_memory, dtype, [WARPGROUPS, ROWS, HEAD_DIM], TILE).index(WARPGROUP)
+    keys = reinterpret(k_memory, dtype, [STAGES, TILE_N, HEAD_DIM], TILE)
+    values = reinterpret(v_memory, dtype, [STAGES, TILE_N, HEAD_DIM], TILE)
     nothing = gl.zeros([ROWS, TILE_N], gl.float32, PRODUCTS)
     acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, OUT)
     row_max = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, PRODUCTS))
@@ -206,7 +208,7 @@ def _attend_partition(
     query.store(gl.where(total != 0, acc / total, 0.0).to(dtype))
     fence_async_shared()
     for chunk in gl.static_range(CHUNKS):
-        tma.async_copy_shared_to_global(
+        copy_to_global(
             out_desc,
             [batch, head, q_row + WARPGROUP * ROWS, chunk * CHUNK],
             q_memory.index(WARPGROUP * CHUNKS + chunk),

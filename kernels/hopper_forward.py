@@ -16,6 +16,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from . import triton_forward
 from .hopper_attention import CHUNK, ROWS, attention_kernel
 from .registry import KernelCall
+from .triton_launch import warps
 
 # Of 64 Ki registers. Two warpgroups leave the copying one (and its three idle warps) what it needs.
 COPY_REGISTERS = 24
@@ -54,7 +55,7 @@ def constants(head_dim: int, block_m: int, block_n: int, *, log_sums: bool) -> d
         "LOG_SUMS": log_sums,
         "ATTEND_REGISTERS": ATTEND_REGISTERS,
         "COPY_REGISTERS": COPY_REGISTERS,
-        "num_warps": 4,
+        **warps(4),
     }
     if launch.maxnreg is not None:
         values["maxnreg"] = launch.maxnreg

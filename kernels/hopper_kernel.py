@@ -1,8 +1,9 @@
 """The "hopper" kernel: plans on sm_90, warp-specialised, in Gluon.
 
-With plans that keep or drop blocks it has passed its tests on an H100, where it is faster than
-cuDNN's dense attention even with every block kept; with pooled levels, which it leaves to a second
-kernel, it has not run on a GPU yet. Its first output for a shape is held against the torch kernel.
+With plans that keep or drop blocks it has passed its tests on an H100 (Triton 3.6), where it is
+faster than cuDNN's dense attention even with every block kept; with pooled levels, which it leaves
+to a second kernel, it has not run on a GPU yet. Triton 3.7 to 3.9 compile it to the same barriers,
+copies and products (tests/kernels/test_hopper_compile.py). Its first output for a shape is held against the torch kernel.
 Without an entry in MEASURED_RANK it runs only where it is asked for by name.
 """
 
@@ -46,7 +47,7 @@ def _unavailable() -> str | None:
     ]
     if ARCHITECTURE not in found:
         return f"it runs on compute capability 9.0 (H100, H200); found {_spelled(found[0])}"
-    # Feature test: the kernel uses what Gluon had in Triton 3.6.
+    # Feature test: what the kernel uses of Gluon, under the names it had from Triton 3.6 to 3.9.
     from . import hopper_forward  # noqa: F401
 
     return None

@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .memory_errors import short_error
+from .triton_launch import warps
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def cannot_compile_for(arch: int | str) -> str | None:
     except Exception:  # a Triton that asks for other arguments: the kernels will find out
         return None
     try:
-        triton.compile(source, target=GPUTarget("cuda", arch, 32))
+        triton.compile(source, target=GPUTarget("cuda", arch, 32), options=warps(1))
     except Exception as error:  # a compiler can raise anything
         return (
             f"triton {triton.__version__} compiles nothing for compute capability "

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_attention import NUM_LOG_LEVELS
+from .triton_launch import warps
 
 MAX_CHUNK = 1024
 
@@ -55,6 +56,6 @@ def strided_lists(levels: Tensor, kept: tuple[int, ...]) -> tuple[Tensor, Tensor
             LEVELS=sum(kept),
             NUM_LEVELS=len(kept),
             CHUNK=chunk,
-            num_warps=4,
+            **warps(4),
         )
     return indices, bounds

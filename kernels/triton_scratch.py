@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .registry import KernelCall
+from .triton_launch import warps
 from .triton_pool import pool_kernel
 from .triton_quantize import quantize_blocks_kernel, quantize_queries_kernel
 from .triton_statistics import statistics_kernel
@@ -98,7 +99,7 @@ class Scratch:
                 LEVELS=sum(plan.levels),
                 BLOCK_N=plan.block_n,
                 HEAD_DIM=k.shape[3],
-                num_warps=warps_per_block(plan.block_n, k.shape[3]),
+                **warps(warps_per_block(plan.block_n, k.shape[3])),
             )
 
     def _quantize(self, q: Tensor, k: Tensor, v: Tensor, first: int, count: int) -> None:
@@ -111,7 +112,7 @@ class Scratch:
             *(first, heads, plan.k_len, CHUNK_TOKENS),
             HEAD_DIM=head_dim,
             VALUES=self.fp8,
-            num_warps=4,
+            **warps(4),
         )
         k_mean = k_sums.sum(1) / plan.k_len
         if self.fp8:
@@ -119,7 +120,7 @@ class Scratch:
         quantize_queries_kernel[-(-plan.q_len // 64), count](
             *(q, self.q, self.q_scale, *strides(q), first, heads, plan.q_len),
             HEAD_DIM=head_dim,
-            num_warps=4,
+            **warps(4),
         )
         quantize_blocks_kernel[plan.num_k_blocks, count](
             *(k, v, k_mean, self.k, self.v, self.fp8_v, self.k_scale, self.v_scale),
@@ -129,5 +130,5 @@ class Scratch:
             BLOCK_N=plan.block_n,
             HEAD_DIM=head_dim,
             FP8=self.fp8,
-            num_warps=warps_per_block(plan.block_n, head_dim),
+            **warps(warps_per_block(plan.block_n, head_dim)),
         )

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kernels.triton_launch import warps
 from ..kernels.triton_selection import count_within, edge_and_end, is_among
 from .levels import (
     CUMULATIVE_SLACK,
@@ -150,6 +151,6 @@ def levels(
     levels_kernel[(rows.shape[0],)](
         rows, out, num_k_blocks, *ends, *shares, int(MIN_LEVEL1_SHARE * num_k_blocks) + 1,
         BY_THRESHOLD=mask_mode == "thresholdbound", LEVELS=_packed(order), ALIGNS=_packed(aligns),
-        NUM_LEVELS=len(order), WIDTH=width, num_warps=_warps(width),
+        NUM_LEVELS=len(order), WIDTH=width, **warps(_warps(width)),
     )  # fmt: skip
     return out.reshape(importance.shape)

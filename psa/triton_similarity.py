@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kernels.triton_launch import warps
+
 MAX_BLOCK_ELEMENTS = 2**15
 
 
@@ -84,6 +86,6 @@ def cap(k: Tensor, *, block_n: int, x2: float, x4: float, x8: float) -> Tensor:
     caps = torch.empty((batch, heads, num_blocks), dtype=torch.int8, device=k.device)
     similarity_kernel[(num_blocks, batch * heads)](
         k, caps, k.stride(0), k.stride(1), k.stride(2), heads, num_tokens, x2, x4, x8,
-        BLOCK_N=block_n, HEAD_DIM=head_dim, num_warps=4,
+        BLOCK_N=block_n, HEAD_DIM=head_dim, **warps(4),
     )  # fmt: skip
     return caps

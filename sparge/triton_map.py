@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kernels.triton_launch import warps
 from .statistics import BlockStatistics
 
 
@@ -78,6 +79,6 @@ def block_statistics(x: Tensor, block_size: int, center: Tensor | None = None) -
         HEAD_DIM_PADDED=padded,
         BLOCK=block_size,
         HAS_CENTER=center is not None,
-        num_warps=8 if block_size * padded >= 8192 else 4,
+        **warps(8 if block_size * padded >= 8192 else 4),
     )
     return BlockStatistics(mean, similarity)

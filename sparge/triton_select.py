@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kernels.triton_launch import warps
 from ..kernels.triton_selection import count_within, largest, ordered_bits
 
 # Key blocks a row may have: what a program holds in registers.
@@ -128,6 +129,6 @@ def select(
         PER_HEAD=per_head,
         SINK=attention_sink,
         WIDTH=width,
-        num_warps=_warps(width),
+        **warps(_warps(width)),
     )
     return True

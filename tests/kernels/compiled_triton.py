@@ -1,5 +1,6 @@
 """Triton kernels compiled for an architecture, and what their machine code says."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -7,8 +8,12 @@ from pathlib import Path
 import triton
 from sparse_video_attention.kernels import triton_attention
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+# Launch settings were chosen from what this release compiles, and timed with it; others spend a
+# few registers and instructions more.
+IS_RELEASE_OF_SETTINGS = triton.__version__.startswith("3.6.")
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Bytes of shared memory that one program may have.
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -65,6 +70,16 @@ def attention_source(
 
 def compile_for_nvidia(kernel_source, arch, **options):
     return triton.compile(kernel_source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def ptxas_says(compiled, arch):
+    """What the assembler that Triton takes for an architecture prints."""
+    suffix = "a" if arch >= 90 else ""
+    command = [get_ptxas(arch).path, "-v", f"-arch=sm_{arch}{suffix}", "-", "-o", os.devnull]
+    run = subprocess.run(
+        command, input=compiled.asm["ptx"], capture_output=True, text=True, check=True
+    )
+    return run.stderr
 
 
 def resources(compiled, tmp_path):
