@@ -3,8 +3,9 @@
 With plans that keep or drop blocks it has passed its tests on an H100 (Triton 3.6), where it is
 faster than cuDNN's dense attention even with every block kept; with pooled levels, which it leaves
 to a second kernel, it has not run on a GPU yet. Triton 3.7 to 3.9 compile it to the same barriers,
-copies and products (tests/kernels/test_hopper_compile.py). Its first output for a shape is held against the torch kernel.
-Without an entry in MEASURED_RANK it runs only where it is asked for by name.
+copies and products (tests/kernels/test_hopper_compile.py). Its first output for a shape is held
+against the torch kernel. Without an entry in MEASURED_RANK it runs only where it is asked for by
+name.
 """
 
 from __future__ import annotations

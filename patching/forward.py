@@ -40,6 +40,7 @@ class ForwardState:
         run: None outside a sampling run.
         vace: where VACE's own blocks have to stay dense, None otherwise.
         failures: sparse calls that failed; those of the whole run where there is one.
+        model: the diffusion model.
     """
 
     router: AttentionRouter
@@ -56,6 +57,7 @@ class ForwardState:
     calls: list[CallRecord] = field(default_factory=list)
     failures: Failures = field(default_factory=Failures)
     calls_counted: int = 0
+    model: nn.Module | None = None
 
     def __post_init__(self) -> None:
         if self.run is not None:
@@ -199,7 +201,7 @@ def begin_forward(
     if options is None or router is None:
         return None
     settings: AttentionSettings = options[SETTINGS_KEY]
-    state = ForwardState(router, settings.sparse, countable_layers(model), run)
+    state = ForwardState(router, settings.sparse, countable_layers(model), run, model=model)
     try:
         _decide(state, model, options, args, kwargs)
         if state.dense_reason is None and not order_per_call:

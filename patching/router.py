@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +10,14 @@ from torch import Tensor
 
 from ..kernels.fallback import KernelFallback, KernelRun
 from .attention_call import AttentionCall, classify, read_call
+from .chain import overrides
 from .dense_calls import DenseCalls
 from .dense_default import BY_DEFAULT, faster_default
+from .dense_reason import dense_reason
 from .log import log
 from .plans import PlanCache
-from .record import CallRecord, dense_layer_reason
+from .preferred import SAID_OF, preferred_attention
+from .record import CallRecord
 from .run import RUN_KEY, RunState
 from .settings import SETTINGS_KEY, AttentionSettings, AttentionSite
 from .speed import SpeedCheck, may_be_slower
@@ -28,36 +30,11 @@ OVERRIDE_KEY = "optimized_attention_override"
 FORWARD_KEY = "sparse_video_attention_forward"
 
 Override = Callable[..., Tensor]
-LONGEST_CHAIN = 100
-
-
-def _handed_on_to(override: Any) -> Iterator[Any]:
-    """What an override may hand calls on to: its `previous`, or functions that it closes over."""
-    previous = getattr(override, "previous", None)
-    if previous is not None:
-        yield previous
-    if isinstance(override, functools.partial):
-        yield from (override.func, *override.args, *override.keywords.values())
-    for cell in getattr(override, "__closure__", None) or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # an empty cell
-            continue
 
 
 def routers(override: Override | None) -> Iterator[AttentionRouter]:
     """The routers of this pack in a chain of overrides, the first one first."""
-    seen: set[int] = set()
-    chain = [override]
-    # Bounded, since an object may make up a `previous` without end.
-    while chain and len(seen) < LONGEST_CHAIN:
-        current = chain.pop(0)
-        if id(current) in seen or not callable(current):
-            continue
-        seen.add(id(current))
-        if isinstance(current, AttentionRouter):
-            yield current
-        chain.extend(_handed_on_to(current))
+    return (one for one in overrides(override) if isinstance(one, AttentionRouter))
 
 
 def find_router(override: Override | None) -> AttentionRouter | None:
@@ -119,7 +96,7 @@ class AttentionRouter:
             return self._run_dense(func, args, kwargs, call, site)[0]
 
         layer = forward.next_layer(call.transformer_options)
-        reason = _dense_reason(call, forward, layer, forward.from_vace_block(layer))
+        reason = dense_reason(call, forward, layer, forward.from_vace_block(layer))
         kind: Hashable = None
         if reason is None:
             kind = _kind_of(call, forward)
@@ -183,11 +160,17 @@ class AttentionRouter:
         whoever is next."""
         options = call.transformer_options
         settings: AttentionSettings = options[SETTINGS_KEY]
+        run: RunState | None = options.get(RUN_KEY)
         chosen = None if settings.dense is None else settings.dense.backend(site)
+        preferred = None if chosen else self._preferred(call, site)
+        if preferred is not None and site is not None:
+            if run is not None:
+                name = getattr(preferred, "__name__", type(preferred).__name__)
+                run.record.count_backend(SAID_OF[site], f"{name} (the checkpoint's)")
+            return self._hand_on(preferred, args, kwargs), "dense"
         name = chosen or default
         if name is None or site is None:
             return self._hand_on(func, args, kwargs), "dense"
-        run: RunState | None = options.get(RUN_KEY)
         out = self.dense.run(name, call)
         # What the person chose goes by the input's name.
         said = name if chosen else f"{name} ({BY_DEFAULT})"
@@ -201,6 +184,13 @@ class AttentionRouter:
             if run.record.first_time(f"{name}: {out}"):
                 log.warning(f"{where} {said} is passed over: {out}")
         return self._hand_on(func, args, kwargs), "dense"
+
+    def _preferred(self, call: AttentionCall, site: AttentionSite | None) -> Override | None:
+        """What the checkpoint asks for, where ComfyUI would follow it but for this override."""
+        forward: ForwardState | None = call.transformer_options.get(FORWARD_KEY)
+        if forward is None or forward.model is None or self.previous is not None:
+            return None
+        return preferred_attention(forward.model, site, call.transformer_options)
 
     def _hand_on(self, func: Override, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Exactly as received: what is not known here may matter to whoever comes next."""
@@ -232,7 +222,9 @@ class AttentionRouter:
 
         def dense() -> Tensor:
             out = None if backend is None else self.dense.run(backend, call)
-            return out if isinstance(out, Tensor) else self._hand_on(func, args, kwargs)
+            if isinstance(out, Tensor):
+                return out
+            return self._hand_on(self._preferred(call, site) or func, args, kwargs)
 
         self.speed.compare(
             kind, lambda: self._run_sparse(call, forward, layer)[0].out, dense, ran.notes
@@ -289,31 +281,3 @@ def _kind_of(call: AttentionCall, forward: ForwardState) -> Hashable:
     assert forward.choice is not None
     layout = None if forward.tokens is None else forward.tokens.layout
     return forward.choice.policy, layout, tuple(call.q.shape), call.q.dtype, call.q.device
-
-
-def _dense_reason(
-    call: AttentionCall, forward: ForwardState, layer: int | None, vace: bool
-) -> str | None:
-    """Why a self-attention call is dense, or None."""
-    choice, tokens = forward.choice, forward.tokens
-    if forward.dense_reason is not None or choice is None or tokens is None:
-        return forward.dense_reason or "the tokens of this forward are not known"
-    if layer is None:
-        return "ComfyUI does not say which layer a call belongs to"
-    if layer in choice.schedule.dense_layers:
-        return dense_layer_reason(layer)
-    if vace:
-        return "a VACE block, and dense_vace_blocks is on"
-    if call.mask is not None:
-        return "the call has an attention mask"
-    if tokens.is_one_frame(call.q_len, call.k_len):
-        return "attention comes frame by frame while a pose guides this model"
-    if call.skip_reshape or not call.q.shape == call.k.shape == call.v.shape:
-        return "not a call over the video: it has its own shape of q, k and v"
-    if call.q_len != tokens.layout.num_tokens:
-        return f"the call has {call.q_len} tokens, the video {tokens.layout.num_tokens}"
-    if call.attn_precision == torch.float32 and call.q.dtype != torch.float32:
-        return "float32 attention was asked for"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
-        return "gradients are needed"
-    return None

@@ -1,0 +1,41 @@
+"""Why a self-attention call is dense."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .attention_call import AttentionCall
+from .record import dense_layer_reason
+
+if TYPE_CHECKING:
+    from .forward import ForwardState
+
+
+def dense_reason(
+    call: AttentionCall, forward: ForwardState, layer: int | None, vace: bool
+) -> str | None:
+    """Why a self-attention call is dense, or None."""
+    choice, tokens = forward.choice, forward.tokens
+    if forward.dense_reason is not None or choice is None or tokens is None:
+        return forward.dense_reason or "the tokens of this forward are not known"
+    if layer is None:
+        return "ComfyUI does not say which layer a call belongs to"
+    if layer in choice.schedule.dense_layers:
+        return dense_layer_reason(layer)
+    if vace:
+        return "a VACE block, and dense_vace_blocks is on"
+    if call.mask is not None:
+        return "the call has an attention mask"
+    if tokens.is_one_frame(call.q_len, call.k_len):
+        return "attention comes frame by frame while a pose guides this model"
+    if call.skip_reshape or not call.q.shape == call.k.shape == call.v.shape:
+        return "not a call over the video: it has its own shape of q, k and v"
+    if call.q_len != tokens.layout.num_tokens:
+        return f"the call has {call.q_len} tokens, the video {tokens.layout.num_tokens}"
+    if call.attn_precision == torch.float32 and call.q.dtype != torch.float32:
+        return "float32 attention was asked for"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
+        return "gradients are needed"
+    return None
