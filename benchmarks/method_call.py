@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NoReturn, cast
 
 from sparse_video_attention.kernels import BlockPlan, TokenLayout
-from sparse_video_attention.patching.forward import ForwardState
+from sparse_video_attention.patching.forward_state import ForwardState
 from sparse_video_attention.patching.layout import ForwardTokens
 from sparse_video_attention.patching.record import CallRecord
 from sparse_video_attention.patching.router import FORWARD_KEY, AttentionRouter

@@ -6,17 +6,27 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..kernels import BlockPlan
 from .attention_call import AttentionCall
 from .record import dense_layer_reason
 
 if TYPE_CHECKING:
-    from .forward import ForwardState
+    from .forward_state import ForwardState
 
 
 def dense_reason(
-    call: AttentionCall, forward: ForwardState, layer: int | None, vace: bool
+    call: AttentionCall,
+    forward: ForwardState,
+    layer: int | None,
+    vace: bool,
+    plan: BlockPlan | None,
 ) -> str | None:
-    """Why a self-attention call is dense, or None."""
+    """Why a self-attention call is dense, or None.
+
+    Args:
+        vace: a VACE block that has to stay dense makes it.
+        plan: of a static policy.
+    """
     choice, tokens = forward.choice, forward.tokens
     if forward.dense_reason is not None or choice is None or tokens is None:
         return forward.dense_reason or "the tokens of this forward are not known"
@@ -28,11 +38,14 @@ def dense_reason(
         return "a VACE block, and dense_vace_blocks is on"
     if call.mask is not None:
         return "the call has an attention mask"
-    if tokens.is_one_frame(call.q_len, call.k_len):
-        return "attention comes frame by frame while a pose guides this model"
-    if call.skip_reshape or not call.q.shape == call.k.shape == call.v.shape:
+    one_frame = tokens.is_one_frame(call.q_len, call.k_len)
+    if one_frame and plan is None:
+        return "frame by frame, as a pose guides this model, only radial attention is sparse"
+    # [B, N, H * D] all, and but for the queries of one frame of one length.
+    alike = call.q.shape[::2] == call.k.shape[::2] and call.k.shape == call.v.shape
+    if call.skip_reshape or not alike or not (one_frame or call.q_len == call.k_len):
         return "not a call over the video: it has its own shape of q, k and v"
-    if call.q_len != tokens.layout.num_tokens:
+    if call.q_len != tokens.layout.num_tokens and not one_frame:
         return f"the call has {call.q_len} tokens, the video {tokens.layout.num_tokens}"
     if call.attn_precision == torch.float32 and call.q.dtype != torch.float32:
         return "float32 attention was asked for"

@@ -3,92 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels import BlockPlan, TokenLayout
-from .failures import Failures
 from .forward_order import ForwardOrder, may_reorder_whole_forward
+from .forward_state import ForwardState
+from .frame_calls import FrameCalls
 from .layout import ForwardTokens, countable_layers, read_tokens
-from .log import log, one_line
-from .plans import TokenOrder
-from .record import CallRecord
-from .router import FORWARD_KEY, OVERRIDE_KEY, AttentionRouter, find_router
+from .log import one_line
+from .router import FORWARD_KEY, OVERRIDE_KEY, find_router
 from .run import RUN_KEY, RunState
 from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice, StaticPolicy
 from .vace import VaceBlocks, has_vace_blocks
-
-
-@dataclass
-class ForwardState:
-    """What the router needs per call, decided once per forward.
-
-    Attributes:
-        router: the one that acts in this forward; other routers in the chain pass calls on.
-        choice: the sparse method, None where only dense backends were chosen.
-        tokens: None if they are not known.
-        dense_reason: why every call of this forward is dense, None if the layers decide.
-        plan: of a static policy.
-        order: the policy's token order, None if it keeps the tokens in place.
-        forward_order: what holds the whole forward in that order, None where each call is
-            reordered.
-        counted_layers: layers of a model whose calls can be counted where the host does not say
-            which layer it is at, 0 for others.
-        run: None outside a sampling run.
-        vace: where VACE's own blocks have to stay dense, None otherwise.
-        failures: sparse calls that failed; those of the whole run where there is one.
-        model: the diffusion model.
-    """
-
-    router: AttentionRouter
-    choice: SparseChoice | None
-    counted_layers: int
-    run: RunState | None
-    vace: VaceBlocks | None = None
-    tokens: ForwardTokens | None = None
-    dense_reason: str | None = None
-    step: int | None = None
-    plan: BlockPlan | None = None
-    order: TokenOrder | None = None
-    forward_order: ForwardOrder | None = None
-    calls: list[CallRecord] = field(default_factory=list)
-    failures: Failures = field(default_factory=Failures)
-    calls_counted: int = 0
-    model: nn.Module | None = None
-
-    def __post_init__(self) -> None:
-        if self.run is not None:
-            self.failures = self.run.failures
-
-    def next_layer(self, options: dict[str, Any]) -> int | None:
-        """The layer of this self-attention call, None if the host does not say."""
-        layer = options.get("block_index")
-        if layer is not None:
-            return int(layer)
-        if self.forward_order is not None and self.forward_order.layer is not None:
-            return self.forward_order.layer
-        if not self.counted_layers:
-            return None
-        self.calls_counted += 1
-        # A wrapper of another pack may run the model more than once inside one forward.
-        return (self.calls_counted - 1) % self.counted_layers
-
-    def order_of_call(self) -> TokenOrder | None:
-        """The order that q, k and v of the call that comes now still have to be brought into."""
-        is_in_order = self.forward_order is not None and self.forward_order.layer is not None
-        return None if is_in_order else self.order
-
-    def from_vace_block(self, layer: int | None) -> bool:
-        """Whether a VACE block that has to stay dense makes this call; ask once per call."""
-        return self.vace is not None and self.vace.made(layer)
-
-    def warn_once(self, warning: str) -> None:
-        """Log a warning, once per run."""
-        if self.run is None or self.run.record.first_time(warning):
-            log.warning(warning)
 
 
 def find_transformer_options(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any] | None:
@@ -128,12 +56,19 @@ def layout_reason(choice: SparseChoice, tokens: ForwardTokens) -> str | None:
 
 
 def _prepare_sparse(
-    state: ForwardState, choice: SparseChoice, layout: TokenLayout, device: torch.device
+    state: ForwardState, choice: SparseChoice, tokens: ForwardTokens, device: torch.device
 ) -> None:
     """What does not depend on the layer, built here since hosts capture the blocks in graphs."""
-    plans = state.router.plans
+    plans, layout = state.router.plans, tokens.layout
     state.order = plans.order(choice.policy, layout, device)
-    if choice.policy.is_static:
+    if tokens.frame_by_frame:
+        # A method that reorders tokens or looks at them needs all queries at once.
+        if choice.policy.is_static and state.order is None:
+            frames = plans.frames(cast(StaticPolicy, choice.policy), layout, device)
+            for plan in frames:
+                plan.density()
+            state.frames = FrameCalls(frames)
+    elif choice.policy.is_static:
         state.plan = plans.plan(cast(StaticPolicy, choice.policy), layout, device)
         state.plan.density()  # read here, once per plan: it waits for the device
 
@@ -171,7 +106,7 @@ def _decide(
         return
     state.dense_reason = layout_reason(state.choice, tokens) or step_reason
     if state.dense_reason is None:
-        _prepare_sparse(state, state.choice, tokens.layout, _video(args, kwargs).device)
+        _prepare_sparse(state, state.choice, tokens, _video(args, kwargs).device)
 
 
 @torch.compiler.disable

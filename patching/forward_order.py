@@ -22,7 +22,7 @@ from .tokens_alike import treats_tokens_alike
 from .vace import PATCHES_KEY
 
 if TYPE_CHECKING:
-    from .forward import ForwardState
+    from .forward_state import ForwardState
 
 REPLACE_KEY = "patches_replace"
 TRANSFORMER = "dit"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import BlockPlan, TokenLayout
+from .frame_calls import frame_plans
 from .settings import SparsePolicy, StaticPolicy
 
 # Context windows and a changed resolution alternate between a few grids; more than this is churn.
@@ -94,10 +95,18 @@ class PlanCache:
     def __init__(self, limit: int = MAX_GRIDS) -> None:
         self._plans: _BoundedCache[BlockPlan] = _BoundedCache(limit)
         self._orders: _BoundedCache[TokenOrder | None] = _BoundedCache(limit)
+        self._frames: _BoundedCache[tuple[BlockPlan, ...]] = _BoundedCache(limit)
 
     def plan(self, policy: StaticPolicy, layout: TokenLayout, device: torch.device) -> BlockPlan:
         key = (policy, layout, device)
         return self._plans.get(key, lambda: policy.static_plan(layout, device))
+
+    def frames(
+        self, policy: StaticPolicy, layout: TokenLayout, device: torch.device
+    ) -> tuple[BlockPlan, ...]:
+        """Of a model whose attention comes frame by frame."""
+        key = (policy, layout, device)
+        return self._frames.get(key, lambda: frame_plans(policy, layout, device))
 
     def order(
         self, policy: SparsePolicy, layout: TokenLayout, device: torch.device
@@ -109,4 +118,4 @@ class PlanCache:
         return self._orders.get((policy, layout, device), build)
 
     def __len__(self) -> int:
-        return len(self._plans) + len(self._orders)
+        return len(self._plans) + len(self._orders) + len(self._frames)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..kernels import BlockPlan
 from ..kernels.fallback import KernelFallback, KernelRun
 from .attention_call import AttentionCall, classify, read_call
 from .chain import overrides
@@ -24,7 +25,7 @@ from .speed import SpeedCheck, may_be_slower
 from .timing import Stopwatch
 
 if TYPE_CHECKING:
-    from .forward import ForwardState
+    from .forward_state import ForwardState
 
 OVERRIDE_KEY = "optimized_attention_override"
 FORWARD_KEY = "sparse_video_attention_forward"
@@ -96,7 +97,8 @@ class AttentionRouter:
             return self._run_dense(func, args, kwargs, call, site)[0]
 
         layer = forward.next_layer(call.transformer_options)
-        reason = dense_reason(call, forward, layer, forward.from_vace_block(layer))
+        plan = forward.plan_of(call, layer)
+        reason = dense_reason(call, forward, layer, forward.from_vace_block(layer), plan)
         kind: Hashable = None
         if reason is None:
             kind = _kind_of(call, forward)
@@ -108,7 +110,7 @@ class AttentionRouter:
         if reason is None:
             assert layer is not None
             try:
-                sparse, density = self._run_sparse(call, forward, layer)
+                sparse, density = self._run_sparse(call, forward, layer, plan)
             except Exception as error:  # a sampling run must not end for this
                 reason = forward.failures.add(kind, error)
             if reason is not None:
@@ -119,7 +121,7 @@ class AttentionRouter:
                 forward.failures.succeeded(kind)
                 ran = _named(sparse)
                 forward.calls.append(CallRecord(forward.step, layer, ran, density, None, watch))
-                self._compare_speed(func, args, kwargs, call, site, forward, layer, sparse)
+                self._compare_speed(func, args, kwargs, call, site, forward, layer, plan, sparse)
                 return sparse.out
         default = faster_default(func, call) if self.previous is None else None
         out, ran = self._run_dense(func, args, kwargs, call, site, default)
@@ -207,6 +209,7 @@ class AttentionRouter:
         site: AttentionSite | None,
         forward: ForwardState,
         layer: int,
+        plan: BlockPlan | None,
         ran: KernelRun,
     ) -> None:
         """After the first sparse call of its kind in plain PyTorch: is dense attention faster?"""
@@ -227,13 +230,17 @@ class AttentionRouter:
             return self._hand_on(self._preferred(call, site) or func, args, kwargs)
 
         self.speed.compare(
-            kind, lambda: self._run_sparse(call, forward, layer)[0].out, dense, ran.notes
+            kind, lambda: self._run_sparse(call, forward, layer, plan)[0].out, dense, ran.notes
         )
 
     def _run_sparse(
-        self, call: AttentionCall, forward: ForwardState, layer: int
+        self, call: AttentionCall, forward: ForwardState, layer: int, plan: BlockPlan | None
     ) -> tuple[KernelRun, float | Tensor]:
-        """(what ran, with the output as asked for; density). The call is [B, N, H * D]."""
+        """(what ran, with the output as asked for; density). The call is [B, N, H * D].
+
+        Args:
+            plan: None to have the policy make one for this call.
+        """
         choice, order = forward.choice, forward.order_of_call()
         assert choice is not None and forward.tokens is not None
 
@@ -242,7 +249,6 @@ class AttentionRouter:
 
         q, k, v = prepared(call.q), prepared(call.k), prepared(call.v)
         scale = call.scale if call.scale is not None else q.shape[-1] ** -0.5
-        plan = forward.plan
         if plan is None:
             plan = choice.policy.plan(q, k, forward.tokens.layout, layer=layer, scale=scale)
             density: float | Tensor = plan.density_tensor()

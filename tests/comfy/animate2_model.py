@@ -42,7 +42,7 @@ def _stand_in():
             q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
             frames = []
             for frame, queries in enumerate(q.split(LAYOUT.tokens_per_frame, dim=1)):
-                pose = [self.pose] if frame else []
+                pose = [self.pose.expand(len(k), -1, -1)] if frame else []
                 keys, values = torch.cat([k, *pose], dim=1), torch.cat([v, *pose], dim=1)
                 frames.append(
                     wan_model.optimized_attention(

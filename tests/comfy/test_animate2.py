@@ -1,7 +1,10 @@
-"""Animate 2: sparse in the steps its pose does not reach, dense and said so in the others."""
+"""Animate 2: sparse over the video, or frame by frame where a pose guides it."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from .animate2_model import LAYOUT, POSE, animate2
 from .conftest import relative_error
@@ -10,7 +13,8 @@ from .variant_model import MaskedAttention, Spy
 pytestmark = pytest.mark.comfy
 
 LAYERS = 3
-FRAME_BY_FRAME = "attention comes frame by frame while a pose guides this model"
+FRAME, VIDEO = LAYOUT.tokens_per_frame, LAYOUT.num_tokens
+ONLY_RADIAL = "frame by frame, as a pose guides this model, only radial attention is sparse"
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +32,44 @@ def patched(model, install_band):
     return install_band(model.patcher, dense_layers=(0,), dense_timesteps=0)
 
 
-def reasons(record):
-    """(layer, reason) of the calls whose queries and keys are not of one length."""
-    return [(call.layer, call.reason) for call in record.calls if call.reason == FRAME_BY_FRAME]
+@pytest.fixture(scope="module")
+def guided(model, pose):
+    """The unpatched model with a pose."""
+    return model.run(model.patcher, pose_latents=pose)[0]
+
+
+class BandByFrames:
+    """Band attention of blocks of 64 in every frame's call, as dense attention under a mask.
+
+    A block of a frame's queries may meet two of the video's blocks: it sees what both see.
+    """
+
+    def __init__(self, dense_layers):
+        self.dense_layers = dense_layers
+        self.frame = 0
+
+    def __call__(self, func, q, k, v, heads, mask=None, **kwargs):
+        layer = kwargs["transformer_options"]["block_index"]
+        if q.shape[1] != FRAME or k.shape[1] not in (VIDEO, VIDEO + FRAME):
+            return func(q, k, v, heads, mask, **kwargs)
+        self.frame = 0 if k.shape[1] == VIDEO else self.frame + 1
+        if layer in self.dense_layers:
+            return func(q, k, v, heads, mask, **kwargs)
+        at = torch.arange(FRAME)
+        first = at // 64 * 64
+        last = (first + 64).clamp(max=FRAME) - 1
+        key = torch.arange(k.shape[1]) // 64
+        seen = [
+            ((self.frame * FRAME + edge)[:, None] // 64 - key).abs() <= 1 for edge in (first, last)
+        ]
+        q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[0] | seen[1])
+        return out.transpose(1, 2).flatten(2)
+
+
+def of_frames(record):
+    """Calls of one frame each: those over the pose's own tokens left out."""
+    return [call for call in record.calls if "240" not in (call.reason or "")]
 
 
 def test_without_a_pose_it_is_sparse_over_the_video(model, patched):
@@ -43,27 +82,73 @@ def test_without_a_pose_it_is_sparse_over_the_video(model, patched):
     assert relative_error(out, model.dense) > 1e-3
 
 
-def test_with_a_pose_it_is_dense_and_says_why(model, patched, pose, run_lines):
-    expected = model.run(model.patcher, pose_latents=pose)[0]
-    assert relative_error(expected, model.dense) > 1e-3
+def test_with_a_pose_it_is_sparse_frame_by_frame(model, patched, pose, guided):
     out, record = model.run(patched, pose_latents=pose)
-    assert torch.equal(out, expected)
-    assert all(call.reason is not None for call in record.calls)
-    assert reasons(record) == [
-        (layer, FRAME_BY_FRAME) for layer in range(1, LAYERS) for _ in range(LAYOUT.frames)
+    judge = model.with_override(BandByFrames(dense_layers=(0,)))
+    assert relative_error(out, model.run(judge, pose_latents=pose)[0]) < 1e-5
+    assert relative_error(out, guided) > 1e-3
+    sparse = [call.layer for call in record.calls if call.reason is None]
+    assert sparse == [1] * LAYOUT.frames + [2] * LAYOUT.frames
+    # The pose's own tokens attend to each other in calls that stay dense.
+    assert all(call.reason is not None for call in record.calls if call not in of_frames(record))
+
+
+def test_everything_kept_is_dense(model, pose, guided, install_band):
+    everything = install_band(model.patcher, reach=10**6, dense_layers=(), dense_timesteps=0)
+    out, record = model.run(everything, pose_latents=pose)
+    assert relative_error(out, guided) < 1e-5
+    assert record.sparse().calls == LAYERS * LAYOUT.frames and record.sparse().density == 1.0
+
+
+def test_batch_of_two_is_two_of_one(model, patched, pose):
+    generator = torch.Generator().manual_seed(8)
+    x, context = (torch.randn(model.inputs[n].shape, generator=generator) for n in ("x", "context"))
+    single = [
+        model.run(patched, pose_latents=pose, x=one, context=text)[0]
+        for one, text in ((model.inputs["x"], model.inputs["context"]), (x, context))
     ]
-    # The run's line names the reason, and no warning comes with it.
-    assert record.dense_reasons()[FRAME_BY_FRAME] == (LAYERS - 1) * LAYOUT.frames
+    both, record = model.run(
+        patched,
+        pose_latents=pose.repeat(2, 1, 1, 1, 1),
+        x=torch.cat([model.inputs["x"], x]),
+        context=torch.cat([model.inputs["context"], context]),
+        timestep=model.inputs["timestep"].repeat(2),
+    )
+    assert record.sparse().calls == (LAYERS - 1) * LAYOUT.frames
+    assert relative_error(both, torch.cat(single)) < 1e-4
 
 
-def test_its_frames_go_to_the_backend_chosen_for_self_attention(model, pose):
+@pytest.mark.parametrize("node", ["radial", "psa", "sparge"])
+def test_of_the_methods_radial_serves_it(model, pose, guided, node, run_lines):
+    from sparse_video_attention.nodes.psa import PatchPSA
+    from sparse_video_attention.nodes.radial import PatchRadialAttention
+    from sparse_video_attention.nodes.sparge import PatchSpargeAttention
+
+    nodes = {"radial": PatchRadialAttention, "psa": PatchPSA, "sparge": PatchSpargeAttention}
+    inputs = {
+        "radial": {"dense_timesteps": 0, "block_size": 64, "decay_factor": 0.0},
+        "psa": {"warmup_steps": 0, "dense_layers": ""},
+        "sparge": {"dense_timesteps": 0, "dense_layers": ""},
+    }
+    model.patcher.model.latent_format = SimpleNamespace(latent_channels=16)
+    patched = nodes[node].execute(model.patcher, min_tokens=0, **inputs[node]).result[0]
+    out, record = model.run(patched, pose_latents=pose)
+    if node == "radial":
+        sparse = [call.layer for call in of_frames(record) if call.reason is None]
+        assert sparse == [1] * LAYOUT.frames + [2] * LAYOUT.frames
+        assert 0.0 < relative_error(out, guided) < 0.5
+    else:
+        assert torch.equal(out, guided)
+        assert {call.reason for call in of_frames(record)} == {ONLY_RADIAL}
+
+
+def test_its_frames_go_to_the_backend_chosen_for_self_attention(model, pose, guided):
     from sparse_video_attention.nodes.backend import SetAttentionBackend
 
     spy = Spy()
     chosen = SetAttentionBackend.execute(model.with_override(spy), self_attn_1_type="torch_sdpa")
     out, record = model.run(chosen.result[0], pose_latents=pose)
-    expected = model.run(model.patcher, pose_latents=pose)[0]
-    assert relative_error(out, expected) < 1e-5
+    assert relative_error(out, guided) < 1e-5
     # What reaches the override beneath is cross-attention alone.
     keys = {k for _, k in spy.lengths}
     assert keys == {model.inputs["context"].shape[1]}

@@ -5,8 +5,8 @@ import functools
 import pytest
 import torch
 from sparse_video_attention.patching import run_history
-from sparse_video_attention.patching.forward import ForwardState
 from sparse_video_attention.patching.forward_order import ForwardOrder
+from sparse_video_attention.patching.forward_state import ForwardState
 from sparse_video_attention.patching.plans import TokenOrder
 
 from .conftest import relative_error

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sparse_video_attention.kernels import BlockPlan, TokenLayout
-from sparse_video_attention.patching.forward import ForwardState
+from sparse_video_attention.patching.forward_state import ForwardState
 from sparse_video_attention.patching.layout import ForwardTokens
 from sparse_video_attention.patching.router import FORWARD_KEY, AttentionRouter
 from sparse_video_attention.patching.settings import (

@@ -5,7 +5,7 @@ import torch
 from sparse_video_attention.kernels import BlockPlan, TokenLayout
 from sparse_video_attention.patching import router as router_module
 from sparse_video_attention.patching import speed
-from sparse_video_attention.patching.forward import ForwardState
+from sparse_video_attention.patching.forward_state import ForwardState
 from sparse_video_attention.patching.layout import ForwardTokens
 from sparse_video_attention.patching.record import RunRecord
 from sparse_video_attention.patching.router import FORWARD_KEY, AttentionRouter

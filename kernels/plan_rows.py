@@ -1,0 +1,37 @@
+"""A plan for a stretch of another plan's queries."""
+
+from __future__ import annotations
+
+import torch
+
+from .plan import BlockPlan
+
+
+def rows_of(plan: BlockPlan, first: int, count: int) -> BlockPlan:
+    """The plan of `count` queries from query `first` on, over the same keys.
+
+    Its query blocks start at `first`, so one may lie across two of the plan's: it attends to what
+    either of these attends to, at the finer of their levels.
+
+    Raises:
+        ValueError: the plan does not have these queries.
+    """
+    if first < 0 or count < 1 or first + count > plan.q_len:
+        raise ValueError(
+            f"a plan for {plan.q_len} queries has no {count} queries from number {first} on"
+        )
+    levels = plan.to_levels()
+    starts = torch.arange(first, first + count, plan.block_m, device=plan.device)
+    lasts = (starts + plan.block_m).clamp(max=first + count) - 1
+    upper, lower = (levels[:, :, at // plan.block_m] for at in (starts, lasts))
+    # A block that is skipped is coarser than any level.
+    coarsest = torch.iinfo(levels.dtype).max
+    finer = torch.minimum(*(x.masked_fill(x == 0, coarsest) for x in (upper, lower)))
+    return BlockPlan.from_levels(
+        finer.masked_fill(finer == coarsest, 0),
+        block_m=plan.block_m,
+        block_n=plan.block_n,
+        q_len=count,
+        k_len=plan.k_len,
+        allowed=plan.levels,
+    )

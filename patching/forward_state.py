@@ -1,0 +1,101 @@
+"""What is known of one forward of the diffusion model while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..kernels import BlockPlan
+from .attention_call import AttentionCall
+from .failures import Failures
+from .forward_order import ForwardOrder
+from .frame_calls import FrameCalls
+from .layout import ForwardTokens
+from .log import log
+from .plans import TokenOrder
+from .record import CallRecord
+from .run import RunState
+from .settings import SparseChoice
+from .vace import VaceBlocks
+
+if TYPE_CHECKING:
+    from .router import AttentionRouter
+
+
+@dataclass
+class ForwardState:
+    """What the router needs per call, decided once per forward.
+
+    Attributes:
+        router: the one that acts in this forward; other routers in the chain pass calls on.
+        choice: the sparse method, None where only dense backends were chosen.
+        tokens: None if they are not known.
+        dense_reason: why every call of this forward is dense, None if the layers decide.
+        plan: of a static policy.
+        order: the policy's token order, None if it keeps the tokens in place.
+        forward_order: what holds the whole forward in that order, None where each call is
+            reordered.
+        counted_layers: layers of a model whose calls can be counted where the host does not say
+            which layer it is at, 0 for others.
+        run: None outside a sampling run.
+        vace: where VACE's own blocks have to stay dense, None otherwise.
+        failures: sparse calls that failed; those of the whole run where there is one.
+        frames: whose call comes now, where attention comes frame by frame and the policy serves it.
+        model: the diffusion model.
+    """
+
+    router: AttentionRouter
+    choice: SparseChoice | None
+    counted_layers: int
+    run: RunState | None
+    vace: VaceBlocks | None = None
+    tokens: ForwardTokens | None = None
+    dense_reason: str | None = None
+    step: int | None = None
+    plan: BlockPlan | None = None
+    order: TokenOrder | None = None
+    forward_order: ForwardOrder | None = None
+    calls: list[CallRecord] = field(default_factory=list)
+    failures: Failures = field(default_factory=Failures)
+    calls_counted: int = 0
+    frames: FrameCalls | None = None
+    model: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        if self.run is not None:
+            self.failures = self.run.failures
+
+    def next_layer(self, options: dict[str, Any]) -> int | None:
+        """The layer of this self-attention call, None if the host does not say."""
+        layer = options.get("block_index")
+        if layer is not None:
+            return int(layer)
+        if self.forward_order is not None and self.forward_order.layer is not None:
+            return self.forward_order.layer
+        if not self.counted_layers:
+            return None
+        self.calls_counted += 1
+        # A wrapper of another pack may run the model more than once inside one forward.
+        return (self.calls_counted - 1) % self.counted_layers
+
+    def plan_of(self, call: AttentionCall, layer: int | None) -> BlockPlan | None:
+        """The static plan of the call that comes now, if there is one; ask once per call."""
+        if self.tokens is None or not self.tokens.is_one_frame(call.q_len, call.k_len):
+            return self.plan
+        return None if self.frames is None else self.frames.plan(layer, call.k_len)
+
+    def order_of_call(self) -> TokenOrder | None:
+        """The order that q, k and v of the call that comes now still have to be brought into."""
+        is_in_order = self.forward_order is not None and self.forward_order.layer is not None
+        return None if is_in_order else self.order
+
+    def from_vace_block(self, layer: int | None) -> bool:
+        """Whether a VACE block that has to stay dense makes this call; ask once per call."""
+        return self.vace is not None and self.vace.made(layer)
+
+    def warn_once(self, warning: str) -> None:
+        """Log a warning, once per run."""
+        if self.run is None or self.run.record.first_time(warning):
+            log.warning(warning)

@@ -1,0 +1,52 @@
+"""Which frame a call is of, where attention comes frame by frame."""
+
+import torch
+from sparse_video_attention.kernels import TokenLayout
+from sparse_video_attention.patching.frame_calls import FrameCalls, frame_plans
+from sparse_video_attention.radial_attn import RadialPolicy
+
+LAYOUT = TokenLayout(4, 10, 20)
+FRAME, VIDEO = 200, 800
+
+
+def plans():
+    return frame_plans(RadialPolicy(skipped_blocks="drop"), LAYOUT, torch.device("cpu"))
+
+
+def test_a_plan_per_frame_keeps_what_radial_keeps_and_all_of_the_pose():
+    found = plans()
+    assert [(plan.q_len, plan.k_len) for plan in found] == [(FRAME, VIDEO)] + [
+        (FRAME, VIDEO + FRAME)
+    ] * 3
+    whole = RadialPolicy(skipped_blocks="drop").static_plan(LAYOUT, "cpu").to_levels()[0, 0] > 0
+    for frame, plan in enumerate(found):
+        kept = plan.to_levels()[0, 0] > 0
+        # Key blocks without a token of the pose are as in the whole mask, by rows that overlap.
+        inside = VIDEO // 128
+        rows = {(frame * FRAME + at) // 128 for at in range(128)}
+        assert torch.equal(kept[0, :inside], whole[sorted(rows), :inside].any(0))
+        if frame:
+            assert kept[:, inside:].all()
+
+
+def test_frames_come_in_order_layer_by_layer():
+    found = plans()
+    calls = FrameCalls(found)
+    for layer in (0, 1, 5):
+        assert calls.plan(layer, VIDEO) is found[0]
+        for plan in found[1:]:
+            assert calls.plan(layer, VIDEO + FRAME) is plan
+    # Again the same layer: a second forward of the model inside one.
+    assert calls.plan(5, VIDEO) is found[0]
+    assert calls.plan(5, VIDEO + FRAME) is found[1]
+
+
+def test_calls_that_come_otherwise_have_no_plan():
+    calls = FrameCalls(plans())
+    assert calls.plan(0, VIDEO + FRAME) is None, "the first frame has no pose"
+    assert calls.plan(1, VIDEO) is not None
+    assert calls.plan(1, VIDEO + 1) is None
+    calls.plan(2, VIDEO)
+    for _ in range(3):
+        assert calls.plan(2, VIDEO + FRAME) is not None
+    assert calls.plan(2, VIDEO + FRAME) is None, "a frame too many"
