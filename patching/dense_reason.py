@@ -40,7 +40,10 @@ def dense_reason(
         return "the call has an attention mask"
     one_frame = tokens.is_one_frame(call.q_len, call.k_len)
     if one_frame and plan is None:
-        return "frame by frame, as a pose guides this model, only radial attention is sparse"
+        return (
+            "a pose guides this model frame by frame, where only radial attention is sparse, with "
+            "no other override before it"
+        )
     # [B, N, H * D] all, and but for the queries of one frame of one length.
     alike = call.q.shape[::2] == call.k.shape[::2] and call.k.shape == call.v.shape
     if call.skip_reshape or not alike or not (one_frame or call.q_len == call.k_len):

@@ -9,7 +9,7 @@ from .forward import diffusion_model_wrapper
 from .history import RunHistory
 from .layout import model_family, supported_families, unreadable_reason
 from .log import log
-from .router import OVERRIDE_KEY, AttentionRouter, routers
+from .router import OVERRIDE_KEY, AttentionRouter, find_router
 from .run import RUN_KEY, OuterSampleWrapper, RunState
 from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice
 from .stale_graphs import StaleGraphs
@@ -117,11 +117,18 @@ def _say_what_changes(
         log.warning(f"{type(diffusion_model).__name__} stays dense: {reason}")
 
 
+def _named(override: Any) -> str:
+    """An override as a person can find it: functions of many packs are called "override"."""
+    kind = override if hasattr(override, "__qualname__") else type(override)
+    module = getattr(kind, "__module__", None)
+    return f"{kind.__qualname__} of {module}" if module else str(kind.__qualname__)
+
+
 class _ReassertOverride:
     """A node that took the one override slot after us is put beneath us, once per run.
 
     At the start of a run, and as ON_PREPARE_STATE for those that come in only then. One that
-    hands its calls on to us is let be.
+    takes the slot again, as ComfyUI's own sparse node does at every step, keeps it.
     """
 
     def __init__(self, router: AttentionRouter) -> None:
@@ -142,25 +149,26 @@ class _ReassertOverride:
         if run.router is None:
             run.router = self._router
         current = options.get(OVERRIDE_KEY)
-        if current is run.router:
+        if find_router(current) is run.router:
             return
-        name = getattr(current, "__qualname__", type(current).__name__)
-        if run.router in routers(current):
-            self._say(run, f"attention override {name} comes before this pack's and may take calls")
-        elif run.reasserted:
-            self._say(run, f"attention override {name} took this pack's place in mid run")
-        else:
+        if not run.reasserted:
             run.reasserted = True
             # A fresh router on this run's options: the shared one must not learn of another
             # run's neighbour.
             run.router = options[OVERRIDE_KEY] = self._router.on_top_of(current)
-            log.warning(
-                f"attention override {name} had replaced this pack's; it now gets the calls that "
-                "stay dense"
-            )
-
-    @staticmethod
-    def _say(run: RunState, said: str) -> None:
+            if current is None:
+                log.warning("another node had removed this pack's attention override; it is back")
+            else:
+                log.warning(
+                    f"attention override {_named(current)} had replaced this pack's, which is put "
+                    "before it; it now gets the calls that stay dense"
+                )
+            return
+        run.is_outranked = True
+        said = (
+            f"attention override {_named(current)} took the place again and comes first: only the "
+            "calls that it hands on come to this pack"
+        )
         if run.record.first_time(said):
             log.warning(said)
             run.record.note(said)

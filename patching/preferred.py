@@ -39,8 +39,10 @@ def preferred_attention(
         options: transformer_options of the call, whose block_index says which module calls. VACE's
             own blocks repeat the index of another one, so there it says nothing.
     """
-    layer, blocks = options.get("block_index"), getattr(model, "blocks", ())
-    if site is None or layer is None or not 0 <= layer < len(blocks) or has_vace_blocks(model):
+    layer, blocks = options.get("block_index"), getattr(model, "blocks", None)
+    if site is None or not isinstance(layer, int) or not isinstance(blocks, nn.ModuleList):
+        return None
+    if not 0 <= layer < len(blocks) or has_vace_blocks(model):
         return None
     preference = getattr(getattr(blocks[layer], _MODULES[site], None), "comfy_attention", None)
     function = getattr(preference, "function", None)

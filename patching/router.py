@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from ..kernels import BlockPlan
 from ..kernels.fallback import KernelFallback, KernelRun
 from .attention_call import AttentionCall, classify, read_call
-from .chain import overrides
 from .dense_calls import DenseCalls
 from .dense_default import BY_DEFAULT, faster_default
 from .dense_reason import dense_reason
@@ -33,14 +32,26 @@ FORWARD_KEY = "sparse_video_attention_forward"
 Override = Callable[..., Tensor]
 
 
-def routers(override: Override | None) -> Iterator[AttentionRouter]:
-    """The routers of this pack in a chain of overrides, the first one first."""
-    return (one for one in overrides(override) if isinstance(one, AttentionRouter))
-
-
 def find_router(override: Override | None) -> AttentionRouter | None:
-    """The first router of this pack in a chain of overrides."""
-    return next(routers(override), None)
+    """The first router of this pack in a chain of overrides linked by `.previous`."""
+    seen: set[int] = set()
+    while override is not None and id(override) not in seen:
+        if isinstance(override, AttentionRouter):
+            return override
+        seen.add(id(override))
+        override = getattr(override, "previous", None)
+    return None
+
+
+def acting_router(options: dict[str, Any]) -> AttentionRouter | None:
+    """Which router of a chain decides: a run's own, else the first one that can be found.
+
+    Overrides of other packs may keep what they hand calls on to where it cannot be seen.
+    """
+    run: RunState | None = options.get(RUN_KEY)
+    if run is not None and run.router is not None:
+        return run.router
+    return find_router(options.get(OVERRIDE_KEY))
 
 
 class AttentionRouter:
@@ -135,7 +146,7 @@ class AttentionRouter:
             return forward.router is self
         # Models without the forward hook: dense backends still serve their calls.
         options = call.transformer_options
-        return SETTINGS_KEY in options and find_router(options.get(OVERRIDE_KEY)) is self
+        return SETTINGS_KEY in options and acting_router(options) is self
 
     def _say_unread(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         options = kwargs.get("transformer_options") or {}
@@ -164,12 +175,12 @@ class AttentionRouter:
         settings: AttentionSettings = options[SETTINGS_KEY]
         run: RunState | None = options.get(RUN_KEY)
         chosen = None if settings.dense is None else settings.dense.backend(site)
-        preferred = None if chosen else self._preferred(call, site)
+        preferred = self._preferred(call, site)
         if preferred is not None and site is not None:
-            if run is not None:
-                name = getattr(preferred, "__name__", type(preferred).__name__)
-                run.record.count_backend(SAID_OF[site], f"{name} (the checkpoint's)")
-            return self._hand_on(preferred, args, kwargs), "dense"
+            func, default = preferred, None
+            if run is not None and chosen is None:
+                said = getattr(preferred, "__name__", type(preferred).__name__)
+                run.record.count_backend(SAID_OF[site], f"{said} (the checkpoint's)")
         name = chosen or default
         if name is None or site is None:
             return self._hand_on(func, args, kwargs), "dense"

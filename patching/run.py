@@ -37,6 +37,7 @@ class RunState:
         self_calls: self-attention calls that came to this pack.
         router: the one of this pack that acts in this run.
         reasserted: it has been put on top of an override that had taken its place.
+        is_outranked: that override, or another one, has taken it again since.
         shapes: of the video in forwards that were looked at for calls kept from this pack.
         failures: sparse calls that failed in this run.
     """
@@ -56,6 +57,7 @@ class RunState:
         self.self_calls = 0
         self.router: AttentionRouter | None = None
         self.reasserted = False
+        self.is_outranked = False
         self.order_per_call = False
         self.steps = SamplerSteps()
         self.shapes: set[torch.Size | None] = set()
@@ -146,9 +148,9 @@ class OuterSampleWrapper:
         run = options[RUN_KEY] = RunState(
             record, bounds, watched_calls=watched, can_repeat=is_readable(network)
         )
-        self._at_start(options)
         out = None
         try:
+            self._at_start(options)
             out = executor(*run.steps.follow(args), **kwargs)
         except BaseException:
             record.ended_early = True

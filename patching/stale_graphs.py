@@ -73,6 +73,9 @@ class StaleGraphs:
         run: RunState | None = None if options is None else options.get(RUN_KEY)
         if options is None or run is None or not run.watched_calls or self._is_helpless:
             return executor(*args, **kwargs)
+        # Another override takes calls before they could come here.
+        if run.is_outranked:
+            return executor(*args, **kwargs)
         forward = _Forward(executor, args, kwargs, run)
         # Of forwards on several devices at a time one is looked at.
         if forward.shape in run.shapes or not self._lock.acquire(blocking=False):

@@ -8,16 +8,33 @@ found, or to ComfyUI's attention.
 from sparse_video_attention.patching.router import OVERRIDE_KEY
 
 
+def make_override(core, found):
+    """A function that closes over what it hands calls on to, as nobody can see."""
+
+    def override(func, q, k, v, heads, mask=None, **rest):
+        options = rest.get("transformer_options") or {}
+        level = float(options["sigmas"][0])
+        step = int((options["sample_sigmas"] > level + 1e-6).sum())
+        if step in core.steps and q.shape == k.shape and mask is None:
+            core.taken += 1
+            return core.attend(q, k, v, heads)
+        if found is None:
+            return func(q, k, v, heads, mask=mask, **rest)
+        return found(func, q, k, v, heads, mask=mask, **rest)
+
+    return override
+
+
 class CoreSparse:
     """Applied by patch(); `taken` counts the calls it computes itself.
 
     Args:
-        from_step, to_step: of the calls that it takes, by the noise level in the schedule.
+        from_step: the first of the steps whose calls it takes, by the schedule's noise levels.
     """
 
-    def __init__(self, attend, from_step=0, to_step=10**6):
+    def __init__(self, attend, from_step):
         self.attend = attend
-        self.steps = range(from_step, to_step)
+        self.steps = range(from_step, 10**6)
         self.installed = set()
         self.taken = 0
 
@@ -37,20 +54,6 @@ class CoreSparse:
         current = options.get(OVERRIDE_KEY)
         if current in self.installed:
             return
-        override = self._over(current)
+        override = make_override(self, current)
         self.installed.add(override)
         options[OVERRIDE_KEY] = override
-
-    def _over(self, found):
-        def override(func, q, k, v, heads, mask=None, **rest):
-            options = rest.get("transformer_options") or {}
-            level = float(options["sigmas"][0])
-            step = int((options["sample_sigmas"] > level + 1e-6).sum())
-            if step in self.steps and q.shape == k.shape and mask is None:
-                self.taken += 1
-                return self.attend(q, k, v, heads)
-            if found is None:
-                return func(q, k, v, heads, mask=mask, **rest)
-            return found(func, q, k, v, heads, mask=mask, **rest)
-
-        return override

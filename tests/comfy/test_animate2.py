@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from sparse_video_attention.patching.router import OVERRIDE_KEY
 
 from .animate2_model import LAYOUT, POSE, animate2
 from .conftest import relative_error
@@ -14,7 +15,10 @@ pytestmark = pytest.mark.comfy
 
 LAYERS = 3
 FRAME, VIDEO = LAYOUT.tokens_per_frame, LAYOUT.num_tokens
-ONLY_RADIAL = "frame by frame, as a pose guides this model, only radial attention is sparse"
+ONLY_RADIAL = (
+    "a pose guides this model frame by frame, where only radial attention is sparse, with no "
+    "other override before it"
+)
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +144,31 @@ def test_of_the_methods_radial_serves_it(model, pose, guided, node, run_lines):
     else:
         assert torch.equal(out, guided)
         assert {call.reason for call in of_frames(record)} == {ONLY_RADIAL}
+
+
+def test_frames_are_not_counted_behind_another_override(model, patched, pose, guided):
+    """It may take some of the calls, and those that are left do not say whose they are."""
+    counted = []
+
+    class TakesTheSecondFrame:
+        previous = patched.model_options["transformer_options"][OVERRIDE_KEY]
+
+        def __call__(self, func, q, k, v, heads, *args, **kwargs):
+            if q.shape[1] == FRAME and k.shape[1] >= VIDEO:
+                counted.append(k.shape[1])
+                if len(counted) % LAYOUT.frames == 2:
+                    return func(q, k, v, heads, *args, **kwargs)
+            return self.previous(func, q, k, v, heads, *args, **kwargs)
+
+    behind = patched.clone()
+    behind.model_options["transformer_options"][OVERRIDE_KEY] = TakesTheSecondFrame()
+    out, record = model.run(behind, pose_latents=pose)
+    assert len(counted) == LAYERS * LAYOUT.frames
+    assert torch.equal(out, guided)
+    assert {call.reason for call in of_frames(record)} == {
+        ONLY_RADIAL,
+        "layer 0 is in dense_layers",
+    }
 
 
 def test_its_frames_go_to_the_backend_chosen_for_self_attention(model, pose, guided):

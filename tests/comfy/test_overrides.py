@@ -89,6 +89,7 @@ def test_an_override_that_takes_over_again_in_mid_run_is_let_be(model, install_b
     record = run_history(fought).latest
     assert later.calls >= 3 * 4 * 2
     assert "no self-attention call reached" in record.summary() or len(record.calls) <= 4
+    assert "Counting of" in record.summary() and "took the place again" in record.summary()
 
 
 def test_an_override_that_takes_everything_is_named_as_the_reason(

@@ -8,7 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sparse_video_attention.patching import dense_default, run_history
+from sparse_video_attention.patching.preferred import preferred_attention
 from sparse_video_attention.patching.router import OVERRIDE_KEY
+from sparse_video_attention.patching.settings import AttentionSite
+from torch import nn
 
 pytestmark = pytest.mark.comfy
 
@@ -93,6 +96,46 @@ def test_an_earlier_override_comes_before_it(model, preferred, install_band, run
     beneath.model_options["transformer_options"][OVERRIDE_KEY] = override
     run(install_band(beneath, dense_timesteps=STEPS))
     assert preferred.calls == [] and len(asked) == 2 * LAYERS * STEPS
+
+
+def test_a_backend_that_cannot_serve_leaves_its_calls_to_it(
+    model, preferred, set_backends, run, fake_backend
+):
+    fake_backend("sage_attn2", head_dims=(64,))
+    run(set_backends(model, self_attn_1_type="sage_attn2"))
+    assert [layer for layer, _ in preferred.calls] == [0, 1, 1] * STEPS
+
+
+def test_which_module_a_call_is_of():
+    def block():
+        block = nn.Module()
+        block.self_attn, block.cross_attn = nn.Module(), nn.Module()
+        return block
+
+    def asks(module):
+        module.comfy_attention = SimpleNamespace(function=lambda: None)
+        return module.comfy_attention.function
+
+    net = nn.Module()
+    net.blocks = nn.ModuleList([block(), block()])
+    of_video, of_text = asks(net.blocks[1].self_attn), asks(net.blocks[1].cross_attn)
+    expected = {
+        AttentionSite.SELF: of_video,
+        AttentionSite.CROSS_TEXT: of_text,
+        AttentionSite.CROSS_IMAGE: of_text,
+        None: None,
+    }
+    for site, function in expected.items():
+        assert preferred_attention(net, site, {"block_index": 1}) is function
+        for options in ({"block_index": 0}, {"block_index": 2}, {"block_index": -1}, {}):
+            assert preferred_attention(net, site, options) is None
+        assert preferred_attention(net, site, {"block_index": "1"}) is None
+    # A VACE block has the index of another one.
+    net.vace_blocks = nn.ModuleList([block()])
+    assert preferred_attention(net, AttentionSite.SELF, {"block_index": 1}) is None
+    del net.vace_blocks
+    net.blocks = nn.ModuleDict({"one": block()})
+    assert preferred_attention(net, AttentionSite.SELF, {"block_index": 0}) is None
 
 
 def test_it_comes_before_what_this_pack_would_take(

@@ -27,13 +27,13 @@ from .compiled_triton import (  # noqa: E402
 
 
 def spill_limit(arch, precision, levels):
-    """(bytes per thread, spilled registers read per instruction of a loop over full tiles)."""
+    """(bytes per thread, spilled registers read in a loop over full tiles)."""
     if not IS_RELEASE_OF_SETTINGS:
-        return 256, 0.05
+        return 256, 30
     if len(levels) > 1:
-        return 128, 0.03
+        return 128, 12
     # Where the rows are written is kept aside while the loop runs.
-    return ({90: 32, 100: 96}.get(arch, 0) if precision == "native" else 0), 0.0
+    return ({90: 32, 100: 96}.get(arch, 0) if precision == "native" else 0), 0
 
 
 def prefetched_tiles(compiled, tile_n, head_dim):
@@ -90,7 +90,7 @@ def test_attention_fits_the_multiprocessor(tmp_path, arch, head_dim, precision, 
     full_tiles = product_loops(compiled, tmp_path)[: len(levels)]
     assert len(full_tiles) == len(levels)
     for code in full_tiles:
-        assert sum(one.startswith("LDL") for one in code) <= most_reads * len(code)
+        assert sum(one.startswith("LDL") for one in code) <= most_reads
     assert compiled.metadata.shared <= SHARED_MEMORY[arch] * 1024
 
     # Settings with few warps or few registers are there to run two programs at a time.

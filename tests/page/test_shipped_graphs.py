@@ -35,7 +35,10 @@ def default_of(name, inputs, info):
         chosen = next(option for option in options["options"] if option["key"] == inputs[outer])
         below = {n.partition(".")[2]: v for n, v in inputs.items() if n.startswith(f"{outer}.")}
         return default_of(inner, below, chosen["inputs"])
-    return options["options"][0]["key"] if kind.startswith("COMFY_DYNAMIC") else options["default"]
+    if "default" in options:
+        return options["default"]
+    choices = kind if isinstance(kind, list) else options["options"]
+    return choices[0]["key"] if isinstance(choices[0], dict) else choices[0]
 
 
 def assert_sent_is_shipped(sent, stem, object_info):
