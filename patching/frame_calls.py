@@ -23,7 +23,8 @@ def frame_plans(
     size = layout.tokens_per_frame
     alone = policy.static_plan(layout, torch.device("cpu"))
     with_pose = policy.static_plan(replace(layout, suffix_tokens=size), torch.device("cpu"))
-    plans = [rows_of(with_pose if at else alone, at * size, size) for at in range(layout.frames)]
+    plans = rows_of(alone, [(0, size)])
+    plans += rows_of(with_pose, [(at * size, size) for at in range(1, layout.frames)])
     return tuple(plan.on_device(device) for plan in plans)
 
 

@@ -24,7 +24,7 @@ def test_every_block_sees_what_its_queries_see(levels, first, count):
     plan = BlockPlan.from_levels(
         drawn, block_m=64, block_n=64, q_len=300, k_len=200, allowed=(1, 2, 8, 64)
     )
-    rows = rows_of(plan, first, count)
+    (rows,) = rows_of(plan, [(first, count)])
     assert (rows.q_len, rows.k_len, rows.block_m, rows.block_n) == (count, 200, 64, 64)
     for block in range(-(-count // 64)):
         queries = range(first + 64 * block, min(first + 64 * block + 64, first + count))
@@ -36,7 +36,7 @@ def test_all_rows_are_the_plan():
     plan = BlockPlan.from_mask(
         torch.eye(5, dtype=torch.bool), block_m=64, block_n=64, q_len=300, k_len=300
     )
-    same = rows_of(plan, 0, 300)
+    (same,) = rows_of(plan, [(0, 300)])
     assert torch.equal(same.indices, plan.indices) and torch.equal(same.bounds, plan.bounds)
     assert same.levels == plan.levels
 
@@ -47,4 +47,4 @@ def test_queries_that_are_not_there_are_refused(first, count):
         torch.eye(5, dtype=torch.bool), block_m=64, block_n=64, q_len=300, k_len=300
     )
     with pytest.raises(ValueError, match=f"no {count} queries from number {first} on"):
-        rows_of(plan, first, count)
+        rows_of(plan, [(0, 10), (first, count)])
