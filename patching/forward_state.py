@@ -16,6 +16,7 @@ from .layout import ForwardTokens
 from .log import log
 from .plans import TokenOrder
 from .record import CallRecord
+from .router import OVERRIDE_KEY
 from .run import RunState
 from .settings import SparseChoice
 from .vace import VaceBlocks
@@ -84,7 +85,11 @@ class ForwardState:
         """The static plan of the call that comes now, if there is one; ask once per call."""
         if self.tokens is None or not self.tokens.is_one_frame(call.q_len, call.k_len):
             return self.plan
-        return None if self.frames is None else self.frames.plan(layer, call.k_len)
+        # Something between this forward and the call may have put another override before.
+        is_first = call.transformer_options.get(OVERRIDE_KEY) is self.router
+        if self.frames is None or not is_first:
+            return None
+        return self.frames.plan(layer, call.k_len)
 
     def order_of_call(self) -> TokenOrder | None:
         """The order that q, k and v of the call that comes now still have to be brought into."""

@@ -37,7 +37,10 @@ class FrameCalls:
         self._next = 0
 
     def plan(self, layer: int | None, k_len: int) -> BlockPlan | None:
-        """The plan of a layer's next call; ask once per call. None if the calls are not as known.
+        """The plan of a layer's next call; ask once per call.
+
+        None if the calls are not as known, and for the rest of that layer: which frame a call is
+        of is told by counting from the first.
 
         Args:
             k_len: keys of the call. The first frame's is the one without a pose.
@@ -45,7 +48,8 @@ class FrameCalls:
         if layer != self._layer or k_len == self._plans[0].k_len:
             self._layer, self._next = layer, 0
         at = self._next
-        self._next += 1
         if at < len(self._plans) and self._plans[at].k_len == k_len:
+            self._next += 1
             return self._plans[at]
+        self._next = len(self._plans)
         return None

@@ -164,7 +164,6 @@ class _ReassertOverride:
                     "before it; it now gets the calls that stay dense"
                 )
             return
-        run.is_outranked = True
         said = (
             f"attention override {_named(current)} took the place again and comes first: only the "
             "calls that it hands on come to this pack"

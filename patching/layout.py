@@ -74,6 +74,11 @@ def fewest_calls(diffusion_model: nn.Module) -> int:
     return 0 if model_family(diffusion_model) else 1
 
 
+def may_come_frame_by_frame(diffusion_model: nn.Module) -> bool:
+    """Whether there are steps in which self-attention comes in a call per frame."""
+    return _READERS.get(type(diffusion_model).__name__) is _read_animate2
+
+
 def supported_families() -> str:
     return " and ".join(sorted(set(_FAMILY_BY_CLASS.values()), reverse=True))
 

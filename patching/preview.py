@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ..kernels import BlockPlan
+from ..kernels import BlockPlan, TokenLayout
 from .forward import layout_reason
+from .frame_calls import frame_plans
 from .install import describe_model
-from .layout import WAN, read_tokens
+from .layout import WAN, may_come_frame_by_frame, read_tokens
 from .operations import layer_calls, layer_operations
 from .page import image_tensor, text_picture
 from .preview_picture import plan_picture
 from .report import UNPATCHED
 from .run import noise_bounds
-from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice
+from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice, StaticPolicy
 
 # What ComfyUI's text encoders of these models give at least.
 WAN_TEXT, COGVIDEOX_TEXT = 512, 226
@@ -76,12 +77,23 @@ def attention_preview(model: Any, samples: dict[str, Any], steps: int) -> Previe
     plan, meaning = known
     gain = _gain(net, family, choice, layout.num_tokens, text_tokens, plan, sparse_steps / steps)
     density = f"Density of sparse calls: {plan.density():.3f} ({meaning})."
-    sentences = (head, density, steps_text, gain.text)
+    sentences = (head, density, *_where_guided(net, choice, layout), steps_text, gain.text)
     in_frames = choice.policy.is_static and choice.policy.order(layout) is None
     picture = image_tensor(lambda: plan_picture(plan, layout, *sentences, in_frames=in_frames))
     # Where all steps or layers are dense there is no sparse call.
     kept = plan.density() if gain.speedup > 1 else 1.0
     return Preview(picture, kept, gain.speedup, "\n".join(sentences))
+
+
+def _where_guided(net: Any, choice: SparseChoice, layout: TokenLayout) -> tuple[str, ...]:
+    """What is otherwise in steps that a pose guides, in models that have such steps."""
+    if not may_come_frame_by_frame(net):
+        return ()
+    if not choice.policy.is_static or choice.policy.order(layout) is not None:
+        return ("Where a pose guides the model, attention comes frame by frame and stays dense.",)
+    plans = frame_plans(cast(StaticPolicy, choice.policy), layout, torch.device("cpu"))
+    density = sum(plan.density() for plan in plans) / len(plans)
+    return (f"Where a pose guides the model, attention comes frame by frame, at {density:.3f}.",)
 
 
 def _sparse_choice(model: Any) -> tuple[SparseChoice | None, str]:

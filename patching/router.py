@@ -193,15 +193,18 @@ class AttentionRouter:
                 run.record.count_backend(where, said)
             return out, name
         if run is not None:
-            run.record.count_backend(where, f"ComfyUI's choice ({name}: {out})")
+            whose = "ComfyUI's" if preferred is None else "the checkpoint's"
+            run.record.count_backend(where, f"{whose} choice ({name}: {out})")
             if run.record.first_time(f"{name}: {out}"):
                 log.warning(f"{where} {said} is passed over: {out}")
         return self._hand_on(func, args, kwargs), "dense"
 
     def _preferred(self, call: AttentionCall, site: AttentionSite | None) -> Override | None:
         """What the checkpoint asks for, where ComfyUI would follow it but for this override."""
-        forward: ForwardState | None = call.transformer_options.get(FORWARD_KEY)
-        if forward is None or forward.model is None or self.previous is not None:
+        options = call.transformer_options
+        forward: ForwardState | None = options.get(FORWARD_KEY)
+        is_alone = self.previous is None and options.get(OVERRIDE_KEY) is self
+        if forward is None or forward.model is None or not is_alone:
             return None
         return preferred_attention(forward.model, site, call.transformer_options)
 
@@ -297,4 +300,5 @@ def _kind_of(call: AttentionCall, forward: ForwardState) -> Hashable:
     """What the time of a call depends on; of plans made per call, the first stands for all."""
     assert forward.choice is not None
     layout = None if forward.tokens is None else forward.tokens.layout
-    return forward.choice.policy, layout, tuple(call.q.shape), call.q.dtype, call.q.device
+    lengths = (tuple(call.q.shape), call.k_len)
+    return forward.choice.policy, layout, lengths, call.q.dtype, call.q.device

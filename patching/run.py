@@ -37,7 +37,6 @@ class RunState:
         self_calls: self-attention calls that came to this pack.
         router: the one of this pack that acts in this run.
         reasserted: it has been put on top of an override that had taken its place.
-        is_outranked: that override, or another one, has taken it again since.
         shapes: of the video in forwards that were looked at for calls kept from this pack.
         failures: sparse calls that failed in this run.
     """
@@ -57,7 +56,6 @@ class RunState:
         self.self_calls = 0
         self.router: AttentionRouter | None = None
         self.reasserted = False
-        self.is_outranked = False
         self.order_per_call = False
         self.steps = SamplerSteps()
         self.shapes: set[torch.Size | None] = set()

@@ -15,6 +15,7 @@ import torch
 from .forward import find_transformer_options
 from .forward_order import REPLACE_KEY, TRANSFORMER
 from .log import log, one_line
+from .router import OVERRIDE_KEY, find_router
 from .run import RUN_KEY, RunState
 
 # Of BaseModel.apply_model.
@@ -73,8 +74,8 @@ class StaleGraphs:
         run: RunState | None = None if options is None else options.get(RUN_KEY)
         if options is None or run is None or not run.watched_calls or self._is_helpless:
             return executor(*args, **kwargs)
-        # Another override takes calls before they could come here.
-        if run.is_outranked:
+        # Another override may take calls before they could come here.
+        if run.router not in (None, find_router(options.get(OVERRIDE_KEY))):
             return executor(*args, **kwargs)
         forward = _Forward(executor, args, kwargs, run)
         # Of forwards on several devices at a time one is looked at.

@@ -171,6 +171,56 @@ def test_frames_are_not_counted_behind_another_override(model, patched, pose, gu
     }
 
 
+def test_a_call_that_is_missing_makes_its_layer_dense(model, patched, pose):
+    """Taken by a block's own options, where the forward cannot see it."""
+    blocks = []
+
+    def takes_the_first_frame(args, extra):
+        options = dict(args["transformer_options"])
+        router = options[OVERRIDE_KEY]
+
+        class Before:
+            previous = router
+
+            def __call__(self, func, q, k, v, heads, *rest, **kwargs):
+                if (q.shape[1], k.shape[1]) == (FRAME, VIDEO):
+                    return func(q, k, v, heads, *rest, **kwargs)
+                return router(func, q, k, v, heads, *rest, **kwargs)
+
+        options[OVERRIDE_KEY] = Before()
+        blocks.append(options["block_index"])
+        return extra["original_block"](args | {"transformer_options": options})
+
+    replaced = patched.clone()
+    replaced.set_model_patch_replace(takes_the_first_frame, "dit", "double_block", 1)
+    _, record = model.run(replaced, pose_latents=pose)
+    assert blocks == [1]
+    sparse = [call.layer for call in record.calls if call.reason is None]
+    assert sparse == [2] * LAYOUT.frames
+
+
+@pytest.mark.parametrize("node", ["radial", "psa"])
+def test_a_preview_says_what_is_otherwise_where_a_pose_guides(model, node):
+    from sparse_video_attention.nodes.psa import PatchPSA
+    from sparse_video_attention.nodes.radial import PatchRadialAttention
+    from sparse_video_attention.patching import preview
+
+    model.patcher.model.latent_format = SimpleNamespace(latent_channels=16)
+    node = PatchRadialAttention if node == "radial" else PatchPSA
+    patched = node.execute(model.patcher, min_tokens=0).result[0]
+    net = model.patcher.model.diffusion_model
+    choice = patched.model_options["transformer_options"]["sparse_video_attention"].sparse
+    (said,) = preview._where_guided(net, choice, LAYOUT)
+    if node is PatchPSA:
+        assert said.endswith("comes frame by frame and stays dense.")
+    else:
+        _, record = model.run(
+            node.execute(model.patcher, min_tokens=0, dense_timesteps=0).result[0],
+            pose_latents=torch.ones(POSE),
+        )
+        assert said.endswith(f"frame by frame, at {record.sparse().density:.3f}.")
+
+
 def test_its_frames_go_to_the_backend_chosen_for_self_attention(model, pose, guided):
     from sparse_video_attention.nodes.backend import SetAttentionBackend
 

@@ -86,6 +86,20 @@ def test_a_dense_backend_serves_what_it_leaves(model, sample, set_backends, run_
     assert f"self_attn_1_type torch_sdpa x {left}" in run_lines()[-1]
 
 
+@both_orders
+def test_compiled_graphs_are_not_thrown_away_for_its_calls(
+    model, install_band, sample, first, monkeypatch
+):
+    from sparse_video_attention.patching import run
+
+    monkeypatch.setattr(run, "is_compiled", lambda *args: True)
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    core = CoreSparse(attention_in_band, 0)
+    sample(patch_both(model, core, install_band, first), steps=STEPS)
+    assert core.taken == LAYERS * STEPS and resets == []
+
+
 def test_one_that_never_hands_on_is_beneath_from_the_first_step(
     model, install_band, sample, run_lines
 ):

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import sparse_video_attention
+import torch
 from sparse_video_attention.kernels import TokenLayout
 from sparse_video_attention.kernels.plan import BLOCK_SIZES
 from sparse_video_attention.patching.backend_choice import BUNDLED_CONFIGS, check_type
+from sparse_video_attention.patching.frame_calls import frame_plans
 from sparse_video_attention.patching.lightx2v import SITE_KEYS, read_lightx2v
 from sparse_video_attention.patching.settings import AttentionSite
 from sparse_video_attention.psa import ModelFacts, PsaPolicy, choose_section, load_sections
@@ -137,6 +139,11 @@ def test_numbers_on_the_radial_page_follow_from_the_mask(language):
     text = page("PatchRadialAttention", language)
     for tokens_per_frame, percent in ((1560, "34 %"), (3600, "26 %")):
         density = float(radial_block_mask(21, tokens_per_frame).float().mean())
+        assert f"{density * 100:.0f} %" == percent and percent in text
+    # Animate 2 has one frame more, the reference.
+    for grid, percent in (((22, 30, 52), "42 %"), ((22, 45, 80), "32 %")):
+        plans = frame_plans(RadialPolicy(), TokenLayout(*grid), torch.device("cpu"))
+        density = sum(plan.density() for plan in plans) / len(plans)
         assert f"{density * 100:.0f} %" == percent and percent in text
     for block_size, fewest in ((128, 43), (64, 22)):
         policy = RadialPolicy(block_size)

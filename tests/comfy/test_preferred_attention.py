@@ -99,11 +99,12 @@ def test_an_earlier_override_comes_before_it(model, preferred, install_band, run
 
 
 def test_a_backend_that_cannot_serve_leaves_its_calls_to_it(
-    model, preferred, set_backends, run, fake_backend
+    model, preferred, set_backends, run, fake_backend, run_lines
 ):
     fake_backend("sage_attn2", head_dims=(64,))
     run(set_backends(model, self_attn_1_type="sage_attn2"))
     assert [layer for layer, _ in preferred.calls] == [0, 1, 1] * STEPS
+    assert "the checkpoint's choice (sage_attn2: " in run_lines()[-1]
 
 
 def test_which_module_a_call_is_of():

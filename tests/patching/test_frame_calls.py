@@ -44,6 +44,7 @@ def test_frames_come_in_order_layer_by_layer():
 def test_calls_that_come_otherwise_have_no_plan():
     calls = FrameCalls(plans())
     assert calls.plan(0, VIDEO + FRAME) is None, "the first frame has no pose"
+    assert calls.plan(0, VIDEO + FRAME) is None, "whose frame this is, is not known"
     assert calls.plan(1, VIDEO) is not None
     assert calls.plan(1, VIDEO + 1) is None
     calls.plan(2, VIDEO)
