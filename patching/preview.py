@@ -93,7 +93,9 @@ def _where_guided(net: Any, choice: SparseChoice, layout: TokenLayout) -> tuple[
         return ("Where a pose guides the model, attention comes frame by frame and stays dense.",)
     plans = frame_plans(cast(StaticPolicy, choice.policy), layout, torch.device("cpu"))
     density = sum(plan.density() for plan in plans) / len(plans)
-    return (f"Where a pose guides the model, attention comes frame by frame, at {density:.3f}.",)
+    return (
+        f"Where a pose guides the model, attention comes frame by frame, at density {density:.3f}.",
+    )
 
 
 def _sparse_choice(model: Any) -> tuple[SparseChoice | None, str]:

@@ -218,7 +218,7 @@ def test_a_preview_says_what_is_otherwise_where_a_pose_guides(model, node):
             node.execute(model.patcher, min_tokens=0, dense_timesteps=0).result[0],
             pose_latents=torch.ones(POSE),
         )
-        assert said.endswith(f"frame by frame, at {record.sparse().density:.3f}.")
+        assert said.endswith(f"frame by frame, at density {record.sparse().density:.3f}.")
 
 
 def test_its_frames_go_to_the_backend_chosen_for_self_attention(model, pose, guided):
