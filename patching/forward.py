@@ -13,7 +13,7 @@ from .forward_state import ForwardState
 from .frame_calls import FrameCalls
 from .layout import ForwardTokens, countable_layers, read_tokens
 from .log import one_line
-from .router import FORWARD_KEY, OVERRIDE_KEY, acting_router
+from .router import FORWARD_KEY, acting_router
 from .run import RUN_KEY, RunState
 from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice, StaticPolicy
 from .vace import VaceBlocks, has_vace_blocks
@@ -56,23 +56,15 @@ def layout_reason(choice: SparseChoice, tokens: ForwardTokens) -> str | None:
 
 
 def _prepare_sparse(
-    state: ForwardState,
-    choice: SparseChoice,
-    tokens: ForwardTokens,
-    options: dict[str, Any],
-    device: torch.device,
+    state: ForwardState, choice: SparseChoice, tokens: ForwardTokens, device: torch.device
 ) -> None:
     """What does not depend on the layer, built here since hosts capture the blocks in graphs."""
     plans, layout = state.router.plans, tokens.layout
     state.order = plans.order(choice.policy, layout, device)
     if tokens.frame_by_frame:
-        # A method that reorders tokens or looks at them needs all queries at once, and which frame
-        # a call is of is told by its place among all calls.
-        is_first = options.get(OVERRIDE_KEY) is state.router
-        if choice.policy.is_static and state.order is None and is_first:
+        # A method that reorders tokens or looks at them needs all queries at once.
+        if choice.policy.is_static and state.order is None:
             frames = plans.frames(cast(StaticPolicy, choice.policy), layout, device)
-            for plan in frames:
-                plan.density()
             state.frames = FrameCalls(frames)
     elif choice.policy.is_static:
         state.plan = plans.plan(cast(StaticPolicy, choice.policy), layout, device)
@@ -112,7 +104,7 @@ def _decide(
         return
     state.dense_reason = layout_reason(state.choice, tokens) or step_reason
     if state.dense_reason is None:
-        _prepare_sparse(state, state.choice, tokens, options, _video(args, kwargs).device)
+        _prepare_sparse(state, state.choice, tokens, _video(args, kwargs).device)
 
 
 @torch.compiler.disable

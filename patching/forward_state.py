@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -85,11 +86,19 @@ class ForwardState:
         """The static plan of the call that comes now, if there is one; ask once per call."""
         if self.tokens is None or not self.tokens.is_one_frame(call.q_len, call.k_len):
             return self.plan
-        # Something between this forward and the call may have put another override before.
+        # Which frame a call is of is told by counting, and an override before this pack's may have
+        # taken some.
         is_first = call.transformer_options.get(OVERRIDE_KEY) is self.router
         if self.frames is None or not is_first:
             return None
         return self.frames.plan(layer, call.k_len)
+
+    def kind_of(self, call: AttentionCall) -> Hashable:
+        """What the time of a call depends on; of plans made per call, the first stands for all."""
+        assert self.choice is not None
+        layout = None if self.tokens is None else self.tokens.layout
+        lengths = (tuple(call.q.shape), call.k_len)
+        return self.choice.policy, layout, lengths, call.q.dtype, call.q.device
 
     def order_of_call(self) -> TokenOrder | None:
         """The order that q, k and v of the call that comes now still have to be brought into."""

@@ -25,7 +25,10 @@ def frame_plans(
     with_pose = policy.static_plan(replace(layout, suffix_tokens=size), torch.device("cpu"))
     plans = rows_of(alone, [(0, size)])
     plans += rows_of(with_pose, [(at * size, size) for at in range(1, layout.frames)])
-    return tuple(plan.on_device(device) for plan in plans)
+    plans = [plan.on_device(device) for plan in plans]
+    for plan in plans:
+        plan.density()  # read here, once per plan: it waits for the device
+    return tuple(plans)
 
 
 class FrameCalls:

@@ -46,8 +46,10 @@ class ForwardTokens:
 
     def is_one_frame(self, q_len: int, k_len: int) -> bool:
         """Whether a call with so many queries and keys is one of those per frame."""
+        if not self.frame_by_frame:
+            return False
         frame, video = self.layout.tokens_per_frame, self.layout.num_tokens
-        return self.frame_by_frame and q_len == frame and k_len in (video, video + frame)
+        return q_len == frame and k_len in (video, video + frame)
 
 
 def model_family(diffusion_model: nn.Module) -> str | None:

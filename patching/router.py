@@ -112,7 +112,7 @@ class AttentionRouter:
         reason = dense_reason(call, forward, layer, forward.from_vace_block(layer), plan)
         kind: Hashable = None
         if reason is None:
-            kind = _kind_of(call, forward)
+            kind = forward.kind_of(call)
             reason = forward.failures.reason(kind)
         if reason is None and (slower := self.speed.slower(kind)):
             reason = slower.reason
@@ -227,7 +227,7 @@ class AttentionRouter:
         ran: KernelRun,
     ) -> None:
         """After the first sparse call of its kind in plain PyTorch: is dense attention faster?"""
-        choice, kind = forward.choice, _kind_of(call, forward)
+        choice, kind = forward.choice, forward.kind_of(call)
         assert choice is not None
         served_for_want_of_better = ran.kernel == "torch" and choice.kernel == "auto"
         if not served_for_want_of_better or not may_be_slower(call.q.device):
@@ -294,11 +294,3 @@ def _say(forward: ForwardState, notes: tuple[str, ...]) -> None:
         forward.warn_once(note)
         if forward.run is not None:
             forward.run.record.note(note)
-
-
-def _kind_of(call: AttentionCall, forward: ForwardState) -> Hashable:
-    """What the time of a call depends on; of plans made per call, the first stands for all."""
-    assert forward.choice is not None
-    layout = None if forward.tokens is None else forward.tokens.layout
-    lengths = (tuple(call.q.shape), call.k_len)
-    return forward.choice.policy, layout, lengths, call.q.dtype, call.q.device
