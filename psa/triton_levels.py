@@ -11,8 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernels.triton_launch import warps
-from ..kernels.triton_selection import count_within, edge_and_end, is_among
+from ..kernels.triton_launch import architecture, knows_maxnreg, warps
+from ..kernels.triton_selection import (
+    HIGHEST,
+    OCTAVE,
+    count_from,
+    count_within,
+    edge_of_count,
+    end_at_edge,
+    is_among,
+)
 from .levels import (
     CUMULATIVE_SLACK,
     MIN_LEVEL1_SHARE,
@@ -26,30 +34,20 @@ from .levels import (
 MAX_ENTRIES = 8192
 ENTRIES_PER_WARP = 1024
 MAX_SLOTS = 5
+# In bits, 1/32 of a value or less: alignment moves a level's end by a few ranks.
+NEARBY = tl.constexpr(2**18)
 
 
 @triton.jit
-def _threshold_end(
-    bits,
-    limit,
-    total,
-    num_k_blocks,
-    end,
-    least,
-    LEVEL: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    """Where a level of a thresholdbound row ends, after one that ended at `end`; and the bits of
-    the importance it likely ends with: alignment can move it by a few ranks."""
-    importance = bits.to(tl.float32, bitcast=True)
-    count, edge = count_within(bits, importance, limit, total, num_k_blocks)
+def _threshold_end(count, num_k_blocks, end, least, LEVEL: tl.constexpr, ALIGN: tl.constexpr):
+    """Where a level of a thresholdbound row ends, after one that ended at `end`."""
     length = tl.where(count > 0, tl.maximum(count + 1 - end, 0), 0)
     length = (length + ALIGN - 1) // ALIGN * ALIGN
     room = num_k_blocks - end
     end += tl.where(length > room, room // ALIGN * ALIGN, length)
     if LEVEL == 1:
         end = tl.maximum(end, least)
-    return end, edge
+    return end
 
 
 @triton.jit(do_not_specialize=["end0", "end1", "end2", "end3", "end4", "least"])
@@ -88,27 +86,59 @@ def levels_kernel(
     bits = tl.where(inside, importance.to(tl.int32, bitcast=True), -1)
     total = tl.sum(importance, 0)
 
+    # Levels end at lower and lower values, which are found from the one before on.
+    high = tl.max(bits, 0) + 1
+    high_of_sum, sum_from_high = high, 0.0
     end = 0
-    level = tl.full([WIDTH], -1, tl.int8)
+    # Nothing lies above HIGHEST.
+    edge0, edge1, edge2, edge3, edge4 = HIGHEST, HIGHEST, HIGHEST, HIGHEST, HIGHEST
+    cut0, cut1, cut2, cut3, cut4 = 0, 0, 0, 0, 0
     for slot in tl.static_range(NUM_LEVELS):
+        low, from_low = tl.full([], 0, tl.int32), num_k_blocks
         if BY_THRESHOLD:
             share = tl.where(slot == 1, share1, share0)
             share = tl.where(slot == 2, share2, tl.where(slot == 3, share3, share))
             share = tl.where(slot == 4, share4, share)
-            end, guess = _threshold_end(
-                bits, share * total, total, num_k_blocks, end, least,
+            count, guess, larger, sum_from_high = count_within(
+                bits, share * total, total, num_k_blocks, high_of_sum, sum_from_high, OCTAVE
+            )
+            high_of_sum = guess + 1
+            end = _threshold_end(
+                count, num_k_blocks, end, least,
                 (LEVELS >> (4 * slot)) & 15, (ALIGNS >> (4 * slot)) & 15,
             )  # fmt: skip
+            from_guess = count_from(bits, guess)
+            is_above = from_guess < end
+            low = tl.where(is_above, 0, guess)
+            from_low = tl.where(is_above, num_k_blocks, from_guess)
+            is_guess = (larger < end) & (end <= from_guess)
+            high = tl.where(is_above, guess, tl.where(is_guess, guess + 1, high))
         else:
-            guess = None
             end = tl.where(slot == 1, end1, end0)
             end = tl.where(slot == 2, end2, tl.where(slot == 3, end3, end))
             end = tl.where(slot == 4, end4, end)
-        edge, cut = edge_and_end(bits, end, False, guess)
-        taken = is_among(bits, edge, cut)
-        level = tl.where(taken & (level < 0), (LEVELS >> (4 * slot)) & 15, level).to(tl.int8)
-    level = tl.where(level < 0, 0, level)
-    tl.store(Levels + row * num_k_blocks + block, level.to(tl.int8), mask=inside)
+        edge, found = edge_of_count(
+            bits, end, low, from_low, high, NEARBY if BY_THRESHOLD else OCTAVE
+        )
+        cut = end_at_edge(bits, edge, found - end)
+        high = edge + 1
+        if slot == 0:
+            edge0, cut0 = edge, cut
+        if slot == 1:
+            edge1, cut1 = edge, cut
+        if slot == 2:
+            edge2, cut2 = edge, cut
+        if slot == 3:
+            edge3, cut3 = edge, cut
+        if slot == 4:
+            edge4, cut4 = edge, cut
+
+    level = tl.where(is_among(bits, edge4, cut4), (LEVELS >> 16) & 15, 0)
+    level = tl.where(is_among(bits, edge3, cut3), (LEVELS >> 12) & 15, level)
+    level = tl.where(is_among(bits, edge2, cut2), (LEVELS >> 8) & 15, level)
+    level = tl.where(is_among(bits, edge1, cut1), (LEVELS >> 4) & 15, level)
+    level = tl.where(is_among(bits, edge0, cut0), LEVELS & 15, level)
+    tl.store(Levels + row * num_k_blocks + block, level.to(tl.int8), mask=bits >= 0)
 
 
 def refuses(num_k_blocks: int) -> str | None:
@@ -122,10 +152,16 @@ def _packed(numbers: list[int]) -> int:
     return sum(number << (4 * slot) for slot, number in enumerate(numbers))
 
 
-def _warps(width: int) -> int:
-    """One warp needs no barrier between its threads; wider rows would not fit its registers, and
-    ptxas gives the threads of more than four warps fewer."""
-    return max(1, width // (ENTRIES_PER_WARP if width <= 4 * ENTRIES_PER_WARP else 512))
+def launch_options(width: int, arch: int | str) -> dict[str, int]:
+    """For rows of width entries. arch: see triton_launch.architecture.
+
+    One warp needs no barrier between its threads; wider rows would not fit its registers, and
+    ptxas gives the threads of more than four warps fewer. Where it gives them all that one program
+    needs, at 128 they fit without spills and a fourth such program fits beside three.
+    """
+    count = max(1, width // (ENTRIES_PER_WARP if width <= 4 * ENTRIES_PER_WARP else 512))
+    limit = {"maxnreg": 128} if isinstance(arch, int) and knows_maxnreg() else {}
+    return warps(count) | limit
 
 
 def levels(
@@ -151,6 +187,6 @@ def levels(
     levels_kernel[(rows.shape[0],)](
         rows, out, num_k_blocks, *ends, *shares, int(MIN_LEVEL1_SHARE * num_k_blocks) + 1,
         BY_THRESHOLD=mask_mode == "thresholdbound", LEVELS=_packed(order), ALIGNS=_packed(aligns),
-        NUM_LEVELS=len(order), WIDTH=width, **warps(_warps(width)),
+        NUM_LEVELS=len(order), WIDTH=width, **launch_options(width, architecture(rows.device)),
     )  # fmt: skip
     return out.reshape(importance.shape)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..kernels.triton_launch import warps
-from ..kernels.triton_selection import count_within, largest, ordered_bits
+from ..kernels.triton_selection import OCTAVE, count_within, largest, ordered_bits
 
 # Key blocks a row may have: what a program holds in registers.
 MAX_KEY_BLOCKS = 8192
@@ -61,11 +61,12 @@ def select_kernel(
         # Blocks that do not compete rank behind weights that are too small for a number.
         bits = tl.where(k_alike, weight.to(tl.int32, bitcast=True), -1)
         total = tl.sum(weight, 0)
-        wanted, _ = count_within(bits, weight, given * total, total, num_k_blocks)
-        wanted = tl.maximum(wanted, 1)
-        kept = largest(bits, wanted, True)
+        wanted, _, _, _ = count_within(
+            bits, given * total, total, num_k_blocks, tl.max(bits, 0) + 1, 0.0 * total, OCTAVE
+        )
+        kept = largest(bits, tl.maximum(wanted, 1), OCTAVE)
     else:
-        kept = largest(ordered_bits(score), given, True)
+        kept = largest(ordered_bits(score), given, OCTAVE)
 
     q_block = first_row + row
     q_alike = tl.load(QAlike + sequence * num_q_blocks + q_block) > 0

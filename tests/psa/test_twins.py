@@ -66,6 +66,26 @@ for importance in (smooth / smooth.sum(-1, keepdim=True), tied, torch.ones(1, 1,
             want = assign_levels(importance, ratios, **how)
             assert torch.equal(got, want), (mode, ratios, sizes, got, want)
 
+# Whole numbers add up to the same in any order, so that every bound is met exactly: heavy tails,
+# plateaus, zeros, one that is all of it, rows that end where a bound is.
+def heavy(rows, blocks, spread):
+    drawn = torch.rand(rows, blocks, generator=generator)
+    return ((drawn * spread).exp() - 1).floor()
+rows = [heavy(2, 200, spread) for spread in (1.0, 4.0, 8.0)]
+rows += [torch.zeros(1, 200), torch.eye(200)[3:4] * 1000, torch.full((1, 200), 2.0**-9)]
+rows += [torch.arange(200.)[None] % 2, heavy(1, 200, 5.0).sort(descending=True)[0]]
+rows += [heavy(1, 200, 10.0) * 2**-80]
+rows = torch.cat(rows)
+for ratios, sizes in [
+    ({1: [0, 0.5], 2: [0, 0.6], 4: [0, 0.6], 8: [0, 0.8]}, (32, 32)),
+    ({1: [0, 0.4], 2: [0, 0.5], 4: [0, 0.6], 8: [0, 0.8]}, (128, 32)),
+    ({1: [0, 0.02], 2: [0, 0.9], 4: [0, 0.999], 8: [0, 1.0]}, (32, 32)),
+]:
+    for mode in ("topk", "thresholdbound"):
+        how = {"mask_mode": mode, "block_n": sizes[0], "tile_n": sizes[1]}
+        got, want = triton_levels.levels(rows, ratios, **how), assign_levels(rows, ratios, **how)
+        assert torch.equal(got, want), (mode, ratios, (got != want).sum(1))
+
 golden = np.load(sys.argv[1])
 for index, case in list(enumerate(json.loads(str(golden["cases"]))))[1:32:9]:
     importance = torch.from_numpy(golden[f"importance_{index}"])[:, :, :1]
@@ -122,7 +142,7 @@ def levels_kernel(capability, width, by_threshold):
     constants |= {"NUM_LEVELS": 4, "WIDTH": width}
     types = {"Importance": "*fp32", "Levels": "*i8"}
     types |= {f"share{slot}": "fp32" for slot in range(5)}
-    options = {"num_warps": twin._warps(width)}
+    options = twin.launch_options(width, capability)
     return compiled(twin.levels_kernel, types, constants, capability, options)
 
 
