@@ -19,7 +19,7 @@ from torch import Tensor
 from .attention import candidates, check_call
 from .memory_errors import OUT_OF_MEMORY, is_out_of_memory, short_error
 from .plan import BlockPlan
-from .registry import Kernel, KernelCall, unavailable_reason
+from .registry import KeptPools, Kernel, KernelCall, unavailable_reason
 
 MAX_SHAPES = 64
 MAX_REASON = 200
@@ -146,8 +146,10 @@ class KernelFallback:
         scale: float,
         kernel: str = "auto",
         precision: str = "auto",
+        kept: KeptPools | None = None,
     ) -> KernelRun:
-        """block_sparse_attention that survives failing kernels. Arguments as there.
+        """block_sparse_attention that survives failing kernels. Arguments as there, and what
+        earlier calls left for this one.
 
         A kernel that runs out of memory is passed over for this call only: the next one may
         find more. A precision that no kernel offers gives way to native.
@@ -156,7 +158,7 @@ class KernelFallback:
             NoKernelServesError: no kernel is left for this shape, with the reasons.
             ValueError: the tensors do not fit each other or the plan.
         """
-        call = KernelCall(q, k, v, plan, scale, precision)
+        call = KernelCall(q, k, v, plan, scale, precision, kept)
         choice = self._choice(call, kernel)
         passed_over: tuple[str, ...] = ()
         for pair in tuple(choice.able):

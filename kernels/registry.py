@@ -28,6 +28,20 @@ PROVIDERS = (
 )
 
 
+@dataclass
+class KeptPools:
+    """What a kernel has pooled in one call and need not pool in the next ones.
+
+    For calls whose keys and values are the same, in the same memory, in every block that the plan
+    of any of them pools.
+
+    Attributes:
+        made: by the kernel that put it there, for itself.
+    """
+
+    made: object = None
+
+
 @dataclass(frozen=True)
 class KernelCall:
     """One call as a kernel sees it. q, k, v: [B, H, N, D], any strides."""
@@ -38,6 +52,7 @@ class KernelCall:
     plan: BlockPlan
     scale: float
     precision: str = "native"
+    kept: KeptPools | None = None
 
     @property
     def needs_gradients(self) -> bool:

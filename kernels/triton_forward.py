@@ -55,14 +55,17 @@ def _attend_by_groups(call: KernelCall, out: Tensor, log_sums: Tensor | None) ->
     call = replace(call, q=q, k=k, v=v)
     launch = launch_for(architecture(call.q.device), head_dim, call.precision, call.plan.block_m)
     assert launch is not None, "the kernel refuses what has no settings"
-    scratch = Scratch(call)
+    kept = Scratch.kept(call)
+    scratch = Scratch(call) if kept is None else kept
     # Triton launches on the current device, whatever the tensors are on.
     on_device = torch.cuda.device(call.q.device) if call.q.is_cuda else contextlib.nullcontext()
     with on_device:
         for first in range(0, batch * heads, scratch.group):
             count = min(scratch.group, batch * heads - first)
-            scratch.fill(call.q, call.k, call.v, first, count)
+            if kept is None:
+                scratch.fill(call.q, call.k, call.v, first, count)
             _attend(call, scratch, out, log_sums, first, count, launch)
+    scratch.keep(call)
 
 
 def _attend(

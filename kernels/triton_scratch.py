@@ -1,7 +1,8 @@
 """What the Triton attention kernel reads besides q, k and v, for a group of heads at a time.
 
 Pooled levels, and in 8 bits the quantised queries, keys and values. Allocated once per call and
-filled again for every group, so extra memory does not grow with the number of heads.
+filled again for every group, so extra memory does not grow with the number of heads. Where one
+group has all heads, pooled levels can serve further calls.
 """
 
 from __future__ import annotations
@@ -45,6 +46,12 @@ def scratch_limit(device: torch.device) -> int:
     return max(SCRATCH_BYTES, int(GPU_SHARE * memory))
 
 
+def _pooled_from(call: KernelCall) -> tuple[object, ...]:
+    """What pooled keys and values depend on, but for what is in the memory they are made of."""
+    sources = [(x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) for x in (call.k, call.v)]
+    return *sources, call.plan.levels, call.plan.block_n, call.precision
+
+
 class Scratch:
     """Scratch memory of one call.
 
@@ -54,7 +61,8 @@ class Scratch:
 
     def __init__(self, call: KernelCall) -> None:
         plan, k = call.plan, call.k
-        self.call = call
+        self.plan = plan
+        self._pooled = _pooled_from(call)
         self.quantized = call.precision in ("int8", "fp8")
         self.fp8 = call.precision == "fp8"
         heads, head_dim = k.shape[0] * k.shape[1], k.shape[3]
@@ -87,12 +95,24 @@ class Scratch:
         self.k_scale = empty(len(plan.levels) if self.quantized else 0, plan.num_k_blocks)
         self.v_scale = empty(0)
 
+    @classmethod
+    def kept(cls, call: KernelCall) -> Scratch | None:
+        """What an earlier call left for this one, full."""
+        made = None if call.kept is None else call.kept.made
+        return made if isinstance(made, cls) and made._pooled == _pooled_from(call) else None
+
+    def keep(self, call: KernelCall) -> None:
+        """Leave it for further calls, if it has what is pooled of all heads and nothing else."""
+        all_heads = self.group == call.k.shape[0] * call.k.shape[1]
+        if call.kept is not None and self.k_rows and all_heads and not self.quantized:
+            call.kept.made = self
+
     def fill(self, q: Tensor, k: Tensor, v: Tensor, first: int, count: int) -> None:
         """Compute everything for heads first to first + count, counted over the whole batch."""
         if self.quantized:
             self._quantize(q, k, v, first, count)
         elif self.k_rows:
-            plan = self.call.plan
+            plan = self.plan
             pool_kernel[plan.num_k_blocks, count](
                 *(k, v, self.k, self.v, *strides(k), *strides(v)),
                 *(first, k.shape[1], plan.k_len, self.k_rows),
@@ -103,7 +123,7 @@ class Scratch:
             )
 
     def _quantize(self, q: Tensor, k: Tensor, v: Tensor, first: int, count: int) -> None:
-        plan, heads, head_dim = self.call.plan, k.shape[1], k.shape[3]
+        plan, heads, head_dim = self.plan, k.shape[1], k.shape[3]
         chunks = -(-plan.k_len // CHUNK_TOKENS)
         k_sums = k.new_empty(count, chunks, head_dim, dtype=torch.float32)
         v_largest = k.new_empty(count if self.fp8 else 0, chunks, head_dim, dtype=torch.float32)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..kernels import BlockPlan
+from ..kernels.registry import KeptPools
 from .attention_call import AttentionCall
 from .failures import Failures
 from .forward_order import ForwardOrder
@@ -92,6 +93,13 @@ class ForwardState:
         if self.frames is None or not is_first:
             return None
         return self.frames.plan(layer, call.k_len)
+
+    def kept_for(self, call: AttentionCall) -> KeptPools | None:
+        """What kernels keep for the call that plan_of() was asked for last, and its like."""
+        if self.frames is None or self.tokens is None:
+            return None
+        is_one_frame = self.tokens.is_one_frame(call.q_len, call.k_len)
+        return self.frames.kept if is_one_frame else None
 
     def kind_of(self, call: AttentionCall) -> Hashable:
         """What the time of a call depends on; of plans made per call, the first stands for all."""

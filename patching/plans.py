@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import BlockPlan, TokenLayout
-from .frame_calls import frame_plans
+from .frame_calls import FramePlans, frame_plans
 from .settings import SparsePolicy, StaticPolicy
 
 # Context windows and a changed resolution alternate between a few grids; more than this is churn.
@@ -95,15 +95,13 @@ class PlanCache:
     def __init__(self, limit: int = MAX_GRIDS) -> None:
         self._plans: _BoundedCache[BlockPlan] = _BoundedCache(limit)
         self._orders: _BoundedCache[TokenOrder | None] = _BoundedCache(limit)
-        self._frames: _BoundedCache[tuple[BlockPlan, ...]] = _BoundedCache(limit)
+        self._frames: _BoundedCache[FramePlans] = _BoundedCache(limit)
 
     def plan(self, policy: StaticPolicy, layout: TokenLayout, device: torch.device) -> BlockPlan:
         key = (policy, layout, device)
         return self._plans.get(key, lambda: policy.static_plan(layout, device))
 
-    def frames(
-        self, policy: StaticPolicy, layout: TokenLayout, device: torch.device
-    ) -> tuple[BlockPlan, ...]:
+    def frames(self, policy: StaticPolicy, layout: TokenLayout, device: torch.device) -> FramePlans:
         """Of a model whose attention comes frame by frame."""
         key = (policy, layout, device)
         return self._frames.get(key, lambda: frame_plans(policy, layout, device))

@@ -91,7 +91,7 @@ def _where_guided(net: Any, choice: SparseChoice, layout: TokenLayout) -> tuple[
         return ()
     if not choice.policy.is_static or choice.policy.order(layout) is not None:
         return ("Where a pose guides the model, attention comes frame by frame and stays dense.",)
-    plans = frame_plans(cast(StaticPolicy, choice.policy), layout, torch.device("cpu"))
+    plans = frame_plans(cast(StaticPolicy, choice.policy), layout, torch.device("cpu")).calls
     density = sum(plan.density() for plan in plans) / len(plans)
     return (
         f"Where a pose guides the model, attention comes frame by frame, at density {density:.3f}.",

@@ -276,6 +276,7 @@ class AttentionRouter:
             scale=scale,
             kernel=choice.kernel,
             precision=choice.precision if call.low_precision_allowed else "native",
+            kept=forward.kept_for(call),
         )
         _say(forward, ran.notes)
         out = ran.out

@@ -1,10 +1,13 @@
 """Animate 2: sparse over the video, or frame by frame where a pose guides it."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from sparse_video_attention.kernels import BlockPlan
+from sparse_video_attention.patching import AttentionSettings, Schedule, SparseChoice, install
 from sparse_video_attention.patching.router import OVERRIDE_KEY
 
 from .animate2_model import LAYOUT, POSE, animate2
@@ -197,6 +200,58 @@ def test_a_call_that_is_missing_makes_its_layer_dense(model, patched, pose):
     assert blocks == [1]
     sparse = [call.layer for call in record.calls if call.reason is None]
     assert sparse == [2] * LAYOUT.frames
+
+
+def test_what_one_frame_pools_is_right_for_the_frames_it_is_kept_for(
+    model, pose, band, monkeypatch
+):
+    """A kernel that keeps pooled keys may use them in every call that it is handed them in."""
+    from sparse_video_attention.kernels import registry
+
+    torch_kernel = registry.kernels()["torch"]
+    handed = []
+
+    class Pooling(band):
+        """Each block itself and the pose, the others by their means."""
+
+        def static_plan(self, layout, device):
+            block = torch.arange(-(-layout.num_tokens // 64))
+            mask = (block[:, None] == block) | (block >= VIDEO // 64)
+            tokens = {"q_len": layout.num_tokens, "k_len": layout.num_tokens}
+            return BlockPlan.from_mask(
+                mask, block_m=64, block_n=64, pooled_remainder=True, **tokens
+            ).on_device(device)
+
+    def pooled(call):
+        """k and v of the key blocks that some row of the call's plan pools, NaN elsewhere."""
+        levels = call.plan.to_levels()
+        columns = (levels > 1).any(2).flatten(0, 1).any(0)
+        rows = columns.repeat_interleave(call.plan.block_n)[: call.plan.k_len]
+        return torch.stack([call.k, call.v]).masked_fill(~rows[:, None], float("nan"))
+
+    def run(call):
+        handed.append((call.kept, call.k.data_ptr(), pooled(call)))
+        return torch_kernel.run(call)
+
+    keeper = replace(torch_kernel, name="keeper", run=run, rank=lambda call: 9.0)
+    monkeypatch.setattr(registry, "_KERNELS", {"keeper": keeper})
+    registry.unavailable_reason.cache_clear()
+    choice = SparseChoice(Pooling(), Schedule(dense_timesteps=0), min_tokens=0)
+    model.run(install(model.patcher, AttentionSettings(sparse=choice)), pose_latents=pose)
+
+    layers = [handed[at : at + LAYOUT.frames] for at in range(0, len(handed), LAYOUT.frames)]
+    assert len(layers) == LAYERS
+    for (first, *_), *others in layers:
+        assert first is None, "the first frame has no pose behind its keys"
+        owners = {id(kept) for kept, _, _ in others}
+        assert len(owners) == 1 and None not in [kept for kept, _, _ in others]
+        sources = [source for _, _, source in others]
+        assert any(source.isfinite().any() for source in sources), "nothing is pooled"
+        for source in sources[1:]:
+            both = source.isfinite() & sources[0].isfinite()
+            assert torch.equal(source[both], sources[0][both])
+    assert len({id(layer[1][0]) for layer in layers}) == LAYERS
+    registry.unavailable_reason.cache_clear()
 
 
 @pytest.mark.parametrize("node", ["radial", "psa"])

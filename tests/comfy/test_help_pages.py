@@ -142,7 +142,7 @@ def test_numbers_on_the_radial_page_follow_from_the_mask(language):
         assert f"{density * 100:.0f} %" == percent and percent in text
     # Animate 2 has one frame more, the reference.
     for grid, percent in (((22, 30, 52), "42 %"), ((22, 45, 80), "32 %")):
-        plans = frame_plans(RadialPolicy(), TokenLayout(*grid), torch.device("cpu"))
+        plans = frame_plans(RadialPolicy(), TokenLayout(*grid), torch.device("cpu")).calls
         density = sum(plan.density() for plan in plans) / len(plans)
         assert f"{density * 100:.0f} %" == percent and percent in text
     for block_size, fewest in ((128, 43), (64, 22)):

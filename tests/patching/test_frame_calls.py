@@ -1,7 +1,7 @@
 """Which frame a call is of, where attention comes frame by frame."""
 
 import torch
-from sparse_video_attention.kernels import TokenLayout
+from sparse_video_attention.kernels import BlockPlan, TokenLayout
 from sparse_video_attention.patching.frame_calls import FrameCalls, frame_plans
 from sparse_video_attention.radial_attn import RadialPolicy
 
@@ -14,7 +14,7 @@ def plans():
 
 
 def test_a_plan_per_frame_keeps_what_radial_keeps_and_all_of_the_pose():
-    found = plans()
+    found = plans().calls
     assert [(plan.q_len, plan.k_len) for plan in found] == [(FRAME, VIDEO)] + [
         (FRAME, VIDEO + FRAME)
     ] * 3
@@ -30,8 +30,8 @@ def test_a_plan_per_frame_keeps_what_radial_keeps_and_all_of_the_pose():
 
 
 def test_frames_come_in_order_layer_by_layer():
-    found = plans()
-    calls = FrameCalls(found)
+    made = plans()
+    calls, found = FrameCalls(made), made.calls
     for layer in (0, 1, 5):
         assert calls.plan(layer, VIDEO) is found[0]
         for plan in found[1:]:
@@ -51,3 +51,43 @@ def test_calls_that_come_otherwise_have_no_plan():
     for _ in range(3):
         assert calls.plan(2, VIDEO + FRAME) is not None
     assert calls.plan(2, VIDEO + FRAME) is None, "a frame too many"
+
+
+def test_frames_behind_the_first_keep_what_is_pooled_layer_by_layer():
+    calls, found = FrameCalls(plans()), []
+    for layer in (0, 1, 1):
+        calls.plan(layer, VIDEO)
+        assert calls.kept is None, "the first frame's keys are in a place of their own"
+        calls.plan(layer, VIDEO + FRAME)
+        found.append(calls.kept)
+        for _ in range(2):
+            calls.plan(layer, VIDEO + FRAME)
+            assert calls.kept is found[-1] is not None
+        calls.plan(layer, VIDEO + FRAME)
+        assert calls.kept is None, "a frame too many"
+    assert len(set(map(id, found))) == 3
+
+
+def test_nothing_is_kept_where_the_pose_may_be_pooled():
+    made = plans()
+    assert not made.pools_pose
+    calls = FrameCalls(made._replace(pools_pose=True))
+    calls.plan(0, VIDEO)
+    assert calls.plan(0, VIDEO + FRAME) is made.calls[1]
+    assert calls.kept is None
+
+
+class PoolsFarBlocks(RadialPolicy):
+    """All but the block itself, the tokens beside the video too."""
+
+    def static_plan(self, layout, device):
+        blocks = -(-layout.num_tokens // 128)
+        tokens = {"q_len": layout.num_tokens, "k_len": layout.num_tokens}
+        return BlockPlan.from_mask(
+            torch.eye(blocks) > 0, block_m=128, block_n=128, pooled_remainder=True, **tokens
+        )
+
+
+def test_a_policy_that_pools_the_pose_is_seen():
+    assert frame_plans(PoolsFarBlocks(), LAYOUT, torch.device("cpu")).pools_pose
+    assert not frame_plans(RadialPolicy(), LAYOUT, torch.device("cpu")).pools_pose
