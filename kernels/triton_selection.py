@@ -102,8 +102,12 @@ def count_within(bits, limit, total, length, high, sum_from_high, REACH: tl.cons
     their_sum = _sum_from(bits, edge + 1)
     # Of equal values at the edge, as many as still fit.
     value = edge.to(tl.float32, bitcast=True)
-    fitting = tl.math.floor((limit - their_sum) / value).to(tl.int32)
-    count = tl.where(limit >= total, length, tl.minimum(larger + fitting, length))
+    left = limit - their_sum
+    fitting = tl.math.floor(left / value)
+    # A GPU's quotient may be a little off.
+    fitting += ((fitting + 1) * value <= left).to(tl.float32)
+    fitting -= (fitting * value > left).to(tl.float32)
+    count = tl.where(limit >= total, length, tl.minimum(larger + fitting.to(tl.int32), length))
     return count, edge, larger, their_sum
 
 

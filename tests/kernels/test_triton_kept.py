@@ -1,5 +1,6 @@
 """What is pooled in one call serves the next where their keys are the same there."""
 
+import pytest
 import torch
 from sparse_video_attention.kernels import BlockPlan
 from sparse_video_attention.kernels.reference import reference_attention
@@ -77,3 +78,17 @@ def test_eight_bits_are_quantised_at_every_call(interpreter):
 
 def test_a_layer_in_groups_of_heads_pools_at_every_call(interpreter):
     assert run(interpreter, calls(2), [0, 0], settings={SCRATCH_BYTES: 1}) == 2 * 4
+
+
+@pytest.mark.gpu
+def test_pools_made_on_the_gpu_serve_the_next_calls():
+    from .kept_pools import in_one_buffer
+
+    case = calls(3)
+    on_gpu = ([x.cuda() for x in part] for part in case[:3])
+    plans = [plan.on_device(torch.device("cuda")) for plan in case[3]]
+    outputs, fills = in_one_buffer(*on_gpu, plans, "native", [0, 0, 0])
+    assert fills == 1
+    for out, k, v, q, plan in zip(outputs, *case, strict=True):
+        want = reference_attention(q, k, v, plan, scale=0.2)
+        assert (out.cpu().double() - want.double()).norm() / want.double().norm() < 2e-3

@@ -10,7 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sparse_video_attention.kernels import TokenLayout, triton_launch
-from sparse_video_attention.psa import PsaPolicy, triton_importance
+from sparse_video_attention.psa import (
+    PsaPolicy,
+    assign_levels,
+    triton_importance,
+    triton_levels,
+)
 from sparse_video_attention.psa.preset import SimThresholds
 
 # The interpreter multiplies bf16 as if it were whole numbers, so these are fp16.
@@ -288,3 +293,18 @@ def test_plan_on_a_gpu_is_the_plan_on_the_cpu(mask_mode, block_n, head_dim, dtyp
     assert policy.twins.failures() == {}
     # Sums in another order may move a block that lies on a bound.
     assert (plan.to_levels().cpu() != want).float().mean() < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask_mode", ["topk", "thresholdbound"])
+@pytest.mark.parametrize("blocks", [300, 2363, 7000], ids=lambda blocks: f"N{blocks}")
+def test_levels_of_long_rows_are_equal_to_torch_on_a_gpu(mask_mode, blocks):
+    """One warp, four and sixteen. Whole numbers add up to the same in any order."""
+    generator = torch.Generator().manual_seed(4)
+    drawn = torch.rand(64, blocks, generator=generator)
+    rows = ((drawn * torch.linspace(0.5, 7.0, 64)[:, None]).exp() - 1).floor()
+    assert rows.sum(1).max() < 2**24
+    ratios = {1: [0, 0.3], 2: [0, 0.5], 4: [0, 0.5], 8: [0, 0.8]}
+    how = {"mask_mode": mask_mode, "block_n": 32, "tile_n": 32}
+    got = triton_levels.levels(rows.cuda(), ratios, **how)
+    assert torch.equal(got.cpu(), assign_levels(rows, ratios, **how))
