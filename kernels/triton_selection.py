@@ -1,7 +1,8 @@
 """The largest values of a row by bisection of their bits, for Triton kernels that hold a row whole.
 
 Where the n-th largest value lies is found by halving what it lies between, one count over the row
-a time, until no other value is left there: no sort, and no exchange of values between threads.
+a time, until no other value is left there or the count is met: no sort, and no exchange of values
+between threads.
 """
 
 from __future__ import annotations
@@ -31,6 +32,12 @@ def count_from(bits, bound):
 
 
 @triton.jit
+def bound_above(bits):
+    """A bound that none lies at or above, but for a NaN of the largest bits."""
+    return tl.minimum(tl.max(bits, 0), HIGHEST - 1) + 1
+
+
+@triton.jit
 def _sum_from(bits, bound):
     """The sum of the values whose bits lie at the bound or above it, which is above 0."""
     return tl.sum(tl.where(bits >= bound, bits.to(tl.float32, bitcast=True), 0.0), 0)
@@ -38,7 +45,7 @@ def _sum_from(bits, bound):
 
 @triton.jit
 def _between(low, high, reach):
-    """The middle, but no farther than reach below high; for bounds of one sign that are 2 apart."""
+    """The middle, but no farther than reach below high; for bounds of one sign, 2 or more apart."""
     return high - tl.minimum((high - low) >> 1, reach)
 
 
@@ -75,7 +82,8 @@ def count_within(bits, limit, total, length, high, sum_from_high, REACH: tl.cons
     sum. high: a bound above the first value that does not fit, and the sum of what lies from it on.
     REACH: as in edge_of_count.
 
-    Returns that, the bits of the first value that does not fit, how many are larger, and their sum.
+    Returns that, the bits of the first value that does not fit (of the largest below high where all
+    fit), how many are larger, and their sum.
     """
     # What does not fit is spread over no more than all values: one of them is as large as that.
     share = 0.5 * (total - limit) / length

@@ -15,6 +15,7 @@ from ..kernels.triton_launch import architecture, knows_maxnreg, warps
 from ..kernels.triton_selection import (
     HIGHEST,
     OCTAVE,
+    bound_above,
     count_from,
     count_within,
     edge_of_count,
@@ -72,7 +73,7 @@ def levels_kernel(
     NUM_LEVELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Grid (rows,). Importance: fp32 [rows, num_k_blocks]; Levels: int8 likewise.
+    """Grid (rows,). Importance: fp32 [rows, num_k_blocks]; Levels: int8 likewise, zeros before.
 
     LEVELS, ALIGNS: the levels in the order in which they take blocks and what their counts are
     multiples of, four bits each. end: their ends in a topk row. share: their bounds, and least:
@@ -87,7 +88,7 @@ def levels_kernel(
     total = tl.sum(importance, 0)
 
     # Levels end at lower and lower values, which are found from the one before on.
-    high = tl.max(bits, 0) + 1
+    high = bound_above(bits)
     high_of_sum, sum_from_high = high, 0.0
     end = 0
     # Nothing lies above HIGHEST.
@@ -138,6 +139,7 @@ def levels_kernel(
     level = tl.where(is_among(bits, edge2, cut2), (LEVELS >> 8) & 15, level)
     level = tl.where(is_among(bits, edge1, cut1), (LEVELS >> 4) & 15, level)
     level = tl.where(is_among(bits, edge0, cut0), LEVELS & 15, level)
+    # By another mask than the load's, which would take registers all through the loops.
     tl.store(Levels + row * num_k_blocks + block, level.to(tl.int8), mask=bits >= 0)
 
 
@@ -156,12 +158,13 @@ def launch_options(width: int, arch: int | str) -> dict[str, int]:
     """For rows of width entries. arch: see triton_launch.architecture.
 
     One warp needs no barrier between its threads; wider rows would not fit its registers, and
-    ptxas gives the threads of more than four warps fewer. Where it gives them all that one program
-    needs, at 128 they fit without spills and a fourth such program fits beside three.
+    ptxas gives the threads of more than four warps fewer. Up to four take 128 to 168 registers if
+    they may, and no more than 128 suffice, of which a quarter more programs fit a multiprocessor;
+    on compute capability 12 that would spill.
     """
     count = max(1, width // (ENTRIES_PER_WARP if width <= 4 * ENTRIES_PER_WARP else 512))
-    limit = {"maxnreg": 128} if isinstance(arch, int) and knows_maxnreg() else {}
-    return warps(count) | limit
+    is_limited = isinstance(arch, int) and arch < 120 and knows_maxnreg()
+    return warps(count) | ({"maxnreg": 128} if is_limited else {})
 
 
 def levels(
@@ -170,7 +173,8 @@ def levels(
     """As levels.assign_levels, for rows that `refuses` accepts and arguments it has checked."""
     num_k_blocks = importance.shape[-1]
     rows = importance.float().reshape(-1, num_k_blocks).contiguous()
-    out = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
+    # Zeros: an importance that is negative, or no number and has a sign, gets no level.
+    out = torch.zeros(rows.shape, dtype=torch.int8, device=rows.device)
     ends, shares = [0] * MAX_SLOTS, [0.0] * MAX_SLOTS
     if mask_mode == "topk":
         segments = topk_segments(mask_ratios, num_k_blocks, block_n=block_n, tile_n=tile_n)

@@ -12,7 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..kernels.triton_launch import warps
-from ..kernels.triton_selection import OCTAVE, count_within, largest, ordered_bits
+from ..kernels.triton_selection import (
+    OCTAVE,
+    bound_above,
+    count_within,
+    largest,
+    ordered_bits,
+)
 
 # Key blocks a row may have: what a program holds in registers.
 MAX_KEY_BLOCKS = 8192
@@ -62,7 +68,7 @@ def select_kernel(
         bits = tl.where(k_alike, weight.to(tl.int32, bitcast=True), -1)
         total = tl.sum(weight, 0)
         wanted, _, _, _ = count_within(
-            bits, given * total, total, num_k_blocks, tl.max(bits, 0) + 1, 0.0 * total, OCTAVE
+            bits, given * total, total, num_k_blocks, bound_above(bits), 0.0 * total, OCTAVE
         )
         kept = largest(bits, tl.maximum(wanted, 1), OCTAVE)
     else:

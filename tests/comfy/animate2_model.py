@@ -19,15 +19,18 @@ _I2V = dict(config={"in_dim": 36, "out_dim": 16}, x=(1, 36, 3, 16, 20))
 
 
 def animate2(comfyui):
-    """The Model, of ComfyUI's own class where there is one."""
+    """The Model, of ComfyUI's own class where there is one; is_comfyuis_own says whether it is."""
     try:
         importlib.import_module(f"comfy.ldm.{CODE}")
     except ModuleNotFoundError:
         model = Model(comfyui, wan(**_I2V))
         model.net.__class__ = _stand_in()
         model.dense = model.run(model.patcher)[0]
+        model.is_comfyuis_own = False
         return model
-    return Model(comfyui, wan(code=CODE, name=NAME, **_I2V))
+    model = Model(comfyui, wan(code=CODE, name=NAME, **_I2V))
+    model.is_comfyuis_own = True
+    return model
 
 
 def _stand_in():

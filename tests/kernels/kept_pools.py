@@ -5,12 +5,14 @@ from sparse_video_attention.kernels.triton_forward import forward
 from sparse_video_attention.kernels.triton_scratch import Scratch
 
 
-def in_one_buffer(keys, values, queries, plans, precision, sharing):
+def in_one_buffer(keys, values, queries, plans, precision, sharing, moved=()):
     """(outputs, how often scratch was filled) of calls whose keys stand in one place in turn.
 
-    keys, values: what is there at each call; sharing: of each call, a number per KeptPools.
+    keys, values: what is there at each call; sharing: of each call, a number per KeptPools;
+    moved: calls whose keys are put in another place.
     """
     k, v = keys[0].clone(), values[0].clone()
+    places = []
     kept = {number: KeptPools() for number in set(sharing)}
     fills, fill = [], Scratch.fill
 
@@ -22,6 +24,9 @@ def in_one_buffer(keys, values, queries, plans, precision, sharing):
     try:
         outputs = []
         for call, (q, plan, number) in enumerate(zip(queries, plans, sharing, strict=True)):
+            if call in moved:
+                places.append(k)  # its memory is not given to others
+                k = k.clone()
             k.copy_(keys[call])
             v.copy_(values[call])
             made = KernelCall(q, k, v, plan, 0.2, precision, kept[number])

@@ -36,9 +36,9 @@ def calls(count, *, batch=2, heads=2):
     return keys, values, queries, plans
 
 
-def run(interpreter, case, sharing, precision="native", settings=None):
+def run(interpreter, case, sharing, precision="native", moved=(), settings=None):
     outputs, fills = interpreter.call(
-        "kept_pools:in_one_buffer", *case, precision, sharing, settings=settings
+        "kept_pools:in_one_buffer", *case, precision, sharing, moved, settings=settings
     )
     for out, k, v, q, plan in zip(outputs, *case, strict=True):
         want = reference_attention(q, k, v, plan, scale=0.2)
@@ -56,6 +56,10 @@ def test_calls_that_do_not_share_pool_each(interpreter):
     for x in case[0][2], case[1][2]:
         x[:, :, :OWN] += 1.0  # the third call's keys are others everywhere
     assert run(interpreter, case, [0, 0, 1]) == 2
+
+
+def test_keys_in_another_place_pool_anew(interpreter):
+    assert run(interpreter, calls(3), [0, 0, 0], moved=(1,)) == 2
 
 
 def test_other_levels_pool_anew(interpreter):
@@ -85,7 +89,7 @@ def test_pools_made_on_the_gpu_serve_the_next_calls():
     from .kept_pools import in_one_buffer
 
     case = calls(3)
-    on_gpu = ([x.cuda() for x in part] for part in case[:3])
+    on_gpu = ([x.cuda().half() for x in part] for part in case[:3])
     plans = [plan.on_device(torch.device("cuda")) for plan in case[3]]
     outputs, fills = in_one_buffer(*on_gpu, plans, "native", [0, 0, 0])
     assert fills == 1

@@ -1,5 +1,8 @@
 """Which frame a call is of, where attention comes frame by frame."""
 
+from dataclasses import dataclass
+
+import pytest
 import torch
 from sparse_video_attention.kernels import BlockPlan, TokenLayout
 from sparse_video_attention.patching.frame_calls import FrameCalls, frame_plans
@@ -77,17 +80,27 @@ def test_nothing_is_kept_where_the_pose_may_be_pooled():
     assert calls.kept is None
 
 
-class PoolsFarBlocks(RadialPolicy):
-    """All but the block itself, the tokens beside the video too."""
+@dataclass(frozen=True)
+class PoolsOneBlock(RadialPolicy):
+    """Everything but one key block, and that by its mean."""
+
+    column: int = 0
 
     def static_plan(self, layout, device):
         blocks = -(-layout.num_tokens // 128)
+        mask = torch.arange(blocks).expand(blocks, -1) != self.column
         tokens = {"q_len": layout.num_tokens, "k_len": layout.num_tokens}
-        return BlockPlan.from_mask(
-            torch.eye(blocks) > 0, block_m=128, block_n=128, pooled_remainder=True, **tokens
-        )
+        return BlockPlan.from_mask(mask, block_m=128, block_n=128, pooled_remainder=True, **tokens)
 
 
-def test_a_policy_that_pools_the_pose_is_seen():
-    assert frame_plans(PoolsFarBlocks(), LAYOUT, torch.device("cpu")).pools_pose
-    assert not frame_plans(RadialPolicy(), LAYOUT, torch.device("cpu")).pools_pose
+# Video and pose meet in block 6, of tokens 768 to 895; the pose ends in block 7.
+@pytest.mark.parametrize("column, pools_pose", [(0, False), (5, False), (6, True), (7, True)])
+def test_a_policy_that_pools_the_pose_is_seen(column, pools_pose):
+    made = frame_plans(PoolsOneBlock(column=column), LAYOUT, torch.device("cpu"))
+    assert made.pools_pose == pools_pose
+
+
+def test_radial_does_not_pool_the_pose():
+    for block in (64, 128):
+        made = frame_plans(RadialPolicy(block_size=block), LAYOUT, torch.device("cpu"))
+        assert not made.pools_pose

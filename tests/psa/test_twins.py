@@ -79,7 +79,7 @@ def heavy(rows, blocks, spread):
 rows = [heavy(2, 200, spread) for spread in (1.0, 4.0, 8.0)]
 rows += [torch.zeros(1, 200), torch.eye(200)[3:4] * 1000, torch.full((1, 200), 2.0**-9)]
 rows += [torch.arange(200.)[None] % 2, heavy(1, 200, 5.0).sort(descending=True)[0]]
-rows += [heavy(1, 200, 10.0) * 2**-80]
+rows += [heavy(1, 200, 10.0) * 2**-80, torch.randint(900, 1100, (1, 200), generator=generator)]
 rows = torch.cat(rows)
 for ratios, sizes in [
     ({1: [0, 0.5], 2: [0, 0.6], 4: [0, 0.6], 8: [0, 0.8]}, (32, 32)),
@@ -90,6 +90,17 @@ for ratios, sizes in [
         how = {"mask_mode": mode, "block_n": sizes[0], "tile_n": sizes[1]}
         got, want = triton_levels.levels(rows, ratios, **how), assign_levels(rows, ratios, **how)
         assert torch.equal(got, want), (mode, ratios, (got != want).sum(1))
+
+# What is no number is nobody's level, or anybody's: never what was in memory.
+odd = torch.rand(4, 40, generator=generator)
+odd[0] = -0.0
+odd[1, 3], odd[2, 5:7], odd[3] = float("nan"), -float("nan"), -float("nan")
+for mode in ("topk", "thresholdbound"):
+    how = {"mask_mode": mode, "block_n": 32, "tile_n": 32}
+    got = triton_levels.levels(odd, {1: [0, 0.2], 8: [0, 0.5]}, **how)
+    assert set(got.unique().tolist()) <= {0, 1, 8}, got
+    if mode == "topk":
+        assert (got[1] == 1).sum() == 8 and (got[1] == 8).sum() == 16, got[1]
 
 golden = np.load(sys.argv[1])
 for index, case in list(enumerate(json.loads(str(golden["cases"]))))[1:32:9]:
@@ -228,6 +239,9 @@ def test_importance_compiles_without_spills(capability, head_dim, keep, stride, 
         (89, 8192),
         (90, 1024),
         (90, 8192),
+        (100, 2048),
+        (120, 1024),
+        (120, 4096),
         ("gfx1100", 2048),
         ("gfx1100", 8192),
     ],
