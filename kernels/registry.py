@@ -36,10 +36,10 @@ class KeptPools:
     of any of them pools.
 
     Attributes:
-        made: by the kernel that put it there, for itself.
+        made: (what it was made from, what was made), as the kernel that made it says.
     """
 
-    made: object = None
+    made: tuple[object, object] | None = None
 
 
 @dataclass(frozen=True)

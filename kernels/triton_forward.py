@@ -65,7 +65,8 @@ def _attend_by_groups(call: KernelCall, out: Tensor, log_sums: Tensor | None) ->
             if kept is None:
                 scratch.fill(call.q, call.k, call.v, first, count)
             _attend(call, scratch, out, log_sums, first, count, launch)
-    scratch.keep(call)
+    if kept is None:
+        scratch.keep(call)
 
 
 def _attend(

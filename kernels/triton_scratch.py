@@ -62,7 +62,6 @@ class Scratch:
     def __init__(self, call: KernelCall) -> None:
         plan, k = call.plan, call.k
         self.plan = plan
-        self._pooled = _pooled_from(call)
         self.quantized = call.precision in ("int8", "fp8")
         self.fp8 = call.precision == "fp8"
         heads, head_dim = k.shape[0] * k.shape[1], k.shape[3]
@@ -98,14 +97,16 @@ class Scratch:
     @classmethod
     def kept(cls, call: KernelCall) -> Scratch | None:
         """What an earlier call left for this one, full."""
-        made = None if call.kept is None else call.kept.made
-        return made if isinstance(made, cls) and made._pooled == _pooled_from(call) else None
+        if call.kept is None or call.kept.made is None:
+            return None
+        source, made = call.kept.made
+        return made if isinstance(made, cls) and source == _pooled_from(call) else None
 
     def keep(self, call: KernelCall) -> None:
         """Leave it for further calls, if it has what is pooled of all heads and nothing else."""
         all_heads = self.group == call.k.shape[0] * call.k.shape[1]
         if call.kept is not None and self.k_rows and all_heads and not self.quantized:
-            call.kept.made = self
+            call.kept.made = _pooled_from(call), self
 
     def fill(self, q: Tensor, k: Tensor, v: Tensor, first: int, count: int) -> None:
         """Compute everything for heads first to first + count, counted over the whole batch."""

@@ -150,6 +150,6 @@ def largest(bits, count, REACH: tl.constexpr):
     # Of negative ones no matter how many there are: a row is shorter.
     edge, found = edge_of_count(
         bits, count, tl.where(is_positive, 0, _LOWEST), tl.where(is_positive, from_zero, 1 << 14),
-        tl.where(is_positive, HIGHEST, 0), REACH,
+        tl.where(is_positive, bound_above(bits), 0), REACH,
     )  # fmt: skip
     return is_among(bits, edge, end_at_edge(bits, edge, found - count))
