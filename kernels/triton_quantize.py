@@ -20,7 +20,7 @@ FP8_MAX: tl.constexpr = tl.constexpr(448.0)
 
 
 @triton.jit
-def _to_int8(x):
+def to_int8(x):
     return tl.math.floor(x + 0.5).to(tl.int8)
 
 
@@ -48,7 +48,7 @@ def quantize_queries_kernel(
     query = tl.load(at, mask=rows[:, None] < q_len, other=0.0).to(tl.float32)
     scale = tl.maximum(tl.max(magnitude(query), 1), TINY) / 127.0
     out = tl.program_id(1).to(tl.int64) * q_len + rows
-    query = _to_int8(query / scale[:, None])
+    query = to_int8(query / scale[:, None])
     tl.store(Int8Q + out[:, None] * HEAD_DIM + dims, query, mask=rows[:, None] < q_len)
     tl.store(QScale + out, scale, mask=rows < q_len)
 
@@ -56,7 +56,7 @@ def quantize_queries_kernel(
 @triton.jit
 def _store_int8(out, rows, x, scale, HEAD_DIM: tl.constexpr):
     at = rows[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
-    tl.store(out + at, _to_int8(x / scale))
+    tl.store(out + at, to_int8(x / scale))
 
 
 @triton.jit

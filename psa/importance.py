@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.twins import Twins
+from .quantized import has_fast_int8, round_keys, round_rows
 from .sampling import QUARTER, Sample
 
 # Scores held at once, in elements of 4 bytes; there are two such buffers.
@@ -54,6 +55,40 @@ def _score_chunk(q: Tensor, k: Tensor, maxima: Tensor, scores: Tensor, out: Tens
     out /= out.sum(-1, keepdim=True)
 
 
+def _importance(
+    q: Tensor, k: Tensor, rows: int, tokens: int, scale: float, mean: Tensor | None = None
+) -> Tensor:
+    """block_importance in torch; with k's mean, fp32 [B, H, D], as if in 8 bits."""
+    batch, heads, q_tokens, _ = q.shape
+    blocks, num_k_blocks = q_tokens // rows, k.shape[2] // tokens
+    out = torch.empty((batch, heads, blocks, num_k_blocks), dtype=torch.float32, device=q.device)
+
+    elements = CHUNK_ELEMENTS.get(q.device.type, 2**18)
+    blocks_at_once = min(blocks, max(1, elements // (rows * num_k_blocks)))
+    heads_at_once = min(heads, max(1, elements // (blocks_at_once * rows * num_k_blocks)))
+    scratch = out.new_empty(2, heads_at_once * blocks_at_once * rows * num_k_blocks)
+    maxima, scores = scratch.unbind()
+    for sample in range(batch):
+        for head in range(0, heads, heads_at_once):
+            group = slice(head, head + heads_at_once)
+            keys = k[sample, group].float().unflatten(1, (num_k_blocks, tokens))
+            if mean is not None:
+                keys = round_keys(keys, mean[sample, group])
+            for block in range(0, blocks, blocks_at_once):
+                last = min(block + blocks_at_once, blocks)
+                queries = q[sample, group, block * rows : last * rows].float()
+                if mean is not None:
+                    queries = round_rows(queries)
+                _score_chunk(
+                    (queries * scale).unflatten(1, (last - block, rows)),
+                    keys,
+                    maxima,
+                    scores,
+                    out[sample, group, block:last],
+                )
+    return out
+
+
 def block_importance(
     q: Tensor,
     k: Tensor,
@@ -85,9 +120,8 @@ def block_importance(
     Source: arXiv 2512.04025, block importance.
     """
     check_sampled(q, k, tokens_per_q_block, tokens_per_k_block)
-    batch, heads, q_tokens, head_dim = q.shape
     if scale is None:
-        scale = head_dim**-0.5
+        scale = q.shape[3] ** -0.5
     found = (twins or Twins()).run(
         f"{__package__}.triton_importance",
         q,
@@ -102,30 +136,7 @@ def block_importance(
     )
     if found is not None:
         return found
-    rows = tokens_per_q_block
-    blocks, num_k_blocks = q_tokens // rows, k.shape[2] // tokens_per_k_block
-    out = torch.empty((batch, heads, blocks, num_k_blocks), dtype=torch.float32, device=q.device)
-
-    elements = CHUNK_ELEMENTS.get(q.device.type, 2**18)
-    blocks_at_once = min(blocks, max(1, elements // (rows * num_k_blocks)))
-    heads_at_once = min(heads, max(1, elements // (blocks_at_once * rows * num_k_blocks)))
-    scratch = out.new_empty(2, heads_at_once * blocks_at_once * rows * num_k_blocks)
-    maxima, scores = scratch.unbind()
-    for sample in range(batch):
-        for head in range(0, heads, heads_at_once):
-            group = slice(head, head + heads_at_once)
-            keys = k[sample, group].float().unflatten(1, (num_k_blocks, tokens_per_k_block))
-            for block in range(0, blocks, blocks_at_once):
-                last = min(block + blocks_at_once, blocks)
-                queries = q[sample, group, block * rows : last * rows].float() * scale
-                _score_chunk(
-                    queries.unflatten(1, (last - block, rows)),
-                    keys,
-                    maxima,
-                    scores,
-                    out[sample, group, block:last],
-                )
-    return out
+    return _importance(q, k, tokens_per_q_block, tokens_per_k_block, scale)
 
 
 def token_importance(
@@ -138,10 +149,12 @@ def token_importance(
     queries: Sample = QUARTER,
     twins: Twins | None = None,
 ) -> Tensor:
-    """block_importance of the sampled tokens of whole q and k.
+    """block_importance of the sampled tokens of whole q and k, by products of 8 bits.
+
+    Those of 16 where they are faster (`quantized.has_fast_int8`).
 
     Args:
-        q, k: [B, H, N, D], any lengths and strides.
+        q, k: [B, H, N, D], any lengths, strides and float dtype.
         block_m, block_n: tokens per query block and key block, multiples of queries.stride, of 4.
         queries: which of q's tokens count.
         twins: as in block_importance.
@@ -149,19 +162,25 @@ def token_importance(
     Returns:
         fp32 [B, H, ceil(q tokens / block_m), ceil(k tokens / block_n)].
     """
-    tokens = {
-        "tokens_per_q_block": queries.per_block(block_m),
-        "tokens_per_k_block": QUARTER.per_block(block_n),
-    }
-    # The twin reads the sample where it is.
+    rows, tokens = queries.per_block(block_m), QUARTER.per_block(block_n)
+    if not has_fast_int8(q.device):
+        return block_importance(
+            queries.tokens(q, block_m),
+            QUARTER.tokens(k, block_n),
+            tokens_per_q_block=rows,
+            tokens_per_k_block=tokens,
+            scale=scale,
+            twins=twins,
+        )
+    sample = {"queries": queries, "keys": QUARTER, "block_m": block_m, "block_n": block_n}
+    # The twin reads q's sample where it is.
     found = (twins or Twins()).run(
         f"{__package__}.triton_importance",
         q,
-        lambda twin: twin.refuses(q, k, tokens["tokens_per_q_block"], scale),
-        lambda twin: twin.importance(q, k, **tokens, scale=scale, queries=queries, keys=QUARTER),
+        lambda twin: twin.refuses(q, k, rows, scale, int8=True),
+        lambda twin: twin.sampled_importance(q, k, **sample, scale=scale),
     )
     if found is not None:
         return found
-    return block_importance(
-        queries.tokens(q, block_m), QUARTER.tokens(k, block_n), **tokens, scale=scale, twins=twins
-    )
+    q, k, mean = queries.tokens(q, block_m), QUARTER.tokens(k, block_n), QUARTER.mean(k)
+    return _importance(q, k, rows, tokens, scale, mean)

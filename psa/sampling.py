@@ -70,6 +70,12 @@ class Sample:
         last = x[:, :, -1:].expand(-1, -1, missing, -1)
         return torch.cat([sampled, last], dim=2)
 
+    def mean(self, x: Tensor) -> Tensor:
+        """fp32 [B, H, D]: of the sampled tokens that x [B, H, N, D] has, for a sample without a
+        turn."""
+        sampled = x[:, :, min(self.offset, x.shape[2] - 1) :: self.stride]
+        return sampled.mean(dim=2, dtype=torch.float32)
+
 
 QUARTER, SIXTEENTH = Sample.every(4), Sample.every(16)
 # Of tiles of 8 columns, row by row: the middle of every sixteen would be one column each time.

@@ -1,4 +1,4 @@
-"""Triton twin of block importance: straight from q and k, without a copy of the sample.
+"""Triton twin of block importance: straight from q, without a copy of its sample.
 
 A program scores some sampled rows of one head. A tile is one sampled token of each of BLOCKS key
 blocks; running over the places inside a block, the maximum per key block is an elementwise
@@ -19,7 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..kernels.triton_launch import Launch, architecture, options
+from ..kernels.triton_quantize import TINY, to_int8
+from ..kernels.triton_statistics import magnitude
 from .sampling import ALL, Sample
+from .triton_sample import sampled_keys
 
 PROGRAMS_PER_SM = 2
 MAX_SCRATCH_BYTES = 2**27
@@ -30,23 +33,24 @@ LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class Tile:
-    """Sampled rows and key blocks of a tile, and how it is launched: with 8 warps."""
+    """Sampled rows and key blocks of a tile, and how it is launched."""
 
     rows: int = 128
     blocks: int = 64
     num_stages: int = 3
-    maxnreg: int = 0
+    num_warps: int = 8
 
     def options(self) -> dict[str, int]:
         """For Triton's launch."""
-        return options(Launch(self.blocks, 8, self.num_stages, self.maxnreg))
+        return options(Launch(self.blocks, self.num_warps, self.num_stages))
 
 
-# The largest that no register spills from; chosen from compiled counts, not from times. Hopper
-# runs two programs per multiprocessor at 128 registers; the products of other architectures hold
-# their operands in registers, of which RDNA's lanes have 256.
+# The largest that no register spills from; chosen from compiled counts, not from times. Products of
+# other architectures than Hopper's and Blackwell's hold both operands in registers, of which
+# RDNA's lanes have 256.
 TILE = Tile()
-HOPPER = Tile(maxnreg=128)
+# A warpgroup has its rows' products, maxima and queries, and two of them share a multiprocessor.
+WARPGROUP = Tile(num_warps=4)
 RDNA = {
     ("gfx11", 64): Tile(64, 64, 2),
     ("gfx11", 128): Tile(64, 32, 2),
@@ -55,45 +59,50 @@ RDNA = {
 }
 
 
-def tile_for(arch: int | str, head_dim: int) -> Tile:
+def tile_for(arch: int | str, head_dim: int, *, int8: bool) -> Tile:
     """See triton_launch.architecture; the capability of AMD's MI200 and MI300 begins with 9 too."""
     if isinstance(arch, str):
         return RDNA.get((arch[:5], head_dim), TILE)
-    return HOPPER if arch == 90 else TILE
+    return WARPGROUP if arch // 10 == 10 or (arch == 90 and int8) else TILE
 
 
 @triton.jit
 def _block_maxima(
     query,
-    K,
-    stride_kn: tl.constexpr,
+    row_scale,
+    keys,
+    k_scales,
+    stride_k_block,
+    stride_k_place,
     first_block,
     num_k_blocks,
-    last_token,
     tokens_k,
-    K_STRIDE: tl.constexpr,
-    K_OFFSET: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
 ):
-    """fp32 [ROWS, BLOCKS]: each row's largest product in each key block; -inf past the last."""
-    dims = tl.arange(0, HEAD_DIM)
+    """fp32 [ROWS, BLOCKS]: a row's largest product in a key block; past the last one, in that."""
+    INT8: tl.constexpr = query.dtype == tl.int8
     blocks = first_block + tl.arange(0, BLOCKS)
-    maxima = tl.full([ROWS, BLOCKS], float("-inf"), tl.float32)
-    for place in tl.range(0, tokens_k):
-        tokens = (blocks * tokens_k + place) * K_STRIDE + K_OFFSET
-        # The last block is filled with its last token, which changes no maximum.
-        tokens = tl.minimum(tokens, last_token).to(tl.int64)
-        keys = tl.load(K + tokens[:, None] * stride_kn + dims[None, :])
-        maxima = tl.maximum(maxima, tl.dot(query, tl.trans(keys)))
-    return tl.where((blocks < num_k_blocks)[None, :], maxima, float("-inf"))
+    known = tl.minimum(blocks, num_k_blocks - 1)[:, None].to(tl.int64)
+    at = keys + known * stride_k_block
+    if INT8:
+        maxima = tl.full([ROWS, BLOCKS], -(2**31), tl.int32)
+    else:
+        maxima = tl.full([ROWS, BLOCKS], float("-inf"), tl.float32)
+    for _ in tl.range(0, tokens_k):
+        maxima = tl.maximum(maxima, tl.dot(query, tl.trans(tl.load(at))))
+        at += stride_k_place
+    maxima = maxima.to(tl.float32) * row_scale[:, None]
+    if INT8:
+        maxima *= tl.load(k_scales + blocks)[None, :]
+    return maxima
 
 
 @triton.jit
 def importance_kernel(
     Q,
     K,
+    KScale,
     Out,
     Scratch,
     stride_qb,
@@ -101,10 +110,10 @@ def importance_kernel(
     stride_qn,
     stride_kb,
     stride_kh,
-    stride_kn: tl.constexpr,
+    stride_k_block,
+    stride_k_place,
     heads,
     q_len,
-    k_len,
     num_q_blocks,
     num_k_blocks,
     tokens_k,
@@ -115,8 +124,6 @@ def importance_kernel(
     Q_STRIDE: tl.constexpr,
     Q_OFFSET: tl.constexpr,
     Q_TURN: tl.constexpr,
-    K_STRIDE: tl.constexpr,
-    K_OFFSET: tl.constexpr,
     KEEP_MAXIMA: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -124,16 +131,18 @@ def importance_kernel(
 ):
     """Grid: any number of programs; each takes every so many-th tile of ROWS sampled rows.
 
-    Out: fp32 [batch * heads, num_q_blocks, num_k_blocks]. Scratch: with KEEP_MAXIMA fp32
-    [programs, ROWS, cdiv(num_k_blocks, BLOCKS) * BLOCKS]. scale: times log2(e), not negative.
-    stride_kn: a model has one; as a constant it spares the loops 64-bit products.
+    K: the sampled keys, with a stride from block to block and one from place to place in a block:
+    of Q's dtype, or int8 with KScale fp32 [batch * heads, num_k_blocks up to whole tiles], for rows
+    made int8 here. Out: fp32 [batch * heads, num_q_blocks, num_k_blocks]. Scratch: with
+    KEEP_MAXIMA fp32 [programs, tiles of num_k_blocks, ROWS, BLOCKS]. scale: times log2(e), not
+    negative.
     """
     Q_BLOCKS: tl.constexpr = ROWS // TOKENS_Q
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, HEAD_DIM)
     width = tl.cdiv(num_k_blocks, BLOCKS) * BLOCKS
     kept = Scratch + tl.program_id(0).to(tl.int64) * ROWS * width
-    places = rows[:, None] * width + tl.arange(0, BLOCKS)[None, :]
+    places = rows[:, None] * BLOCKS + tl.arange(0, BLOCKS)[None, :]
 
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=1):
         head = tile // tiles_per_head
@@ -146,17 +155,24 @@ def importance_kernel(
         query = tl.load(
             Q + b * stride_qb + h * stride_qh + tokens[:, None] * stride_qn + dims[None, :]
         )
-        keys = K + b * stride_kb + h * stride_kh
+        row_scale = tl.full([ROWS], scale, tl.float32)
+        if K.dtype.element_ty == tl.int8:
+            query = query.to(tl.float32)
+            largest = tl.maximum(tl.max(magnitude(query), 1), TINY) / 127.0
+            query = to_int8(query / largest[:, None])
+            row_scale *= largest
+        keys = K + b * stride_kb + h * stride_kh + dims[None, :]
+        k_scales = KScale + head.to(tl.int64) * width
 
         row_max = tl.full([ROWS], float("-inf"), tl.float32)
         for first_block in tl.range(0, num_k_blocks, BLOCKS, num_stages=1):
             maxima = _block_maxima(
-                query, keys, stride_kn, first_block, num_k_blocks, k_len - 1, tokens_k,
-                K_STRIDE, K_OFFSET, ROWS, BLOCKS, HEAD_DIM,
+                query, row_scale, keys, k_scales, stride_k_block, stride_k_place, first_block,
+                num_k_blocks, tokens_k, ROWS, BLOCKS,
             )  # fmt: skip
             row_max = tl.maximum(row_max, tl.max(maxima, 1))
             if KEEP_MAXIMA:
-                tl.store(kept + (places + first_block), maxima)
+                tl.store(kept + first_block * ROWS + places, maxima)
         if KEEP_MAXIMA:
             tl.debug_barrier()
 
@@ -165,17 +181,17 @@ def importance_kernel(
         total = tl.zeros([Q_BLOCKS], tl.float32)
         for first_block in tl.range(0, num_k_blocks, BLOCKS, num_stages=1):
             if KEEP_MAXIMA:
-                maxima = tl.load(kept + (places + first_block))
+                maxima = tl.load(kept + first_block * ROWS + places)
             else:
                 maxima = _block_maxima(
-                    query, keys, stride_kn, first_block, num_k_blocks, k_len - 1, tokens_k,
-                    K_STRIDE, K_OFFSET, ROWS, BLOCKS, HEAD_DIM,
+                    query, row_scale, keys, k_scales, stride_k_block, stride_k_place,
+                    first_block, num_k_blocks, tokens_k, ROWS, BLOCKS,
                 )  # fmt: skip
             below = tl.reshape(maxima - row_max[:, None], [Q_BLOCKS, TOKENS_Q, BLOCKS])
             # exp is monotone: the maximum over rows first leaves it fewer values.
-            score = tl.math.exp2(tl.max(below, 1) * scale)
-            total += tl.sum(score, 1)
             blocks = first_block + tl.arange(0, BLOCKS)
+            score = tl.where((blocks < num_k_blocks)[None, :], tl.math.exp2(tl.max(below, 1)), 0.0)
+            total += tl.sum(score, 1)
             inside = (q_blocks < num_q_blocks)[:, None] & (blocks < num_k_blocks)[None, :]
             tl.store(out + blocks[None, :], score, mask=inside)
         tl.debug_barrier()
@@ -189,48 +205,63 @@ def importance_kernel(
         tl.debug_barrier()
 
 
-def refuses(q: Tensor, k: Tensor, tokens_per_q_block: int, scale: float) -> str | None:
-    """Why these tensors need the torch implementation, or None."""
-    if q.dtype not in (torch.float16, torch.bfloat16) or k.dtype != q.dtype:
+def refuses(
+    q: Tensor, k: Tensor, tokens_per_q_block: int, scale: float, *, int8: bool = False
+) -> str | None:
+    """Why these tensors need the torch implementation, or None. int8: of scores in 8 bits."""
+    if not int8 and (q.dtype not in (torch.float16, torch.bfloat16) or k.dtype != q.dtype):
         return f"products of {q.dtype} and {k.dtype} are not exact on tensor cores"
     if q.shape[3] not in (64, 128):
         return f"head_dim {q.shape[3]} is not 64 or 128"
     if q.stride(3) != 1 or k.stride(3) != 1:
         return "the head dimension is not contiguous"
-    rows = tile_for(architecture(q.device), q.shape[3]).rows
+    rows = tile_for(architecture(q.device), q.shape[3], int8=int8).rows
     if rows % tokens_per_q_block:
         return f"{tokens_per_q_block} sampled tokens per block do not divide {rows}"
     return "the scale is negative" if scale < 0 else None
 
 
 def importance(
+    q: Tensor, k: Tensor, *, tokens_per_q_block: int, tokens_per_k_block: int, scale: float
+) -> Tensor:
+    """As importance.block_importance, for what `refuses` accepts."""
+    num_k_blocks = k.shape[2] // tokens_per_k_block
+    by_place = k.unflatten(2, (num_k_blocks, tokens_per_k_block)).transpose(2, 3)
+    no_scales = q.new_empty(1, dtype=torch.float32)
+    return _launch(q, by_place, no_scales, ALL, tokens_per_q_block, scale)
+
+
+def sampled_importance(
     q: Tensor,
     k: Tensor,
     *,
-    tokens_per_q_block: int,
-    tokens_per_k_block: int,
+    queries: Sample,
+    keys: Sample,
+    block_m: int,
+    block_n: int,
     scale: float,
-    queries: Sample = ALL,
-    keys: Sample = ALL,
 ) -> Tensor:
-    """As importance.block_importance, for what `refuses` accepts.
+    """As importance.token_importance, for what `refuses` accepts in 8 bits.
 
     Args:
-        q, k: [B, H, N, D], any lengths and outer strides.
-        queries, keys: which of q's and of k's tokens count, the last one standing in for those
-            that its block lacks; keys without a turn.
-
-    Returns:
-        fp32 [B, H, query blocks, key blocks].
+        keys: a sample without a turn.
     """
+    tile = tile_for(architecture(k.device), k.shape[3], int8=True)
+    by_place, k_scales = sampled_keys(k, keys, block_n, whole=tile.blocks)
+    return _launch(q, by_place, k_scales, queries, queries.per_block(block_m), scale)
+
+
+def _launch(
+    q: Tensor, k: Tensor, k_scales: Tensor, queries: Sample, tokens_per_q_block: int, scale: float
+) -> Tensor:
+    """k: [B, H, places, key blocks, D]."""
     batch, heads, q_len, head_dim = q.shape
-    k_len = k.shape[2]
+    tokens_k, num_k_blocks = k.shape[2:4]
     num_q_blocks = -(-q_len // (tokens_per_q_block * queries.stride))
-    num_k_blocks = -(-k_len // (tokens_per_k_block * keys.stride))
     out = torch.empty(
         (batch, heads, num_q_blocks, num_k_blocks), dtype=torch.float32, device=q.device
     )
-    tile = tile_for(architecture(q.device), head_dim)
+    tile = tile_for(architecture(q.device), head_dim, int8=k.dtype == torch.int8)
     tiles_per_head = -(-num_q_blocks * tokens_per_q_block // tile.rows)
     num_tiles = batch * heads * tiles_per_head
     programs = min(num_tiles, _resident_programs(q.device))
@@ -238,12 +269,12 @@ def importance(
     keep_maxima = kept * out.element_size() <= MAX_SCRATCH_BYTES
     scratch = out.new_empty(kept if keep_maxima else 1)
     importance_kernel[(programs,)](
-        q, k, out, scratch, q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1),
-        k.stride(2), heads, q_len, k_len, num_q_blocks, num_k_blocks, tokens_per_k_block,
+        q, k, k_scales, out, scratch, q.stride(0), q.stride(1), q.stride(2), k.stride(0),
+        k.stride(1), k.stride(3), k.stride(2), heads, q_len, num_q_blocks, num_k_blocks, tokens_k,
         tiles_per_head, num_tiles, scale * LOG2_E, TOKENS_Q=tokens_per_q_block,
         Q_STRIDE=queries.stride, Q_OFFSET=queries.offset, Q_TURN=queries.turn,
-        K_STRIDE=keys.stride, K_OFFSET=keys.offset, KEEP_MAXIMA=keep_maxima,
-        ROWS=tile.rows, BLOCKS=tile.blocks, HEAD_DIM=head_dim, **tile.options(),
+        KEEP_MAXIMA=keep_maxima, ROWS=tile.rows, BLOCKS=tile.blocks, HEAD_DIM=head_dim,
+        **tile.options(),
     )  # fmt: skip
     return out
 

@@ -94,6 +94,18 @@ def clamped_sample(x, block, stride):
     return x.index_select(2, places.clamp(max=x.shape[2] - 1))
 
 
+def in_8_bits(q, k, block_m, block_n, stride):
+    """What block_importance is of in 8 bits: each query, and each block of keys around their mean,
+    in steps of a 127th of its largest channel."""
+    sampled_q = clamped_sample(q, block_m, stride).float()
+    sampled_k = clamped_sample(k, block_n, 4).float() - k[:, :, 2::4].float().mean(2, keepdim=True)
+    blocks = sampled_k.unflatten(2, (-1, block_n // 4))
+    q_step = sampled_q.abs().amax(3, keepdim=True) / 127
+    k_step = blocks.abs().amax((3, 4), keepdim=True) / 127
+    blocks = (blocks / k_step + 0.5).floor() * k_step
+    return (sampled_q / q_step + 0.5).floor() * q_step, blocks.flatten(2, 3)
+
+
 @pytest.mark.parametrize("name", BUNDLED)
 @pytest.mark.parametrize(
     ("layout", "head_dim", "dtype"),
@@ -112,8 +124,7 @@ def test_plan_follows_the_definition(name, layout, head_dim, dtype):
     _, block_n, tile_n = preset.block_size
     want = assign_levels(
         block_importance(
-            clamped_sample(q, 128, 16 if preset.mask_mode == "topk" else 4),
-            clamped_sample(k, block_n, 4),
+            *in_8_bits(q, k, 128, block_n, 16 if preset.mask_mode == "topk" else 4),
             tokens_per_q_block=8 if preset.mask_mode == "topk" else 32,
             tokens_per_k_block=block_n // 4,
         ),
@@ -166,10 +177,7 @@ def test_rows_too_short_for_a_share_keep_their_best_block():
     policy = PsaPolicy(((1, (0.0, 0.1)), (8, (0.1, 0.15))), "topk", block_m=64, block_n=64)
     q, k, _ = random_qkv(layout)
     importance = block_importance(
-        clamped_sample(q, 64, 16),
-        clamped_sample(k, 64, 4),
-        tokens_per_q_block=4,
-        tokens_per_k_block=16,
+        *in_8_bits(q, k, 64, 64, 16), tokens_per_q_block=4, tokens_per_k_block=16
     )
     levels = levels_of(policy, q, k, layout)
     assert torch.equal(levels.sum(-1), torch.ones_like(levels[..., 0], dtype=torch.int64))

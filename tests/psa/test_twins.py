@@ -16,6 +16,7 @@ from sparse_video_attention.psa import (
     triton_levels,
 )
 from sparse_video_attention.psa.preset import SimThresholds
+from sparse_video_attention.psa.quantized import has_fast_int8
 
 # The interpreter multiplies bf16 as if it were whole numbers, so these are fp16.
 IN_THE_INTERPRETER = """
@@ -23,16 +24,18 @@ import json, sys
 import numpy as np
 import torch
 from sparse_video_attention.psa import assign_levels, similarity_cap
-from sparse_video_attention.psa import triton_importance, triton_levels, triton_similarity
+from sparse_video_attention.psa import triton_importance, triton_levels, triton_sample
+from sparse_video_attention.psa import triton_similarity
 from sparse_video_attention.psa.importance import block_importance, token_importance
-from sparse_video_attention.psa.sampling import Sample
+from sparse_video_attention.psa.quantized import round_keys
+from sparse_video_attention.psa.sampling import QUARTER, Sample
 
 def random_k(batch, heads, tokens, head_dim):
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(batch, tokens, heads, head_dim, generator=generator).mul_(1.5)
     return x.half().transpose(1, 2)
 
-rdna = triton_importance.tile_for("gfx1100", 128)
+rdna = triton_importance.tile_for("gfx1100", 128, int8=False)
 for batch, heads, tokens, head_dim, block_m, block_n, scratch, tile in [
     (2, 2, 1000, 64, 128, 64, 2**27, None), (1, 1, 2100, 128, 64, 32, 0, None),
     (1, 3, 63, 64, 256, 128, 2**27, None), (1, 1, 1100, 64, 128, 32, 2**27, rdna),
@@ -41,19 +44,29 @@ for batch, heads, tokens, head_dim, block_m, block_n, scratch, tile in [
 ]:
     q, k = random_k(batch, heads, tokens, head_dim), random_k(batch, heads, tokens + 70, head_dim)
     triton_importance.MAX_SCRATCH_BYTES = scratch
-    triton_importance.tile_for = lambda arch, head_dim: tile or triton_importance.TILE
+    triton_importance.tile_for = lambda *arch, int8: tile or triton_importance.TILE
+    whole, steps = triton_sample.sampled_keys(k, QUARTER, block_n, whole=64)
+    assert whole.abs().amax((2, 4)).eq(127).all()
+    assert steps.shape[2] % 64 == 0 and (steps > 0).all()
+    keys = QUARTER.tokens(k, block_n).float().flatten(0, 1).unflatten(1, (-1, block_n // 4))
+    want = round_keys(keys, QUARTER.mean(k).flatten(0, 1)).unflatten(0, (batch, heads))
+    got = whole.float().transpose(2, 3) * steps[:, :, : whole.shape[3], None, None]
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
     for queries in (Sample(4, 2), Sample(16, 8), Sample(16, 8, turn=5)):
-        counts = {"tokens_per_q_block": block_m // queries.stride}
-        counts["tokens_per_k_block"] = block_n // 4
-        samples = {"queries": queries, "keys": Sample(4, 2)}
-        got = triton_importance.importance(q, k, **counts, scale=0.2, **samples)
         how = {"block_m": block_m, "block_n": block_n, "scale": 0.2, "queries": queries}
+        got = triton_importance.sampled_importance(q, k, keys=QUARTER, **how)
         torch.testing.assert_close(got, token_importance(q, k, **how), rtol=2e-5, atol=1e-9)
 
-q, k = random_k(1, 2, 96, 64), random_k(1, 2, 160, 64)
-counts = {"tokens_per_q_block": 32, "tokens_per_k_block": 16}
-got = triton_importance.importance(q, k, **counts, scale=0.125)
-torch.testing.assert_close(got, block_importance(q, k, **counts), rtol=2e-5, atol=1e-9)
+# Strides of blocks and places that a view has, in 16 bits too.
+for scratch in (2**27, 0):
+    triton_importance.MAX_SCRATCH_BYTES = scratch
+    for step in (1, 4):
+        q = random_k(1, 2, 96 * step, 64)[:, :, ::step]
+        k = random_k(1, 2, 1280 * step, 64)[:, :, step - 1 :: step]
+        counts = {"tokens_per_q_block": 32, "tokens_per_k_block": 16}
+        got = triton_importance.importance(q, k, **counts, scale=0.125)
+        want = block_importance(q, k, **counts)
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-9)
 
 generator = torch.Generator().manual_seed(1)
 smooth = torch.rand(1, 1, 1, 37, generator=generator)
@@ -131,10 +144,8 @@ def test_equal_to_torch_in_the_interpreter():
     assert ran.stdout.strip().endswith("equal"), ran.stderr
 
 
-@pytest.mark.parametrize(("name", "registers"), [(None, 128), ("gfx942:sramecc+", None)])
-def test_registers_are_limited_on_hopper_and_not_on_amd_of_the_same_number(
-    monkeypatch, name, registers
-):
+@pytest.mark.parametrize(("name", "warps"), [(None, 4), ("gfx942:sramecc+", 8)])
+def test_hopper_takes_a_warpgroup_and_amd_of_the_same_number_does_not(monkeypatch, name, warps):
     monkeypatch.setattr(torch.version, "hip", name and "6.4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(
@@ -143,9 +154,10 @@ def test_registers_are_limited_on_hopper_and_not_on_amd_of_the_same_number(
     triton_launch.architecture.cache_clear()
     try:
         arch = triton_launch.architecture(torch.device("cuda", 0))
+        assert has_fast_int8(torch.device("cuda", 0)) == (name is None)
     finally:
         triton_launch.architecture.cache_clear()
-    assert triton_importance.tile_for(arch, 128).options().get("maxnreg") == registers
+    assert triton_importance.tile_for(arch, 128, int8=True).options()["num_warps"] == warps
 
 
 @pytest.mark.gpu

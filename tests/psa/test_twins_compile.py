@@ -8,32 +8,40 @@ import pytest
 
 pytest.importorskip("triton")
 import triton
+from sparse_video_attention.kernels.triton_launch import warps
 from sparse_video_attention.psa import (
     triton_importance,
     triton_levels,
+    triton_sample,
     triton_similarity,
 )
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
 
-def importance_kernel(capability, head_dim, keep, stride):
+def importance_kernel(capability, head_dim, keep, stride, keys):
+    """Strides 4 and 16 are of whole q; with 1 and 32 tokens it is block_importance's own sample."""
     constants = {
-        "TOKENS_Q": 128 // stride,
+        "TOKENS_Q": 128 // stride if stride > 1 else 32,
         "Q_STRIDE": stride,
         "Q_OFFSET": stride // 2,
         "Q_TURN": 5 if stride == 16 else 0,
-        "K_STRIDE": 4,
-        "K_OFFSET": 2,
     }
     constants["KEEP_MAXIMA"] = keep
-    constants["stride_kn"] = 5120
-    tile = triton_importance.tile_for(capability, head_dim)
+    tile = triton_importance.tile_for(capability, head_dim, int8=keys == "*i8")
     constants |= {"ROWS": tile.rows, "BLOCKS": tile.blocks, "HEAD_DIM": head_dim}
-    types = {"Q": "*bf16", "K": "*bf16", "Out": "*fp32", "Scratch": "*fp32", "scale": "fp32"}
+    types = {"Q": "*bf16", "K": keys, "scale": "fp32"}
+    types |= {name: "*fp32" for name in ("KScale", "Out", "Scratch")}
     return compiled(
         triton_importance.importance_kernel, types, constants, capability, tile.options()
     )
+
+
+def keys_kernel(capability, head_dim):
+    constants = {"K_STRIDE": 4, "K_OFFSET": 2, "BLOCKS": triton_sample.BLOCKS}
+    constants["HEAD_DIM"] = head_dim
+    types = {"K": "*bf16", "Mean": "*fp32", "Out": "*i8", "Scales": "*fp32"}
+    return compiled(triton_sample.keys_kernel, types, constants, capability, warps(4))
 
 
 def levels_kernel(capability, width, by_threshold):
@@ -92,16 +100,31 @@ def assembled(kernel, capability):
 @pytest.mark.parametrize("stride", [4, 16])
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "twice"])
 @pytest.mark.parametrize("head_dim", [64, 128], ids=["D64", "D128"])
-@pytest.mark.parametrize("capability", [80, 90, "gfx1100", "gfx1201"], ids=str)
+@pytest.mark.parametrize("capability", [80, 89, 90, 120], ids=str)
 def test_importance_compiles_without_spills(capability, head_dim, keep, stride):
-    kernel = importance_kernel(capability, head_dim, keep, stride)
+    kernel = importance_kernel(capability, head_dim, keep, stride, "*i8")
     registers, spilled = assembled(kernel, capability)
     assert spilled == 0
+    products = r"wgmma\S*\.s8\.s8" if capability == 90 else r"mma\S*\.s8\.s8"
+    assert re.search(products, kernel.asm["ptx"])
     if capability == 90:
         # Two programs per multiprocessor: 65536 registers, 227 KB of shared memory.
-        assert registers <= 128
+        assert registers * kernel.metadata.num_warps * 32 * 2 <= 65536
         assert kernel.metadata.shared <= 113 * 1024
-        assert "wgmma" in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "twice"])
+@pytest.mark.parametrize("head_dim", [64, 128], ids=["D64", "D128"])
+@pytest.mark.parametrize("capability", [80, 90, 100, "gfx1100", "gfx1201"], ids=str)
+def test_importance_of_16_bits_compiles_without_spills(capability, head_dim, keep):
+    kernel = importance_kernel(capability, head_dim, keep, 1, "*bf16")
+    assert assembled(kernel, capability)[1] == 0
+
+
+@pytest.mark.parametrize("head_dim", [64, 128], ids=["D64", "D128"])
+@pytest.mark.parametrize("capability", [80, 90, 120], ids=str)
+def test_key_samples_compile_without_spills(capability, head_dim):
+    assert assembled(keys_kernel(capability, head_dim), capability)[1] == 0
 
 
 @pytest.mark.parametrize("by_threshold", [False, True], ids=["topk", "thresholdbound"])
