@@ -149,9 +149,9 @@ def token_importance(
     queries: Sample = QUARTER,
     twins: Twins | None = None,
 ) -> Tensor:
-    """block_importance of the sampled tokens of whole q and k, by products of 8 bits.
+    """block_importance of the sampled tokens of whole q and k, in 8 bits where those are fast.
 
-    Those of 16 where they are faster (`quantized.has_fast_int8`).
+    See `quantized.has_fast_int8`.
 
     Args:
         q, k: [B, H, N, D], any lengths, strides and float dtype.
@@ -163,24 +163,18 @@ def token_importance(
         fp32 [B, H, ceil(q tokens / block_m), ceil(k tokens / block_n)].
     """
     rows, tokens = queries.per_block(block_m), QUARTER.per_block(block_n)
-    if not has_fast_int8(q.device):
-        return block_importance(
-            queries.tokens(q, block_m),
-            QUARTER.tokens(k, block_n),
-            tokens_per_q_block=rows,
-            tokens_per_k_block=tokens,
-            scale=scale,
-            twins=twins,
-        )
+    int8 = has_fast_int8(q.device)
     sample = {"queries": queries, "keys": QUARTER, "block_m": block_m, "block_n": block_n}
     # The twin reads q's sample where it is.
     found = (twins or Twins()).run(
         f"{__package__}.triton_importance",
         q,
-        lambda twin: twin.refuses(q, k, rows, scale, int8=True),
-        lambda twin: twin.sampled_importance(q, k, **sample, scale=scale),
+        lambda twin: twin.refuses(q, k, rows, scale, int8=int8),
+        lambda twin: twin.sampled_importance(q, k, **sample, scale=scale, int8=int8),
     )
     if found is not None:
         return found
-    q, k, mean = queries.tokens(q, block_m), QUARTER.tokens(k, block_n), QUARTER.mean(k)
-    return _importance(q, k, rows, tokens, scale, mean)
+    mean = QUARTER.mean(k) if int8 else None
+    return _importance(
+        queries.tokens(q, block_m), QUARTER.tokens(k, block_n), rows, tokens, scale, mean
+    )

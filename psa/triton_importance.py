@@ -11,16 +11,15 @@ are.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernels.triton_launch import Launch, architecture, options
+from ..kernels.triton_launch import architecture
 from ..kernels.triton_quantize import TINY, to_int8
 from ..kernels.triton_statistics import magnitude
+from .importance_tiles import tile_for
 from .sampling import ALL, Sample
 from .triton_sample import sampled_keys
 
@@ -29,41 +28,6 @@ MAX_SCRATCH_BYTES = 2**27
 # Programs under the interpreter, where there is no device to ask.
 INTERPRETED_PROGRAMS = 3
 LOG2_E = 1.4426950408889634
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Sampled rows and key blocks of a tile, and how it is launched."""
-
-    rows: int = 128
-    blocks: int = 64
-    num_stages: int = 3
-    num_warps: int = 8
-
-    def options(self) -> dict[str, int]:
-        """For Triton's launch."""
-        return options(Launch(self.blocks, self.num_warps, self.num_stages))
-
-
-# The largest that no register spills from; chosen from compiled counts, not from times. Products of
-# other architectures than Hopper's and Blackwell's hold both operands in registers, of which
-# RDNA's lanes have 256.
-TILE = Tile()
-# A warpgroup has its rows' products, maxima and queries, and two of them share a multiprocessor.
-WARPGROUP = Tile(num_warps=4)
-RDNA = {
-    ("gfx11", 64): Tile(64, 64, 2),
-    ("gfx11", 128): Tile(64, 32, 2),
-    ("gfx12", 64): Tile(64, 64, 2),
-    ("gfx12", 128): Tile(64, 64, 2),
-}
-
-
-def tile_for(arch: int | str, head_dim: int, *, int8: bool) -> Tile:
-    """See triton_launch.architecture; the capability of AMD's MI200 and MI300 begins with 9 too."""
-    if isinstance(arch, str):
-        return RDNA.get((arch[:5], head_dim), TILE)
-    return WARPGROUP if arch // 10 == 10 or (arch == 90 and int8) else TILE
 
 
 @triton.jit
@@ -222,13 +186,19 @@ def refuses(
 
 
 def importance(
-    q: Tensor, k: Tensor, *, tokens_per_q_block: int, tokens_per_k_block: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    *,
+    tokens_per_q_block: int,
+    tokens_per_k_block: int,
+    scale: float,
+    queries: Sample = ALL,
 ) -> Tensor:
-    """As importance.block_importance, for what `refuses` accepts."""
+    """As importance.block_importance, for what `refuses` accepts; of a sample of q's tokens."""
     num_k_blocks = k.shape[2] // tokens_per_k_block
     by_place = k.unflatten(2, (num_k_blocks, tokens_per_k_block)).transpose(2, 3)
     no_scales = q.new_empty(1, dtype=torch.float32)
-    return _launch(q, by_place, no_scales, ALL, tokens_per_q_block, scale)
+    return _launch(q, by_place, no_scales, queries, tokens_per_q_block, scale)
 
 
 def sampled_importance(
@@ -240,15 +210,28 @@ def sampled_importance(
     block_m: int,
     block_n: int,
     scale: float,
+    int8: bool,
 ) -> Tensor:
-    """As importance.token_importance, for what `refuses` accepts in 8 bits.
+    """As importance.token_importance, for what `refuses` accepts.
 
     Args:
         keys: a sample without a turn.
+        int8: score in 8 bits.
     """
+    rows = queries.per_block(block_m)
+    if not int8:
+        tokens = keys.per_block(block_n)
+        return importance(
+            q,
+            keys.tokens(k, block_n),
+            tokens_per_q_block=rows,
+            tokens_per_k_block=tokens,
+            scale=scale,
+            queries=queries,
+        )
     tile = tile_for(architecture(k.device), k.shape[3], int8=True)
     by_place, k_scales = sampled_keys(k, keys, block_n, whole=tile.blocks)
-    return _launch(q, by_place, k_scales, queries, queries.per_block(block_m), scale)
+    return _launch(q, by_place, k_scales, queries, rows, scale)
 
 
 def _launch(

@@ -12,7 +12,7 @@ from sparse_video_attention.kernels import TokenLayout, triton_launch
 from sparse_video_attention.psa import (
     PsaPolicy,
     assign_levels,
-    triton_importance,
+    importance_tiles,
     triton_levels,
 )
 from sparse_video_attention.psa.preset import SimThresholds
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from sparse_video_attention.psa import assign_levels, similarity_cap
 from sparse_video_attention.psa import triton_importance, triton_levels, triton_sample
-from sparse_video_attention.psa import triton_similarity
+from sparse_video_attention.psa import importance, importance_tiles, triton_similarity
 from sparse_video_attention.psa.importance import block_importance, token_importance
 from sparse_video_attention.psa.quantized import round_keys
 from sparse_video_attention.psa.sampling import QUARTER, Sample
@@ -35,7 +35,7 @@ def random_k(batch, heads, tokens, head_dim):
     x = torch.randn(batch, tokens, heads, head_dim, generator=generator).mul_(1.5)
     return x.half().transpose(1, 2)
 
-rdna = triton_importance.tile_for("gfx1100", 128, int8=False)
+rdna = importance_tiles.tile_for("gfx1100", 128, int8=False)
 for batch, heads, tokens, head_dim, block_m, block_n, scratch, tile in [
     (2, 2, 1000, 64, 128, 64, 2**27, None), (1, 1, 2100, 128, 64, 32, 0, None),
     (1, 3, 63, 64, 256, 128, 2**27, None), (1, 1, 1100, 64, 128, 32, 2**27, rdna),
@@ -44,7 +44,7 @@ for batch, heads, tokens, head_dim, block_m, block_n, scratch, tile in [
 ]:
     q, k = random_k(batch, heads, tokens, head_dim), random_k(batch, heads, tokens + 70, head_dim)
     triton_importance.MAX_SCRATCH_BYTES = scratch
-    triton_importance.tile_for = lambda *arch, int8: tile or triton_importance.TILE
+    triton_importance.tile_for = lambda *arch, int8: tile or importance_tiles.TILE
     whole, steps = triton_sample.sampled_keys(k, QUARTER, block_n, whole=64)
     assert whole.abs().amax((2, 4)).eq(127).all()
     assert steps.shape[2] % 64 == 0 and (steps > 0).all()
@@ -54,8 +54,10 @@ for batch, heads, tokens, head_dim, block_m, block_n, scratch, tile in [
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
     for queries in (Sample(4, 2), Sample(16, 8), Sample(16, 8, turn=5)):
         how = {"block_m": block_m, "block_n": block_n, "scale": 0.2, "queries": queries}
-        got = triton_importance.sampled_importance(q, k, keys=QUARTER, **how)
-        torch.testing.assert_close(got, token_importance(q, k, **how), rtol=2e-5, atol=1e-9)
+        for int8 in (True, False):
+            importance.has_fast_int8 = lambda device: int8
+            got = triton_importance.sampled_importance(q, k, keys=QUARTER, int8=int8, **how)
+            torch.testing.assert_close(got, token_importance(q, k, **how), rtol=2e-5, atol=1e-9)
 
 # Strides of blocks and places that a view has, in 16 bits too.
 for scratch in (2**27, 0):
@@ -72,15 +74,15 @@ generator = torch.Generator().manual_seed(1)
 smooth = torch.rand(1, 1, 1, 37, generator=generator)
 tied = torch.randint(1, 5, (1, 1, 2, 20), generator=generator).float()
 pyramid = {"1": [0, 0.1], "2": [0, 0.35], "4": [0, 0.35], "8": [0, 0.9], "0": [0, 1]}
-for importance in (smooth / smooth.sum(-1, keepdim=True), tied, torch.ones(1, 1, 1, 1)):
+for scores in (smooth / smooth.sum(-1, keepdim=True), tied, torch.ones(1, 1, 1, 1)):
     for mode in ("topk", "thresholdbound"):
         for ratios, sizes in [
             (pyramid, (128, 32)), (pyramid, (32, 32)), ({1: [0, 1]}, (64, 32)),
             ({2: [0, 0.3], 8: [0, 0.5], 0: [0, 0.4]}, (64, 32)),
         ]:
             how = {"mask_mode": mode, "block_n": sizes[0], "tile_n": sizes[1]}
-            got = triton_levels.levels(importance, ratios, **how)
-            want = assign_levels(importance, ratios, **how)
+            got = triton_levels.levels(scores, ratios, **how)
+            want = assign_levels(scores, ratios, **how)
             assert torch.equal(got, want), (mode, ratios, sizes, got, want)
 
 # Whole numbers add up to the same in any order, so that every bound is met exactly: heavy tails,
@@ -116,9 +118,9 @@ for mode in ("topk", "thresholdbound"):
 
 golden = np.load(sys.argv[1])
 for index, case in list(enumerate(json.loads(str(golden["cases"]))))[1:32:9]:
-    importance = torch.from_numpy(golden[f"importance_{index}"])[:, :, :1]
+    scores = torch.from_numpy(golden[f"importance_{index}"])[:, :, :1]
     case.pop("attn_impl")
-    got = triton_levels.levels(importance, case.pop("mask_ratios"), **case)
+    got = triton_levels.levels(scores, case.pop("mask_ratios"), **case)
     assert (got.numpy() == golden[f"levels_{index}"][:, :, :1]).all(), index
 
 for tokens in (130, 127, 64, 3):
@@ -157,7 +159,7 @@ def test_hopper_takes_a_warpgroup_and_amd_of_the_same_number_does_not(monkeypatc
         assert has_fast_int8(torch.device("cuda", 0)) == (name is None)
     finally:
         triton_launch.architecture.cache_clear()
-    assert triton_importance.tile_for(arch, 128, int8=True).options()["num_warps"] == warps
+    assert importance_tiles.tile_for(arch, 128, int8=True).options()["num_warps"] == warps
 
 
 @pytest.mark.gpu

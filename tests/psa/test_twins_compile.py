@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 import triton
 from sparse_video_attention.kernels.triton_launch import warps
 from sparse_video_attention.psa import (
+    importance_tiles,
     triton_importance,
     triton_levels,
     triton_sample,
@@ -28,7 +29,7 @@ def importance_kernel(capability, head_dim, keep, stride, keys):
         "Q_TURN": 5 if stride == 16 else 0,
     }
     constants["KEEP_MAXIMA"] = keep
-    tile = triton_importance.tile_for(capability, head_dim, int8=keys == "*i8")
+    tile = importance_tiles.tile_for(capability, head_dim, int8=keys == "*i8")
     constants |= {"ROWS": tile.rows, "BLOCKS": tile.blocks, "HEAD_DIM": head_dim}
     types = {"Q": "*bf16", "K": keys, "scale": "fp32"}
     types |= {name: "*fp32" for name in ("KScale", "Out", "Scratch")}
