@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from .quality_settings import METHODS
+
 Row = dict[str, Any]
 
 
@@ -33,13 +35,13 @@ class Summary:
 
 
 def summarise(rows: Iterable[Row]) -> list[Summary]:
-    """A summary per family, size and setting, in the order of the rows."""
+    """A summary per family, size and setting, by method and in the order of the rows."""
     groups: dict[tuple[str, str, str, str], list[Row]] = {}
     for row in rows:
         if row["psnr_db"] is not None:
             key = (row["family"], row["size"], row["curve"], row["label"])
             groups.setdefault(key, []).append(row)
-    return [
+    summaries = [
         Summary(
             family=family,
             size=size,
@@ -55,6 +57,8 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
         )
         for (family, size, curve, label), group in groups.items()
     ]
+    # Methods that were measured anew come last in the file.
+    return sorted(summaries, key=lambda s: METHODS.index(s.method) if s.method in METHODS else -1)
 
 
 @dataclass(frozen=True)

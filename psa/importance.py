@@ -13,13 +13,18 @@ from .sampling import QUARTER, Sample
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 
 
-def check_sampled(q: Tensor, k: Tensor, tokens_per_q_block: int, tokens_per_k_block: int) -> None:
-    """Raise ValueError unless q and k are whole blocks of sampled tokens that fit each other."""
+def check_heads(q: Tensor, k: Tensor) -> None:
+    """Raise ValueError unless q and k have as many heads of one size."""
     if q.ndim != 4 or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(
-            "q and k are [batch, heads, sampled tokens, head_dim] with equal batch, heads and "
-            f"head_dim; got {list(q.shape)} and {list(k.shape)}"
+            "q and k are [batch, heads, tokens, head_dim] with equal batch, heads and head_dim; "
+            f"got {list(q.shape)} and {list(k.shape)}"
         )
+
+
+def check_sampled(q: Tensor, k: Tensor, tokens_per_q_block: int, tokens_per_k_block: int) -> None:
+    """Raise ValueError unless q and k are whole blocks of sampled tokens that fit each other."""
+    check_heads(q, k)
     for name, x, tokens in (("q", q, tokens_per_q_block), ("k", k, tokens_per_k_block)):
         if tokens < 1 or x.shape[2] < 1 or x.shape[2] % tokens:
             raise ValueError(
@@ -161,10 +166,14 @@ def token_importance(
 
     Returns:
         fp32 [B, H, ceil(q tokens / block_m), ceil(k tokens / block_n)].
+
+    Raises:
+        ValueError: q and k do not have the same batch, heads and head_dim.
     """
+    check_heads(q, k)
     rows, tokens = queries.per_block(block_m), QUARTER.per_block(block_n)
     int8 = has_fast_int8(q.device)
-    sample = {"queries": queries, "keys": QUARTER, "block_m": block_m, "block_n": block_n}
+    sample = {"queries": queries, "block_m": block_m, "block_n": block_n}
     # The twin reads q's sample where it is.
     found = (twins or Twins()).run(
         f"{__package__}.triton_importance",

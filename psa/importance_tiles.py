@@ -21,11 +21,13 @@ class Tile:
         return options(Launch(self.blocks, self.num_warps, self.num_stages))
 
 
-# The largest that no register spills from; chosen from compiled counts, not from times. Products of
-# other architectures than Hopper's and Blackwell's hold both operands in registers, of which
-# RDNA's lanes have 256.
+# The largest that no register spills from where query blocks have 8 sampled rows or more, as from
+# block_m 128 on (fewer have more scores at once); chosen from compiled counts, not from times.
+# Products of other architectures than Hopper's and those of compute capability 10 hold both
+# operands in registers, of which RDNA's lanes have 256.
 TILE = Tile()
 # A warpgroup has its rows' products, maxima and queries, and two of them share a multiprocessor.
+# In 16 bits, which no policy asks of Hopper, that would spill.
 WARPGROUP = Tile(num_warps=4)
 RDNA = {
     ("gfx11", 64): Tile(64, 64, 2),

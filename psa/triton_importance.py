@@ -19,8 +19,8 @@ from torch import Tensor
 from ..kernels.triton_launch import architecture
 from ..kernels.triton_quantize import TINY, to_int8
 from ..kernels.triton_statistics import magnitude
-from .importance_tiles import tile_for
-from .sampling import ALL, Sample
+from .importance_tiles import Tile, tile_for
+from .sampling import ALL, QUARTER, Sample
 from .triton_sample import sampled_keys
 
 PROGRAMS_PER_SM = 2
@@ -62,7 +62,12 @@ def _block_maxima(
     return maxima
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        *("heads", "q_len", "num_q_blocks", "num_k_blocks"),
+        *("tokens_k", "tiles_per_head", "num_tiles"),
+    ]
+)
 def importance_kernel(
     Q,
     K,
@@ -197,54 +202,45 @@ def importance(
     """As importance.block_importance, for what `refuses` accepts; of a sample of q's tokens."""
     num_k_blocks = k.shape[2] // tokens_per_k_block
     by_place = k.unflatten(2, (num_k_blocks, tokens_per_k_block)).transpose(2, 3)
-    no_scales = q.new_empty(1, dtype=torch.float32)
-    return _launch(q, by_place, no_scales, queries, tokens_per_q_block, scale)
+    tile = tile_for(architecture(q.device), q.shape[3], int8=False)
+    return _launch(q, by_place, None, queries, tokens_per_q_block, scale, tile)
 
 
 def sampled_importance(
-    q: Tensor,
-    k: Tensor,
-    *,
-    queries: Sample,
-    keys: Sample,
-    block_m: int,
-    block_n: int,
-    scale: float,
-    int8: bool,
+    q: Tensor, k: Tensor, *, queries: Sample, block_m: int, block_n: int, scale: float, int8: bool
 ) -> Tensor:
-    """As importance.token_importance, for what `refuses` accepts.
-
-    Args:
-        keys: a sample without a turn.
-        int8: score in 8 bits.
-    """
+    """As importance.token_importance, for what `refuses` accepts. int8: score in 8 bits."""
     rows = queries.per_block(block_m)
     if not int8:
-        tokens = keys.per_block(block_n)
         return importance(
             q,
-            keys.tokens(k, block_n),
+            QUARTER.tokens(k, block_n),
             tokens_per_q_block=rows,
-            tokens_per_k_block=tokens,
+            tokens_per_k_block=QUARTER.per_block(block_n),
             scale=scale,
             queries=queries,
         )
-    tile = tile_for(architecture(k.device), k.shape[3], int8=True)
-    by_place, k_scales = sampled_keys(k, keys, block_n, whole=tile.blocks)
-    return _launch(q, by_place, k_scales, queries, rows, scale)
+    tile = tile_for(architecture(q.device), q.shape[3], int8=True)
+    by_place, k_scales = sampled_keys(k, QUARTER, block_n, whole=tile.blocks)
+    return _launch(q, by_place, k_scales, queries, rows, scale, tile)
 
 
 def _launch(
-    q: Tensor, k: Tensor, k_scales: Tensor, queries: Sample, tokens_per_q_block: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    k_scales: Tensor | None,
+    queries: Sample,
+    tokens_per_q_block: int,
+    scale: float,
+    tile: Tile,
 ) -> Tensor:
-    """k: [B, H, places, key blocks, D]."""
+    """k: [B, H, places, key blocks, D], in 8 bits with k_scales."""
     batch, heads, q_len, head_dim = q.shape
     tokens_k, num_k_blocks = k.shape[2:4]
     num_q_blocks = -(-q_len // (tokens_per_q_block * queries.stride))
     out = torch.empty(
         (batch, heads, num_q_blocks, num_k_blocks), dtype=torch.float32, device=q.device
     )
-    tile = tile_for(architecture(q.device), head_dim, int8=k.dtype == torch.int8)
     tiles_per_head = -(-num_q_blocks * tokens_per_q_block // tile.rows)
     num_tiles = batch * heads * tiles_per_head
     programs = min(num_tiles, _resident_programs(q.device))
@@ -252,10 +248,11 @@ def _launch(
     keep_maxima = kept * out.element_size() <= MAX_SCRATCH_BYTES
     scratch = out.new_empty(kept if keep_maxima else 1)
     importance_kernel[(programs,)](
-        q, k, k_scales, out, scratch, q.stride(0), q.stride(1), q.stride(2), k.stride(0),
-        k.stride(1), k.stride(3), k.stride(2), heads, q_len, num_q_blocks, num_k_blocks, tokens_k,
-        tiles_per_head, num_tiles, scale * LOG2_E, TOKENS_Q=tokens_per_q_block,
-        Q_STRIDE=queries.stride, Q_OFFSET=queries.offset, Q_TURN=queries.turn,
+        q, k, out if k_scales is None else k_scales, out, scratch,
+        q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(3), k.stride(2),
+        heads, q_len, num_q_blocks, num_k_blocks, tokens_k, tiles_per_head, num_tiles,
+        scale * LOG2_E, TOKENS_Q=tokens_per_q_block, Q_STRIDE=queries.stride,
+        Q_OFFSET=queries.offset, Q_TURN=queries.turn,
         KEEP_MAXIMA=keep_maxima, ROWS=tile.rows, BLOCKS=tile.blocks, HEAD_DIM=head_dim,
         **tile.options(),
     )  # fmt: skip

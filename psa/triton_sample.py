@@ -16,7 +16,7 @@ from .sampling import Sample
 BLOCKS = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "num_k_blocks", "tokens_k", "last_token"])
 def keys_kernel(
     K,
     Mean,

@@ -1,5 +1,7 @@
 """Scores from 8 bits: as good as exact ones where models have outliers, and only where fast."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from sparse_video_attention.psa import block_importance, importance, quantized
@@ -107,6 +109,29 @@ def test_mean_of_a_sample():
 def test_where_products_of_8_bits_are_fast(arch, fast, monkeypatch):
     monkeypatch.setattr(quantized, "architecture", lambda device: arch)
     assert has_fast_int8(torch.device("cuda", 0)) is fast
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_twin_is_asked_for_what_is_fast(fast, monkeypatch):
+    """And told what a refusal depends on: 8 bits can be made of any dtype."""
+    monkeypatch.setattr(importance, "has_fast_int8", lambda device: fast)
+    refused, asked = Mock(), Mock()
+    twins = Mock()
+    twins.run = lambda module, x, refuses, run: refuses(refused) and run(asked)
+    q, k = random_qk()
+    got = token_importance(q, k, **BLOCKS, scale=0.125, queries=SIXTEENTH, twins=twins)
+    assert got is asked.sampled_importance.return_value
+    refused.refuses.assert_called_once_with(q, k, 4, 0.125, int8=fast)
+    asked.sampled_importance.assert_called_once_with(
+        q, k, queries=SIXTEENTH, **BLOCKS, scale=0.125, int8=fast
+    )
+
+
+def test_heads_that_do_not_fit_are_refused():
+    q, k = random_qk()
+    for other in (k[:, :2], k[:1], k[..., :32]):
+        with pytest.raises(ValueError, match="equal batch, heads and head_dim"):
+            token_importance(q, other, **BLOCKS, scale=0.125)
 
 
 def test_elsewhere_scores_are_exact(monkeypatch):

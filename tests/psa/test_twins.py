@@ -56,8 +56,18 @@ for batch, heads, tokens, head_dim, block_m, block_n, scratch, tile in [
         how = {"block_m": block_m, "block_n": block_n, "scale": 0.2, "queries": queries}
         for int8 in (True, False):
             importance.has_fast_int8 = lambda device: int8
-            got = triton_importance.sampled_importance(q, k, keys=QUARTER, int8=int8, **how)
+            got = triton_importance.sampled_importance(q, k, int8=int8, **how)
             torch.testing.assert_close(got, token_importance(q, k, **how), rtol=2e-5, atol=1e-9)
+
+# Rows and keys that have no largest channel.
+q, k = random_k(1, 2, 300, 64), random_k(1, 2, 300, 64)
+q[:, :, 2:90] = 0
+k[:, 1] = 0.3
+how = {"block_m": 64, "block_n": 32, "scale": 0.2, "queries": QUARTER}
+importance.has_fast_int8 = lambda device: True
+got = triton_importance.sampled_importance(q, k, int8=True, **how)
+torch.testing.assert_close(got, token_importance(q, k, **how), rtol=2e-5, atol=1e-9)
+assert (got[:, 1] - 0.1).abs().max() < 1e-6 and (got[:, 0, 0] - 0.1).abs().max() < 1e-6
 
 # Strides of blocks and places that a view has, in 16 bits too.
 for scratch in (2**27, 0):
