@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sparse_video_attention.kernels.triton_launch import Launch
+from sparse_video_attention.kernels.triton_launch import FP16_SUMS_KEYS, Launch
 
 LEVELS = {"mask": (1,), "pyramid": (1, 2, 4, 8)}
 # (warps, registers per thread): two programs per multiprocessor at 8 warps and 128 registers or
@@ -46,7 +46,7 @@ def candidates(
     # A tile of more keys than a block holds several blocks; more than two are not worth a try.
     tiles = [tile for tile in tiles if tile <= 2 * case.blocks[1]]
     tried = [
-        Launch(tile, warps, depth, registers)
+        Launch(tile, warps, depth, registers, current.fp16_sums and tile <= FP16_SUMS_KEYS)
         for tile, (warps, registers), depth in itertools.product(tiles, WARPS_AND_REGISTERS, stages)
     ]
     return list(dict.fromkeys([current, *tried]))
@@ -55,4 +55,5 @@ def candidates(
 def as_source(launch: Launch) -> str:
     """As kernels/triton_launch.py spells it."""
     registers = f", {launch.maxnreg}" if launch.maxnreg else ""
-    return f"Launch({launch.tile_n}, {launch.num_warps}, {launch.num_stages}{registers})"
+    sums = ", fp16_sums=True" if launch.fp16_sums else ""
+    return f"Launch({launch.tile_n}, {launch.num_warps}, {launch.num_stages}{registers}{sums})"

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .triton_level import segment, tile_at, visit_full_tiles, visit_rest
-from .triton_softmax import FP8_SHIFT
+from .triton_softmax import FP8_SHIFT, FP16_SUMS_SHIFT
 
 # Levels are 1 to 256, the largest block.
 NUM_LOG_LEVELS: tl.constexpr = tl.constexpr(9)
@@ -68,6 +68,7 @@ def attention_kernel(
     HEAD_DIM: tl.constexpr,
     QUANTIZED: tl.constexpr,
     FP8: tl.constexpr,
+    FP16_SUMS: tl.constexpr,
     RESUMED: tl.constexpr,
 ):
     """Grid (query blocks, heads of this launch); first_head counts heads over the whole batch.
@@ -80,7 +81,8 @@ def attention_kernel(
     FP8 (with QUANTIZED): level 1 of the values is Fp8V, e4m3 [heads of this launch, HEAD_DIM,
         num_k_blocks * BLOCK_N]; these and ScratchV are to be multiplied by VScale [heads of this
         launch, HEAD_DIM].
-    RESUMED (not with FP8): Out holds the attention to other keys, and LogSums, fp32 [heads of the
+    FP16_SUMS (with fp16 values, not with FP8): see softmax_step.
+    RESUMED (with neither): Out holds the attention to other keys, and LogSums, fp32 [heads of the
         whole batch, q_len], log2 of the sums of their weights (-inf: none); one softmax of both.
     LEVELS: the sum of the plan's levels, which are powers of two. scale: times log2(e).
     stride_kn, stride_vn: a model has one of each; as constants they spare the loops a tenth of
@@ -116,7 +118,7 @@ def attention_kernel(
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    SHIFT: tl.constexpr = FP8_SHIFT if FP8 else 0.0
+    SHIFT: tl.constexpr = FP8_SHIFT if FP8 else FP16_SUMS_SHIFT if FP16_SUMS else 0.0
     for REST in tl.static_range(2):
         k_row = 0
         v_row = 0
@@ -148,7 +150,7 @@ def attention_kernel(
                         query, level_k, level_v, KScale + position * num_k_blocks,
                         row_stride_k, row_stride_v, Indices, first, last - ragged,
                         acc, row_max, row_sum, scale, LOG_LEVEL, BLOCK_N, TILE_N, HEAD_DIM,
-                        SHIFT, QUANTIZED, FP8 and LOG_LEVEL == 0,
+                        SHIFT, QUANTIZED, FP8 and LOG_LEVEL == 0, FP16_SUMS,
                     )  # fmt: skip
                 else:
                     acc, row_max, row_sum = visit_rest(
@@ -156,7 +158,7 @@ def attention_kernel(
                         row_stride_k, row_stride_v, Indices, first, last, ragged,
                         num_k_blocks, k_len,
                         acc, row_max, row_sum, scale, LOG_LEVEL, BLOCK_N, TILE_N, HEAD_DIM,
-                        SHIFT, QUANTIZED, FP8 and LOG_LEVEL == 0,
+                        SHIFT, QUANTIZED, FP8 and LOG_LEVEL == 0, FP16_SUMS,
                     )  # fmt: skip
                 position += 1
 

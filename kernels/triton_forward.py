@@ -105,6 +105,7 @@ def _attend(
         HEAD_DIM=k.shape[3],
         QUANTIZED=scratch.quantized,
         FP8=scratch.fp8,
+        FP16_SUMS=launch.fp16_sums and v.dtype == torch.float16 and log_sums is None,
         RESUMED=log_sums is not None,
         **options(launch),
     )

@@ -72,6 +72,7 @@ def visit_full_tiles(
     SHIFT: tl.constexpr,
     QUANTIZED: tl.constexpr,
     FP8_VALUES: tl.constexpr,
+    FP16_SUMS: tl.constexpr,
 ):
     """Visit the entries from first to before last of one level that fill whole tiles."""
     ROWS: tl.constexpr = BLOCK_N >> LOG_LEVEL
@@ -102,7 +103,7 @@ def visit_full_tiles(
             key_scale = tl.load(KScale + block)
         acc, row_max, row_sum = softmax_step(
             query, keys, values, acc, row_max, row_sum, scale, key_scale, LOG_LEVEL,
-            SHIFT, False, QUANTIZED, KEY_SCALES, FP8_VALUES,
+            SHIFT, False, QUANTIZED, KEY_SCALES, FP8_VALUES, FP16_SUMS,
         )  # fmt: skip
         block = next_block
     return acc, row_max, row_sum
@@ -133,6 +134,7 @@ def visit_rest(
     SHIFT: tl.constexpr,
     QUANTIZED: tl.constexpr,
     FP8_VALUES: tl.constexpr,
+    FP16_SUMS: tl.constexpr,
 ):
     """Visit what visit_full_tiles left of one level: a part of a tile, the ragged block."""
     ROWS: tl.constexpr = BLOCK_N >> LOG_LEVEL
@@ -162,6 +164,6 @@ def visit_rest(
             key_scale = tl.load(KScale + block, mask=live, other=0.0)
         acc, row_max, row_sum = softmax_step(
             query, keys, values, acc, row_max, row_sum, scale, key_scale, bias,
-            SHIFT, True, QUANTIZED, True, FP8_VALUES,
+            SHIFT, True, QUANTIZED, True, FP8_VALUES, FP16_SUMS,
         )  # fmt: skip
     return acc, row_max, row_sum

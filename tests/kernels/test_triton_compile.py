@@ -162,6 +162,29 @@ def test_fp8_products_are_added_up_in_fp32():
 
 # Instructions per tile and thread; with token strides known at run time only, there were 414, 308
 # and 556.
+@pytest.mark.parametrize("levels", [(1,), PYRAMID], ids=["mask", "pyramid"])
+@pytest.mark.parametrize("block_m", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("arch", [86, 89, 120])
+def test_cards_for_people_add_up_fp16_values_in_fp16(tmp_path, arch, head_dim, block_m, levels):
+    """In int8, at no register more; values of bf16 never."""
+    launch = triton_launch.launch_for(arch, head_dim, "int8", block_m)
+    sums = {
+        "fp16": "m16n8k16.row.col.f16.f16.f16.f16",
+        "bf16": "m16n8k16.row.col.f32.bf16.bf16.f32",
+    }
+    stacks = []
+    for dtype, product in sums.items():
+        kernel = attention_source(
+            launch, head_dim=head_dim, precision="int8", levels=levels, block_m=block_m, dtype=dtype
+        )
+        compiled = compile_for_nvidia(kernel, arch, **triton_launch.options(launch))
+        found = set(re.findall(r"m16n8k16\.row\.col\.[.\w]+", compiled.asm["ptx"]))
+        assert found == {product}
+        stacks.append(resources(compiled, tmp_path)[1])
+    assert stacks[0] <= stacks[1]
+
+
 @pytest.mark.parametrize("arch, head_dim, most", [(90, 128, 375), (90, 64, 290), (80, 128, 520)])
 def test_addresses_take_little_of_the_loop_over_full_tiles(tmp_path, arch, head_dim, most):
     _, compiled = compiled_attention(arch, head_dim, "native", (1,))

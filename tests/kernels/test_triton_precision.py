@@ -1,8 +1,11 @@
 """The 8-bit precisions of the "triton" kernel on the data that 8 bits are bad at."""
 
+import dataclasses
+import functools
+
 import pytest
 import torch
-from sparse_video_attention.kernels import BlockPlan
+from sparse_video_attention.kernels import BlockPlan, triton_launch
 from sparse_video_attention.kernels.reference import reference_attention
 from sparse_video_attention.kernels.triton_launch import Launch
 
@@ -121,6 +124,65 @@ def test_8_bit_precisions_are_never_chosen_unmeasured(interpreter):
         for precision in ("auto", "native")
     )
     assert torch.equal(auto, native)
+
+
+@pytest.fixture
+def fp16_sums(triton_attention, monkeypatch):
+    """int8 with the sums that cards for people have, on whatever there is."""
+    if not triton_attention.on_gpu:
+        launch = "sparse_video_attention.kernels.triton_launch:INTERPRETER"
+        settings = {launch: Launch(64, 4, 1, fp16_sums=True)}
+        return functools.partial(triton_attention, precision="int8", settings=settings)
+    table = triton_launch.settings_for(triton_launch.architecture(torch.device("cuda")))
+    for head_dim in (64, 128):
+        launch = dataclasses.replace(table[head_dim, "int8"], tile_n=64, fp16_sums=True)
+        monkeypatch.setitem(table, (head_dim, "int8"), launch)
+    return functools.partial(triton_attention, precision="int8")
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_sums_in_fp16_are_as_close_as_int8_is(triton_attention, fp16_sums, case):
+    batch, heads, q_len, k_len, head_dim, block_n, levels, remainder = case
+    q, k, v = (x.half() for x in hard_inputs(batch, heads, q_len, k_len, head_dim))
+    plan = full_plan(q_len, k_len, block_n, levels, remainder)
+    want = reference_attention(q.double(), k.double(), v.double(), plan)
+    got, in_fp32 = fp16_sums(q, k, v, plan), triton_attention(q, k, v, plan, precision="int8")
+    assert relative_error(got, want) < PROMISED["int8"]
+    if q_len > 1:
+        # The smallest channels too, a millionth of the largest.
+        for channel in (0, head_dim // 2, head_dim - 1):
+            assert relative_error(got[..., channel], in_fp32[..., channel]) < 5e-3
+        assert not torch.equal(got, in_fp32)
+
+
+@pytest.mark.parametrize("largest", [6e4, 0.01])
+def test_sums_in_fp16_stay_in_its_range(fp16_sums, largest):
+    """64 equal weights of 1 and the largest values that fp16 has; and small ones."""
+    q, k = torch.zeros(1, 1, 64, 64).half(), torch.zeros(1, 1, 500, 64).half()
+    v = torch.full((1, 1, 500, 64), largest).half()
+    v[..., 32:] *= -1
+    out = fp16_sums(q, k, v, full_plan(64, 500, 128, (1, 8)))
+    torch.testing.assert_close(out, v[:, :, :64], rtol=2e-3, atol=0)
+
+
+def test_sums_in_fp16_are_for_fp16_values(triton_attention, fp16_sums):
+    q, k, v = hard_inputs(1, 1, 64, 200, 64)
+    for dtype in (torch.bfloat16, torch.float32)[: 1 if triton_attention.on_gpu else 2]:
+        inputs = tuple(x.to(dtype) for x in (q, k, v))
+        plan = full_plan(64, 200, 64)
+        plain = triton_attention(*inputs, plan, precision="int8")
+        assert torch.equal(fp16_sums(*inputs, plan), plain)
+
+
+def test_only_settings_with_small_tiles_have_sums_in_fp16():
+    with pytest.raises(ValueError, match="tiles of 64 keys; got 128"):
+        Launch(128, 8, 3, fp16_sums=True)
+    for arch in (80, 86, 87, 89, 90, 100, 120, 121):
+        for (head_dim, precision), launch in triton_launch.settings_for(arch).items():
+            wanted = precision == "int8" and arch in (86, 87, 89, 120, 121)
+            for block_m in (64, 128):
+                got = triton_launch.launch_for(arch, head_dim, precision, block_m)
+                assert got.fp16_sums == wanted, (arch, head_dim, precision, block_m, launch)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
