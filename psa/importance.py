@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.twins import Twins
-from .quantized import has_fast_int8, round_keys, round_rows
+from .quantized import round_keys, round_rows, scores_in_8_bits
 from .sampling import QUARTER, Sample
 
 # Scores held at once, in elements of 4 bytes; there are two such buffers.
@@ -156,7 +156,7 @@ def token_importance(
 ) -> Tensor:
     """block_importance of the sampled tokens of whole q and k, in 8 bits where those are fast.
 
-    See `quantized.has_fast_int8`.
+    See `quantized.scores_in_8_bits`.
 
     Args:
         q, k: [B, H, N, D], any lengths, strides and float dtype.
@@ -172,7 +172,7 @@ def token_importance(
     """
     check_heads(q, k)
     rows, tokens = queries.per_block(block_m), QUARTER.per_block(block_n)
-    int8 = has_fast_int8(q.device)
+    int8 = scores_in_8_bits(q.device)
     sample = {"queries": queries, "block_m": block_m, "block_n": block_n}
     # The twin reads q's sample where it is.
     found = (twins or Twins()).run(

@@ -20,7 +20,7 @@ LARGEST = 127.0
 TINY = 1e-30
 
 
-def has_fast_int8(device: torch.device) -> bool:
+def scores_in_8_bits(device: torch.device) -> bool:
     """Whether blocks are scored in 8 bits there: where products of 16 are no faster.
 
     And where neither is a GPU's, so that plans are alike. Triton gives those of 8 bits to the

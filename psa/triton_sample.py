@@ -16,6 +16,26 @@ from .sampling import Sample
 BLOCKS = 16
 
 
+@triton.jit
+def _centred(
+    K,
+    mean,
+    stride_kn,
+    blocks,
+    place,
+    tokens_k,
+    last_token,
+    K_STRIDE: tl.constexpr,
+    K_OFFSET: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """fp32 [blocks, HEAD_DIM]: the key at a place of each block, minus the mean."""
+    tokens = (blocks * tokens_k + place) * K_STRIDE + K_OFFSET
+    # The last block is filled with its last token, which changes no maximum.
+    tokens = tl.minimum(tokens, last_token)[:, None].to(tl.int64)
+    return tl.load(K + tokens * stride_kn + tl.arange(0, HEAD_DIM)[None, :]).to(tl.float32) - mean
+
+
 @triton.jit(do_not_specialize=["heads", "num_k_blocks", "tokens_k", "last_token"])
 def keys_kernel(
     K,
@@ -50,17 +70,17 @@ def keys_kernel(
 
     largest = tl.zeros([BLOCKS, HEAD_DIM], tl.float32)
     for place in tl.range(0, tokens_k):
-        tokens = (blocks * tokens_k + place) * K_STRIDE + K_OFFSET
-        tokens = tl.minimum(tokens, last_token)[:, None].to(tl.int64)
-        key = tl.load(K + tokens * stride_kn + dims).to(tl.float32) - mean
+        key = _centred(
+            K, mean, stride_kn, blocks, place, tokens_k, last_token, K_STRIDE, K_OFFSET, HEAD_DIM
+        )
         largest = tl.maximum(largest, magnitude(key))
     scale = tl.maximum(tl.max(largest, 1), TINY) / 127.0
     tl.store(Scales + head * BLOCKS * tl.num_programs(0) + place_of_scale, scale)
     # Once more, from cache.
     for place in tl.range(0, tokens_k):
-        tokens = (blocks * tokens_k + place) * K_STRIDE + K_OFFSET
-        tokens = tl.minimum(tokens, last_token)[:, None].to(tl.int64)
-        key = tl.load(K + tokens * stride_kn + dims).to(tl.float32) - mean
+        key = _centred(
+            K, mean, stride_kn, blocks, place, tokens_k, last_token, K_STRIDE, K_OFFSET, HEAD_DIM
+        )
         out = Out + (place * num_k_blocks + blocks[:, None]).to(tl.int64) * HEAD_DIM + dims
         tl.store(out, to_int8(key / scale[:, None]), mask=inside)
 

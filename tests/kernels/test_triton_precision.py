@@ -133,11 +133,17 @@ def fp16_sums(triton_attention, monkeypatch):
         launch = "sparse_video_attention.kernels.triton_launch:INTERPRETER"
         settings = {launch: Launch(64, 4, 1, fp16_sums=True)}
         return functools.partial(triton_attention, precision="int8", settings=settings)
-    table = triton_launch.settings_for(triton_launch.architecture(torch.device("cuda")))
-    for head_dim in (64, 128):
-        launch = dataclasses.replace(table[head_dim, "int8"], tile_n=64, fp16_sums=True)
-        monkeypatch.setitem(table, (head_dim, "int8"), launch)
-    return functools.partial(triton_attention, precision="int8")
+
+    def with_sums(*call):
+        launch = triton_launch.launch_for(*call)
+        return dataclasses.replace(launch, tile_n=min(launch.tile_n, 64), fp16_sums=True)
+
+    def attention(*args):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"{triton_launch.__package__}.triton_forward.launch_for", with_sums)
+            return triton_attention(*args, precision="int8")
+
+    return attention
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sparse_video_attention.psa import block_importance, importance, quantized
 from sparse_video_attention.psa.importance import token_importance
-from sparse_video_attention.psa.quantized import has_fast_int8, round_keys, round_rows
+from sparse_video_attention.psa.quantized import round_keys, round_rows, scores_in_8_bits
 from sparse_video_attention.psa.sampling import QUARTER, SIXTEENTH, Sample
 
 BLOCKS = {"block_m": 64, "block_n": 32}
@@ -108,13 +108,13 @@ def test_mean_of_a_sample():
 )
 def test_where_products_of_8_bits_are_fast(arch, fast, monkeypatch):
     monkeypatch.setattr(quantized, "architecture", lambda device: arch)
-    assert has_fast_int8(torch.device("cuda", 0)) is fast
+    assert scores_in_8_bits(torch.device("cuda", 0)) is fast
 
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_the_twin_is_asked_for_what_is_fast(fast, monkeypatch):
     """And told what a refusal depends on: 8 bits can be made of any dtype."""
-    monkeypatch.setattr(importance, "has_fast_int8", lambda device: fast)
+    monkeypatch.setattr(importance, "scores_in_8_bits", lambda device: fast)
     refused, asked = Mock(), Mock()
     twins = Mock()
     twins.run = lambda module, x, refuses, run: refuses(refused) and run(asked)
@@ -135,7 +135,7 @@ def test_heads_that_do_not_fit_are_refused():
 
 
 def test_elsewhere_scores_are_exact(monkeypatch):
-    monkeypatch.setattr(importance, "has_fast_int8", lambda device: False)
+    monkeypatch.setattr(importance, "scores_in_8_bits", lambda device: False)
     q, k = random_qk()
     for queries in (QUARTER, SIXTEENTH):
         got = token_importance(q, k, **BLOCKS, scale=0.125, queries=queries)

@@ -16,7 +16,7 @@ from sparse_video_attention.psa import (
     triton_levels,
 )
 from sparse_video_attention.psa.preset import SimThresholds
-from sparse_video_attention.psa.quantized import has_fast_int8
+from sparse_video_attention.psa.quantized import scores_in_8_bits
 
 # The interpreter multiplies bf16 as if it were whole numbers, so these are fp16.
 IN_THE_INTERPRETER = """
@@ -55,7 +55,7 @@ for batch, heads, tokens, head_dim, block_m, block_n, scratch, tile in [
     for queries in (Sample(4, 2), Sample(16, 8), Sample(16, 8, turn=5)):
         how = {"block_m": block_m, "block_n": block_n, "scale": 0.2, "queries": queries}
         for int8 in (True, False):
-            importance.has_fast_int8 = lambda device: int8
+            importance.scores_in_8_bits = lambda device: int8
             got = triton_importance.sampled_importance(q, k, int8=int8, **how)
             torch.testing.assert_close(got, token_importance(q, k, **how), rtol=2e-5, atol=1e-9)
 
@@ -64,7 +64,7 @@ q, k = random_k(1, 2, 300, 64), random_k(1, 2, 300, 64)
 q[:, :, 2:90] = 0
 k[:, 1] = 0.3
 how = {"block_m": 64, "block_n": 32, "scale": 0.2, "queries": QUARTER}
-importance.has_fast_int8 = lambda device: True
+importance.scores_in_8_bits = lambda device: True
 got = triton_importance.sampled_importance(q, k, int8=True, **how)
 torch.testing.assert_close(got, token_importance(q, k, **how), rtol=2e-5, atol=1e-9)
 assert (got[:, 1] - 0.1).abs().max() < 1e-6 and (got[:, 0, 0] - 0.1).abs().max() < 1e-6
@@ -166,7 +166,7 @@ def test_hopper_takes_a_warpgroup_and_amd_of_the_same_number_does_not(monkeypatc
     triton_launch.architecture.cache_clear()
     try:
         arch = triton_launch.architecture(torch.device("cuda", 0))
-        assert has_fast_int8(torch.device("cuda", 0)) == (name is None)
+        assert scores_in_8_bits(torch.device("cuda", 0)) == (name is None)
     finally:
         triton_launch.architecture.cache_clear()
     assert importance_tiles.tile_for(arch, 128, int8=True).options()["num_warps"] == warps
