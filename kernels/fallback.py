@@ -1,8 +1,8 @@
 """Running plans when kernels may fail: the next kernel serves the call, and the reason is kept.
 
-A kernel that raises, or whose first output for a shape holds a NaN, is set aside for that shape,
-in the precision it ran in: in the inputs' own dtype it may still serve. The choice is made once
-per shape, so a call in a running model pays a dictionary lookup.
+A kernel that raises, or whose first output for a shape is wrong or holds a NaN, is set aside for
+that shape, in the precision it ran in: in the inputs' own dtype it may still serve. The choice is
+made once per shape, so a call in a running model pays a dictionary lookup.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .attention import candidates, check_call
+from .first_output import relative_error
 from .memory_errors import OUT_OF_MEMORY, is_out_of_memory, short_error
 from .plan import BlockPlan
 from .registry import KeptPools, Kernel, KernelCall, unavailable_reason
@@ -44,7 +45,7 @@ class KernelChoice:
 
     Attributes:
         able: with the precision that each would run in.
-        verified: those whose first output held no NaN.
+        verified: those whose first output was right.
     """
 
     able: list[tuple[Kernel, str]]
@@ -166,7 +167,7 @@ class KernelFallback:
             try:
                 out = chosen.run(replace(call, precision=chosen_precision))
                 verified = chosen.name, chosen_precision
-                if verified not in choice.verified and self._is_sound(out, call):
+                if verified not in choice.verified and _is_sound(out, call, *pair):
                     choice.verified.add(verified)
                 return KernelRun(out, chosen.name, chosen_precision, choice.notes + passed_over)
             except Exception as error:  # whatever a kernel raises, the run goes on
@@ -177,19 +178,32 @@ class KernelFallback:
         reasons = "; ".join(choice.notes + passed_over)
         raise NoKernelServesError(reasons or "no kernel serves this call")
 
-    @staticmethod
-    def _is_sound(out: Tensor, call: KernelCall) -> bool:
-        """Whether a first output is free of NaN; False if the inputs were not finite.
 
-        One sync per kernel and shape.
+def _is_sound(out: Tensor, call: KernelCall, kernel: Kernel, precision: str) -> bool:
+    """Whether a first output is right; False if that cannot be told: the inputs are not finite,
+    or there is no memory to find out.
 
-        Raises:
-            ArithmeticError: the kernel made a NaN.
-        """
-        # A sum with a NaN in it is one, and needs no memory; infinities can make one too.
-        if not bool(out.sum(dtype=torch.float32).isnan()) or not bool(out.isnan().any()):
-            return True
+    A few syncs per kernel and shape.
+
+    Raises:
+        ArithmeticError: the kernel made a NaN, or is off by more than it may be.
+    """
+    # A sum with a NaN in it is one, and needs no memory; infinities can make one too.
+    if bool(out.sum(dtype=torch.float32).isnan()) and bool(out.isnan().any()):
         # An infinite logit makes one too, in exact attention as well.
         if not all(bool(x.isfinite().all()) for x in (call.q, call.k, call.v)):
             return False
         raise ArithmeticError("its first output for this shape holds a NaN")
+    allowed = kernel.allowed_error.get(precision)
+    if allowed is None:
+        return True
+    try:
+        error = relative_error(call, out)
+    except Exception as problem:  # it says nothing about this kernel
+        return not is_out_of_memory(problem)
+    if error is not None and not error <= allowed:
+        raise ArithmeticError(
+            f"its first output for this shape is off by {error:.2g} (relative L2, at most "
+            f"{allowed:.2g} is allowed)"
+        )
+    return error is not None

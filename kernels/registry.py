@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -76,6 +76,8 @@ class Kernel:
         rank: (call) -> expected speed relative to the torch kernel on the same device (larger
             wins), from measurements where there are any. 0 or less: only when asked for by name.
         pools: whether it can run plans with pooled blocks at all.
+        allowed_error: relative L2 error that its first output for a shape may have, by precision.
+            KernelFallback does not check a precision that is not listed.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Kernel:
     auto_precision: Callable[[KernelCall], str]
     rank: Callable[[KernelCall], float]
     pools: bool = True
+    allowed_error: Mapping[str, float] = field(default_factory=dict)
 
 
 _KERNELS: dict[str, Kernel] = {}

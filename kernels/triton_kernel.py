@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .first_output import ALLOWED_ERROR
 from .registry import Kernel, KernelCall, register
 from .triton_launch import HEAD_DIMS, MIN_NVIDIA, architecture, launch_for, settings_for
 
@@ -121,5 +122,6 @@ register(
         run=_run,
         auto_precision=_auto_precision,
         rank=_rank,
+        allowed_error=ALLOWED_ERROR,
     )
 )

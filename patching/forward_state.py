@@ -106,7 +106,8 @@ class ForwardState:
         assert self.choice is not None
         layout = None if self.tokens is None else self.tokens.layout
         lengths = (tuple(call.q.shape), call.k_len)
-        return self.choice.policy, layout, lengths, call.q.dtype, call.q.device
+        how = call.q.dtype, call.low_precision_allowed, call.q.device
+        return self.choice.policy, layout, lengths, how
 
     def order_of_call(self) -> TokenOrder | None:
         """The order that q, k and v of the call that comes now still have to be brought into."""

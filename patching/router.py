@@ -20,7 +20,7 @@ from .preferred import SAID_OF, preferred_attention
 from .record import CallRecord
 from .run import RUN_KEY, RunState
 from .settings import SETTINGS_KEY, AttentionSettings, AttentionSite
-from .speed import SpeedCheck, may_be_slower
+from .speed import Fastest, SpeedCheck, can_be_timed
 from .timing import Stopwatch
 
 if TYPE_CHECKING:
@@ -111,17 +111,21 @@ class AttentionRouter:
         plan = forward.plan_of(call, layer)
         reason = dense_reason(call, forward, layer, forward.from_vace_block(layer), plan)
         kind: Hashable = None
+        fastest = Fastest()
         if reason is None:
             kind = forward.kind_of(call)
             reason = forward.failures.reason(kind)
-        if reason is None and (slower := self.speed.slower(kind)):
-            reason = slower.reason
-            _say(forward, slower.notes)
+        if reason is None:
+            assert layer is not None
+            found = self.speed.found(kind)
+            fastest = found or self._time(func, args, kwargs, call, site, forward, layer, plan)
+            reason = fastest.dense_reason
+            _say(forward, fastest.notes)
         watch = Stopwatch(call.q.device)
         if reason is None:
             assert layer is not None
             try:
-                sparse, density = self._run_sparse(call, forward, layer, plan)
+                sparse, density = self._run_sparse(call, forward, layer, plan, fastest.precision)
             except Exception as error:  # a sampling run must not end for this
                 reason = forward.failures.add(kind, error)
             if reason is not None:
@@ -130,9 +134,9 @@ class AttentionRouter:
             else:
                 watch.stop()
                 forward.failures.succeeded(kind)
+                _say(forward, sparse.notes)
                 ran = _named(sparse)
                 forward.calls.append(CallRecord(forward.step, layer, ran, density, None, watch))
-                self._compare_speed(func, args, kwargs, call, site, forward, layer, plan, sparse)
                 return sparse.out
         default = faster_default(func, call) if self.previous is None else None
         out, ran = self._run_dense(func, args, kwargs, call, site, default)
@@ -171,10 +175,8 @@ class AttentionRouter:
     ) -> tuple[Tensor, str]:
         """(output, who computed it): the backend chosen for the site, else `default`, else
         whoever is next."""
-        options = call.transformer_options
-        settings: AttentionSettings = options[SETTINGS_KEY]
-        run: RunState | None = options.get(RUN_KEY)
-        chosen = None if settings.dense is None else settings.dense.backend(site)
+        run: RunState | None = call.transformer_options.get(RUN_KEY)
+        chosen = self._chosen_backend(call, site)
         preferred = self._preferred(call, site)
         if preferred is not None and site is not None:
             func, default = preferred, None
@@ -214,7 +216,7 @@ class AttentionRouter:
             return self.previous(func, *args, **kwargs)
         return func(*args, **kwargs)
 
-    def _compare_speed(
+    def _time(
         self,
         func: Override,
         args: tuple[Any, ...],
@@ -224,36 +226,53 @@ class AttentionRouter:
         forward: ForwardState,
         layer: int,
         plan: BlockPlan | None,
-        ran: KernelRun,
-    ) -> None:
-        """After the first sparse call of its kind in plain PyTorch: is dense attention faster?"""
-        choice, kind = forward.choice, forward.kind_of(call)
-        assert choice is not None
-        served_for_want_of_better = ran.kernel == "torch" and choice.kernel == "auto"
-        if not served_for_want_of_better or not may_be_slower(call.q.device):
-            return
-        if not self.speed.is_due(kind):
-            return
-        settings: AttentionSettings = call.transformer_options[SETTINGS_KEY]
-        backend = None if settings.dense is None else settings.dense.backend(site)
+    ) -> Fastest:
+        """Before the first sparse call of its kind on a GPU: what is fastest for such calls."""
+        choice = forward.choice
+        assert choice is not None and forward.tokens is not None
+        if "auto" not in (choice.kernel, choice.precision) or not can_be_timed(call.q.device):
+            return Fastest()
+
+        def sparse(precision: str) -> KernelRun:
+            return self._run_sparse(call, forward, layer, plan, precision)[0]
 
         def dense() -> Tensor:
-            out = None if backend is None else self.dense.run(backend, call)
-            if isinstance(out, Tensor):
-                return out
-            return self._hand_on(self._preferred(call, site) or func, args, kwargs)
+            preferred = self._preferred(call, site)
+            name = self._chosen_backend(call, site)
+            if name is None and preferred is None and self.previous is None:
+                name = faster_default(func, call)
+            out = None if name is None else self.dense.run(name, call)
+            return (
+                out if isinstance(out, Tensor) else self._hand_on(preferred or func, args, kwargs)
+            )
 
-        self.speed.compare(
-            kind, lambda: self._run_sparse(call, forward, layer, plan)[0].out, dense, ran.notes
+        return self.speed.compare(
+            forward.kind_of(call),
+            sparse,
+            dense,
+            may_be_dense=choice.kernel == "auto",
+            may_be_int8=choice.precision == "auto" and call.low_precision_allowed,
+            density_is_steady=plan is not None
+            or not isinstance(choice.policy.forecast(forward.tokens.layout), str),
         )
 
+    def _chosen_backend(self, call: AttentionCall, site: AttentionSite | None) -> str | None:
+        settings: AttentionSettings = call.transformer_options[SETTINGS_KEY]
+        return None if settings.dense is None else settings.dense.backend(site)
+
     def _run_sparse(
-        self, call: AttentionCall, forward: ForwardState, layer: int, plan: BlockPlan | None
+        self,
+        call: AttentionCall,
+        forward: ForwardState,
+        layer: int,
+        plan: BlockPlan | None,
+        auto: str,
     ) -> tuple[KernelRun, float | Tensor]:
         """(what ran, with the output as asked for; density). The call is [B, N, H * D].
 
         Args:
             plan: None to have the policy make one for this call.
+            auto: the precision to take where the person left that open.
         """
         choice, order = forward.choice, forward.order_of_call()
         assert choice is not None and forward.tokens is not None
@@ -268,6 +287,7 @@ class AttentionRouter:
             density: float | Tensor = plan.density_tensor()
         else:
             density = plan.density()
+        precision = auto if choice.precision == "auto" else choice.precision
         ran = self.kernels.run(
             q,
             k,
@@ -275,10 +295,9 @@ class AttentionRouter:
             plan,
             scale=scale,
             kernel=choice.kernel,
-            precision=choice.precision if call.low_precision_allowed else "native",
+            precision=precision if call.low_precision_allowed else "native",
             kept=forward.kept_for(call),
         )
-        _say(forward, ran.notes)
         out = ran.out
         if order is not None:
             out = order.restore(out.transpose(1, 2)).transpose(1, 2)

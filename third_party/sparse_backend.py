@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..kernels.first_output import ALLOWED_ERROR
 from ..kernels.registry import Kernel, KernelCall
 from .constraints import Constraints
 from .library import Library
@@ -80,4 +81,8 @@ class SparseBackend:
             auto_precision=lambda call: self.precision,
             rank=lambda call: self.rank,
             pools=False,
+            # Libraries of 8 bits multiply weights and values in fp8 where a GPU has it.
+            allowed_error={
+                self.precision: ALLOWED_ERROR["native" if self.precision == "native" else "fp8"]
+            },
         )

@@ -1,4 +1,4 @@
-"""When the "hopper" kernel is used: its refusals, its rank, and the check of its first outputs."""
+"""When the "hopper" kernel is used: its refusals and its rank."""
 
 import re
 from dataclasses import replace
@@ -8,7 +8,6 @@ import torch
 from sparse_video_attention.kernels import BlockPlan, available, registry, triton_kernel
 from sparse_video_attention.kernels.attention import candidates
 from sparse_video_attention.kernels.fallback import KernelFallback
-from sparse_video_attention.kernels.hopper_check import FirstOutputs
 from sparse_video_attention.kernels.reference import reference_attention
 from sparse_video_attention.kernels.registry import KernelCall
 
@@ -41,7 +40,6 @@ def as_if_on_hopper(monkeypatch):
     from sparse_video_attention.kernels import hopper_forward
 
     monkeypatch.setattr(hopper_kernel, "_not_on_hopper", lambda device: None)
-    monkeypatch.setattr(hopper_kernel, "_FIRST_OUTPUTS", FirstOutputs("hopper"))
     registry.unavailable_reason.cache_clear()
     monkeypatch.setitem(registry.kernels(), "hopper", replace(HOPPER, unavailable=lambda: None))
 
@@ -166,63 +164,6 @@ def test_alignment_is_checked_again_in_every_run(as_if_on_hopper):
     odd = torch.nn.functional.pad(call.q, (1, 7))[..., 1:65]
     with pytest.raises(ValueError, match="q has strides"):
         HOPPER.run(replace(call, q=odd))
-
-
-def wrong_block(batch, head, row):
-    """right_output with one query block that attends to one key block less."""
-
-    def forward(call):
-        out = right_output(call)
-        levels = call.plan.to_levels().bool().expand(2, 2, -1, -1).clone()
-        levels[batch, head, row, 0] = False
-        assert levels.any(-1).all()
-        plan = BlockPlan.from_mask(
-            levels,
-            block_m=call.plan.block_m,
-            block_n=call.plan.block_n,
-            q_len=call.plan.q_len,
-            k_len=call.plan.k_len,
-        )
-        out[batch, head] = right_output(replace(call, plan=plan))[batch, head]
-        return out
-
-    return forward
-
-
-@pytest.mark.parametrize("row", [0, 1, 2])
-@pytest.mark.parametrize("batch, head", [(0, 0), (1, 1)])
-@pytest.mark.parametrize("extents", [(1, 1), (2, 2), (2, 1), (1, 2)], ids=str)
-def test_a_wrong_first_output_raises(batch, head, row, extents):
-    call = a_call(extents=extents)
-    FirstOutputs("it").check(call, right_output(call))
-    with pytest.raises(ArithmeticError, match="first output of kernel it .* is off by"):
-        FirstOutputs("it").check(call, wrong_block(batch, head, row)(call))
-
-
-def test_a_nan_in_the_first_output_raises():
-    call = a_call()
-    out = right_output(call)
-    out[0, 0, 5, 5] = float("nan")
-    with pytest.raises(ArithmeticError, match="off by nan"):
-        FirstOutputs("it").check(call, out)
-
-
-def test_only_the_first_output_of_a_shape_is_checked():
-    outputs, call = FirstOutputs("it"), a_call()
-    outputs.check(call, right_output(call))
-    outputs.check(call, torch.zeros_like(call.q))
-    longer = a_call(q_len=301)
-    with pytest.raises(ArithmeticError):
-        outputs.check(longer, torch.zeros_like(longer.q))
-
-
-def test_inputs_with_nan_say_nothing_about_the_kernel():
-    outputs, call = FirstOutputs("it"), a_call()
-    call.k[0, 0, 3] = float("nan")
-    outputs.check(call, right_output(call))
-    call.k[0, 0, 3] = 0.0
-    with pytest.raises(ArithmeticError):
-        outputs.check(call, torch.zeros_like(call.q))
 
 
 def test_a_wrong_kernel_is_set_aside_and_another_serves(as_if_on_hopper):
