@@ -31,12 +31,18 @@ class NoKernelServesError(RuntimeError):
 
 
 class KernelRun(NamedTuple):
-    """What a call returned, who computed it, and what there is to say about the choice."""
+    """What a call returned, who computed it, and what there is to say about the choice.
+
+    Attributes:
+        rivals: (kernel, precision) that could serve such calls, as ranks order them; which is the
+            fastest, timing tells. Plain PyTorch is none.
+    """
 
     out: Tensor
     kernel: str
     precision: str
     notes: tuple[str, ...]
+    rivals: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
@@ -45,11 +51,13 @@ class KernelChoice:
 
     Attributes:
         able: with the precision that each would run in.
+        rivals: as in KernelRun.
         verified: those whose first output was right.
     """
 
     able: list[tuple[Kernel, str]]
     notes: tuple[str, ...]
+    rivals: tuple[tuple[str, str], ...] = ()
     verified: set[tuple[str, str]] = field(default_factory=set)
 
 
@@ -96,7 +104,21 @@ def choose_kernels(call: KernelCall, kernel: str) -> KernelChoice:
             able.sort(key=lambda pair: -pair[0].rank(pair[1]))
     # A kernel asked for by name goes first, but no other precision than the one asked for.
     able.sort(key=lambda pair: (_given_up(call, pair[1]), pair[0].name != kernel))
-    return KernelChoice([(found, resolved.precision) for found, resolved in able], tuple(notes))
+    return KernelChoice(
+        [(found, resolved.precision) for found, resolved in able],
+        tuple(notes),
+        _rivals(call, kernel),
+    )
+
+
+def _rivals(call: KernelCall, kernel: str) -> tuple[tuple[str, str], ...]:
+    """As in KernelRun. "auto" leaves int8 open: its errors are small enough to be a choice."""
+    found: dict[tuple[str, str], None] = {}
+    for precision in ("auto", "int8") if call.precision == "auto" else (call.precision,):
+        for rival, resolved in candidates(replace(call, precision=precision), kernel)[0]:
+            if rival.name != "torch" and kernel in ("auto", rival.name):
+                found[rival.name, resolved.precision] = None
+    return tuple(found)
 
 
 def _given_up(call: KernelCall, resolved: KernelCall) -> bool:
@@ -169,7 +191,8 @@ class KernelFallback:
                 verified = chosen.name, chosen_precision
                 if verified not in choice.verified and _is_sound(out, call, *pair):
                     choice.verified.add(verified)
-                return KernelRun(out, chosen.name, chosen_precision, choice.notes + passed_over)
+                notes = choice.notes + passed_over
+                return KernelRun(out, chosen.name, chosen_precision, notes, choice.rivals)
             except Exception as error:  # whatever a kernel raises, the run goes on
                 if is_out_of_memory(error):
                     passed_over += (f"{_named(*pair)} {OUT_OF_MEMORY}",)

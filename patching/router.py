@@ -120,12 +120,12 @@ class AttentionRouter:
             found = self.speed.found(kind)
             fastest = found or self._time(func, args, kwargs, call, site, forward, layer, plan)
             reason = fastest.dense_reason
-            _say(forward, fastest.notes)
+            _say(forward, fastest.notes, aloud=reason is not None)
         watch = Stopwatch(call.q.device)
         if reason is None:
             assert layer is not None
             try:
-                sparse, density = self._run_sparse(call, forward, layer, plan, fastest.precision)
+                sparse, density = self._run_sparse(call, forward, layer, plan, fastest)
             except Exception as error:  # a sampling run must not end for this
                 reason = forward.failures.add(kind, error)
             if reason is not None:
@@ -233,8 +233,8 @@ class AttentionRouter:
         if "auto" not in (choice.kernel, choice.precision) or not can_be_timed(call.q.device):
             return Fastest()
 
-        def sparse(precision: str) -> KernelRun:
-            return self._run_sparse(call, forward, layer, plan, precision)[0]
+        def sparse(way: Fastest) -> KernelRun:
+            return self._run_sparse(call, forward, layer, plan, way)[0]
 
         def dense() -> Tensor:
             preferred = self._preferred(call, site)
@@ -251,7 +251,6 @@ class AttentionRouter:
             sparse,
             dense,
             may_be_dense=choice.kernel == "auto",
-            may_be_int8=choice.precision == "auto" and call.low_precision_allowed,
             density_is_steady=plan is not None
             or not isinstance(choice.policy.forecast(forward.tokens.layout), str),
         )
@@ -266,13 +265,13 @@ class AttentionRouter:
         forward: ForwardState,
         layer: int,
         plan: BlockPlan | None,
-        auto: str,
+        fastest: Fastest,
     ) -> tuple[KernelRun, float | Tensor]:
         """(what ran, with the output as asked for; density). The call is [B, N, H * D].
 
         Args:
             plan: None to have the policy make one for this call.
-            auto: the precision to take where the person left that open.
+            fastest: what to take where the person left it open.
         """
         choice, order = forward.choice, forward.order_of_call()
         assert choice is not None and forward.tokens is not None
@@ -287,14 +286,14 @@ class AttentionRouter:
             density: float | Tensor = plan.density_tensor()
         else:
             density = plan.density()
-        precision = auto if choice.precision == "auto" else choice.precision
+        precision = fastest.precision if choice.precision == "auto" else choice.precision
         ran = self.kernels.run(
             q,
             k,
             v,
             plan,
             scale=scale,
-            kernel=choice.kernel,
+            kernel=fastest.kernel if choice.kernel == "auto" else choice.kernel,
             precision=precision if call.low_precision_allowed else "native",
             kept=forward.kept_for(call),
         )
@@ -308,9 +307,10 @@ def _named(ran: KernelRun) -> str:
     return ran.kernel if ran.precision == "native" else f"{ran.kernel} {ran.precision}"
 
 
-def _say(forward: ForwardState, notes: tuple[str, ...]) -> None:
-    """In the log once per run, and in the run's line."""
+def _say(forward: ForwardState, notes: tuple[str, ...], *, aloud: bool = True) -> None:
+    """In the run's line and, aloud, as a warning before, once per run."""
     for note in notes:
-        forward.warn_once(note)
+        if aloud:
+            forward.warn_once(note)
         if forward.run is not None:
             forward.run.record.note(note)

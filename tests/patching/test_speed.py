@@ -56,19 +56,23 @@ class Machine:
             raise took
         self.now += took + self.compiling * first
 
-    def has_kernel(self, *precisions):
+    def has_kernel(self, *precisions, name="fast", rank=9.0):
+        """A kernel of some precisions, "auto" being the first; its times and values go by
+        precision, or by its name if they have that."""
+
         def run(call):
-            self._tick(call.precision)
-            return torch.full_like(call.q, self.value[call.precision])
+            which = name if name in self.took else call.precision
+            self._tick(which)
+            return torch.full_like(call.q, self.value[which])
 
         register(
             Kernel(
-                name="fast",
+                name=name,
                 unavailable=lambda: None,
                 refuses=lambda call: None if call.precision in precisions else "not in that",
                 run=run,
-                auto_precision=lambda call: "native",
-                rank=lambda call: 9.0,
+                auto_precision=lambda call: precisions[0],
+                rank=lambda call: rank,
             )
         )
 
@@ -146,7 +150,8 @@ def test_int8_serves_from_the_first_call_on_where_it_is_faster(runs, machine, ca
     timing = len(machine.ran)
     runs.next_run()
     assert runs.call() == "fast int8" and len(machine.ran) == timing + 1
-    assert "int8 was timed to be faster: 12.0 ms a call, not 30.0" in runs.line()
+    said = "kernel fast int8 was timed to be faster: 12.0 ms a call, 30.0 ms by fast"
+    assert said in runs.line() and said not in caplog.text, "it is nothing to warn of"
 
 
 @pytest.mark.parametrize(("took", "serves"), [(0.0274, "fast"), (0.0271, "fast int8")])
@@ -192,6 +197,42 @@ def test_a_kernel_without_int8_says_nothing_about_it(runs, machine, caplog):
     with caplog.at_level("INFO"):
         assert [runs.call() for _ in range(2)] == ["fast"] * 2
     assert "int8" not in caplog.text and "int8" not in runs.line()
+
+
+@pytest.mark.parametrize(("took", "serves"), [(0.0284, "library"), (0.0288, "fast"), (0.5, "fast")])
+def test_another_kernel_of_the_same_precision_has_to_be_clearly_faster(runs, machine, took, serves):
+    machine.has_kernel("native")
+    machine.has_kernel("native", name="library", rank=7.0)
+    machine.took["library"], machine.value["library"] = took, 2.0
+    assert [runs.call() for _ in range(2)] == [serves] * 2
+    assert runs.call(kernel="fast") == "fast", "a name is a name"
+
+
+def test_a_library_of_8_bits_is_held_against_the_models_precision(runs, machine):
+    machine.has_kernel("native", "int8")
+    machine.has_kernel("int8", name="library", rank=20.0)
+    machine.took["library"], machine.value["library"] = 0.011, INT8
+    assert runs.call() == "library int8"
+    machine.took["library"] = 0.0125
+    # It goes first by its rank, and is left for who is clearly faster in the same precision.
+    assert runs.call(128) == "library int8"
+    machine.took["library"] = 0.013
+    assert runs.call(192) == "fast int8"
+
+
+def test_a_kernel_without_a_rank_is_not_tried(runs, machine):
+    machine.has_kernel("native")
+    machine.has_kernel("native", name="library", rank=0.0)
+    machine.took["library"] = 0.001
+    assert runs.call() == "fast" and "library" not in machine.ran
+
+
+def test_a_kernel_that_fails_is_no_rival(runs, machine):
+    machine.has_kernel("native")
+    machine.has_kernel("native", name="library", rank=7.0)
+    machine.took["library"] = RuntimeError("broken wheel")
+    assert [runs.call() for _ in range(2)] == ["fast"] * 2
+    assert machine.ran.count("library") == 1 and "library" not in runs.line()
 
 
 def test_the_first_run_may_compile(runs, machine):
