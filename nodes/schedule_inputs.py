@@ -160,7 +160,10 @@ def kernel_inputs() -> list[io.Input]:
             default="auto",
             optional=True,
             **ADVANCED,
-            tooltip="Which kernel computes the sparse attention. auto takes the fastest that fits.",
+            tooltip=(
+                "Which kernel computes the sparse attention. On a GPU auto times those that fit "
+                "once, and full attention too, and takes the fastest."
+            ),
         ),
         io.Combo.Input(
             "precision",
@@ -169,8 +172,8 @@ def kernel_inputs() -> list[io.Input]:
             optional=True,
             **ADVANCED,
             tooltip=(
-                "native computes in the model's own precision, int8 and fp8 in 8 bits. auto takes "
-                "8 bits only where that was measured to be faster."
+                "native computes in the model's own precision, int8 and fp8 in 8 bits. On a GPU "
+                "auto times native and int8 once and takes int8 where it is clearly faster."
             ),
         ),
         io.Int.Input(
