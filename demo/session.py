@@ -27,7 +27,7 @@ class RunResult:
 
     Attributes:
         seconds: the whole run.
-        sampler_seconds: the sampler node alone.
+        sampler_seconds: the sampler nodes alone.
         files: paths of what the output nodes wrote, by node id.
         log: what the server printed meanwhile.
     """
@@ -57,13 +57,13 @@ def run_workflow(
     """Submit a workflow and wait for its end.
 
     Args:
-        on_step: called with (finished, all) steps of the sampler.
+        on_step: called with (finished, all) steps of a sampler.
 
     Raises:
         WorkflowRejected: an input is wrong or a node is missing.
         DevError: a node failed.
     """
-    sampler = workflow.sampler
+    samplers = workflow.samplers
     client = uuid.uuid4().hex
     log_start = len(server.log_text())
     socket = websocket.create_connection(
@@ -84,12 +84,12 @@ def run_workflow(
                 continue
             if kind == "executing":
                 now = time.perf_counter()
-                if running == sampler:
-                    sampler_seconds = now - sampler_started
+                if running in samplers:
+                    sampler_seconds += now - sampler_started
                 running, sampler_started = data["node"], now
                 if running is None:
                     break
-            elif kind == "progress" and running == sampler:
+            elif kind == "progress" and running in samplers:
                 on_step(data["value"], data["max"])
             elif kind == "execution_error":
                 node = f"{data.get('node_type')} (node {data.get('node_id')})"

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-SAMPLERS = ("KSampler", "SamplerCustomAdvanced")
+SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustomAdvanced")
 PATCH = "PatchRadialAttention"
 TEXT = "CLIPTextEncode"
 
@@ -43,6 +43,11 @@ class Workflow:
     @property
     def sampler(self) -> str:
         return self.find(*SAMPLERS)
+
+    @property
+    def samplers(self) -> frozenset[str]:
+        """Ids of all of them: one schedule may be split."""
+        return frozenset(n for n, node in self.nodes.items() if node["class_type"] in SAMPLERS)
 
     def value(self, name: str) -> Any:
         """The value of a widget that one node has.

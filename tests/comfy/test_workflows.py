@@ -42,6 +42,8 @@ def test_there_is_a_workflow_for_every_promise():
         "wan_t2v_psa",
         "cogvideox_psa",
         "wan_t2v_sparge",
+        "wan22_t2v_radial",
+        "wan22_i2v_radial_4_steps",
     }
 
 
@@ -52,14 +54,16 @@ def test_both_forms_have_the_same_node_with_allowed_values(pack_nodes, name):
     ours = [node for node in graph["nodes"] if node["type"] in pack_nodes]
     api_ours = [node for node in api.values() if node["class_type"] in pack_nodes]
     assert [node["type"] for node in ours] == [node["class_type"] for node in api_ours]
-    assert len(ours) == 1
-    entries = widgets(pack_nodes[ours[0]["type"]])
-    values = ours[0]["widgets_values"]
-    assert len(values) == len(entries)
-    given = {key: value for key, value in api_ours[0]["inputs"].items() if key != "model"}
-    assert given == {entry.id: value for entry, value in zip(entries, values, strict=True)}
-    for entry, value in zip(entries, values, strict=True):
-        assert allowed(entry, value), (entry.id, value)
+    samplers = [node for node in graph["nodes"] if node["type"].startswith(("KS", "SamplerCustom"))]
+    assert len(ours) == len(samplers), "every sampler's model has its node"
+    for node, api_node in zip(ours, api_ours, strict=True):
+        entries = widgets(pack_nodes[node["type"]])
+        values = node["widgets_values"]
+        assert len(values) == len(entries)
+        given = {key: value for key, value in api_node["inputs"].items() if key != "model"}
+        assert given == {entry.id: value for entry, value in zip(entries, values, strict=True)}
+        for entry, value in zip(entries, values, strict=True):
+            assert allowed(entry, value), (entry.id, value)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from demo.checkpoints import make_cogvideox_checkpoint, make_wan_checkpoint
 from demo.workflow import Workflow
@@ -28,7 +29,12 @@ PAGE_SETTINGS = {
     "LiteGraph.Node.TooltipDelay": 1,
     "LiteGraph.Canvas.MaximumFps": 10,
 }
-FOLDERS = {"unet_name": "diffusion_models", "clip_name": "text_encoders", "vae_name": "vae"}
+FOLDERS = {
+    "unet_name": "diffusion_models",
+    "clip_name": "text_encoders",
+    "vae_name": "vae",
+    "lora_name": "loras",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,16 +49,22 @@ def make_models(models: Path) -> None:
     The diffusion models are tiny ones; of the others only the names count here.
     """
     for path in (WORKFLOWS / "api").glob("*.json"):
-        workflow = Workflow.load(path)
-        for widget, folder in FOLDERS.items():
-            file = models / folder / workflow.value(widget)
+        named = [
+            (widget, value)
+            for node in Workflow.load(path).nodes.values()
+            for widget, value in node["inputs"].items()
+            if widget in FOLDERS
+        ]
+        for widget, name in named:
+            file = models / FOLDERS[widget] / name
             if file.exists():
                 continue
             file.parent.mkdir(parents=True, exist_ok=True)
             if widget != "unet_name":
                 file.touch()
             elif "wan" in path.stem:
-                make_wan_checkpoint(file, num_layers=2)
+                kind = "i2v" if "i2v" in path.stem else "t2v"
+                make_wan_checkpoint(file, num_layers=2, model_type=kind)
             else:
                 make_cogvideox_checkpoint(file, num_layers=2)
 
@@ -78,6 +90,8 @@ def server(chromium, comfyui_folder, tmp_path_factory) -> Iterator[ComfyServer]:
     }
     make_base_directory(base, packs)
     make_models(base / "models")
+    # ComfyUI comes with it, in the folder that the base directory takes the place of.
+    Image.new("RGB", (64, 96), "teal").save(base / "input" / "example.png")
     settings = base / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir()
     settings.write_text(json.dumps(PAGE_SETTINGS), encoding="utf-8")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from demo.checkpoints import make_cogvideox_checkpoint, make_wan_checkpoint
@@ -50,6 +51,8 @@ def server(comfyui_folder, tmp_path_factory):
     make_wan_checkpoint(models / "wan.safetensors", num_layers=2)
     make_cogvideox_checkpoint(models / "cogvideox.safetensors", num_layers=2)
     make_flux_checkpoint(models / "flux.safetensors")
+    # ComfyUI comes with it, in the folder that the base directory takes the place of.
+    Image.new("RGB", (64, 96), "teal").save(base / "input" / "example.png")
     process = ComfyServer(
         python=Path(sys.executable),
         comfyui=comfyui_folder,
