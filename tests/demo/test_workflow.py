@@ -96,7 +96,7 @@ def test_a_report_stands_between_the_sampler_and_all_that_followed_it(shipped):
 
 
 def test_a_node_that_is_not_there_is_named():
-    with pytest.raises(KeyError, match="0 nodes of KSampler or KSamplerAdvanced or SamplerCustomAdvanced"):
+    with pytest.raises(KeyError, match="0 nodes of KSampler or .*SamplerCustomAdvanced"):
         _ = Workflow({}).sampler
 
 
