@@ -109,15 +109,16 @@ class SpeedCheck:
         except Exception as error:  # the call itself will tell what is the matter
             log.debug(f"nothing was timed: {one_line(error)}")
             return Fastest()
-        own = first.kernel, first.precision
+        own, notes = (first.kernel, first.precision), first.notes
         rivals = [own, *(rival for rival in first.rivals if rival != own)]
         # Copies of the keys make plain PyTorch slow at almost any density.
         with_dense = may_be_dense and (density_is_steady or first.kernel == "torch")
+        del first  # its output is as large as q
         found = Fastest()
         if with_dense or len(rivals) > 1:
             timed = [way for rival in rivals if (way := _timed_sparse(sparse, *rival))]
             timed_dense = _timed("dense", "native", dense) if with_dense else None
-            found = _fastest(timed, timed_dense, first.notes)
+            found = _fastest(timed, timed_dense, notes)
         with self._lock:
             if len(self._found) >= MAX_SHAPES:
                 self._found.clear()
@@ -148,10 +149,10 @@ def _timed(kernel: str, precision: str, run: Callable[[], Tensor]) -> _Timed | N
     try:
         for _ in range(RUNS):
             begin = time.perf_counter()
-            sample = run()[..., ::SAMPLED, :]
+            sample = run()[..., ::SAMPLED, :].float()
             sample.flatten()[0].item()
             best = min(best, time.perf_counter() - begin)
-        return _Timed(kernel, precision, 1000 * best, sample.float())
+        return _Timed(kernel, precision, 1000 * best, sample)
     except Exception as error:  # for want of memory, say; what has run so far goes on
         log.warning(f"{kernel} attention was not timed: {one_line(error)}")
         return None
