@@ -8,7 +8,7 @@ made once per shape, so a call in a running model pays a dictionary lookup.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -17,13 +17,16 @@ import torch
 from torch import Tensor
 
 from .attention import candidates, check_call
-from .first_output import relative_error
+from .first_output import allowed_error, relative_error
 from .memory_errors import OUT_OF_MEMORY, is_out_of_memory, short_error
 from .plan import BlockPlan
 from .registry import KeptPools, Kernel, KernelCall, unavailable_reason
 
 MAX_SHAPES = 64
 MAX_REASON = 200
+# First outputs that could not be judged, for want of memory or with infinite inputs, before
+# nobody tries any more.
+MAX_PUT_OFF = 8
 
 
 class NoKernelServesError(RuntimeError):
@@ -53,12 +56,14 @@ class KernelChoice:
         able: with the precision that each would run in.
         rivals: as in KernelRun.
         verified: those whose first output was right.
+        put_off: how often it could not be told.
     """
 
     able: list[tuple[Kernel, str]]
     notes: tuple[str, ...]
     rivals: tuple[tuple[str, str], ...] = ()
     verified: set[tuple[str, str]] = field(default_factory=set)
+    put_off: Counter[tuple[str, str]] = field(default_factory=Counter)
 
 
 def _shape_key(call: KernelCall, kernel: str) -> Hashable:
@@ -189,8 +194,13 @@ class KernelFallback:
             try:
                 out = chosen.run(replace(call, precision=chosen_precision))
                 verified = chosen.name, chosen_precision
-                if verified not in choice.verified and _is_sound(out, call, *pair):
-                    choice.verified.add(verified)
+                if verified not in choice.verified:
+                    if _is_sound(out, replace(call, precision=chosen_precision), chosen):
+                        choice.verified.add(verified)
+                    else:
+                        choice.put_off[verified] += 1
+                        if choice.put_off[verified] >= MAX_PUT_OFF:
+                            choice.verified.add(verified)
                 notes = choice.notes + passed_over
                 return KernelRun(out, chosen.name, chosen_precision, notes, choice.rivals)
             except Exception as error:  # whatever a kernel raises, the run goes on
@@ -202,7 +212,7 @@ class KernelFallback:
         raise NoKernelServesError(reasons or "no kernel serves this call")
 
 
-def _is_sound(out: Tensor, call: KernelCall, kernel: Kernel, precision: str) -> bool:
+def _is_sound(out: Tensor, call: KernelCall, kernel: Kernel) -> bool:
     """Whether a first output is right; False if that cannot be told: the inputs are not finite,
     or there is no memory to find out.
 
@@ -217,7 +227,7 @@ def _is_sound(out: Tensor, call: KernelCall, kernel: Kernel, precision: str) -> 
         if not all(bool(x.isfinite().all()) for x in (call.q, call.k, call.v)):
             return False
         raise ArithmeticError("its first output for this shape holds a NaN")
-    allowed = kernel.allowed_error.get(precision)
+    allowed = allowed_error(call, kernel.allowed_error)
     if allowed is None:
         return True
     try:

@@ -6,6 +6,7 @@ found out by KernelFallback, which sets the kernel aside for that shape.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,10 @@ from .registry import KernelCall, kernels
 # wrong key block among a thousand 4e-2. In 8 bits the worst data of the tests, with channels
 # thousands of times larger than others, give 0.025 and 0.1.
 ALLOWED_ERROR = {"native": 2e-2, "int8": 0.1, "fp8": 0.25}
+# Kernels keep means of keys in the inputs' own type. Where keys share a large part, which no
+# softmax sees, its rounding is an error of the rest: in bf16 0.05 with a common 64 in some channels
+# and 0.2 with 256. An output that has nothing to do with the call is off by 1.
+ALLOWED_POOLED_ERROR = 0.4
 
 
 def _sampled_rows(num_q_blocks: int) -> list[int]:
@@ -40,11 +45,19 @@ def _block(x: Tensor, block_m: int, batch: int, head: int, row: int) -> Tensor:
     return x[batch : batch + 1, head : head + 1, row * block_m : (row + 1) * block_m]
 
 
+def allowed_error(call: KernelCall, by_precision: Mapping[str, float]) -> float | None:
+    """What a kernel that allows itself these errors may be off by in a call; None: unknown."""
+    allowed = by_precision.get(call.precision)
+    if allowed is None or call.plan.levels == (1,):
+        return allowed
+    return max(allowed, ALLOWED_POOLED_ERROR)
+
+
 def relative_error(call: KernelCall, out: Tensor) -> float | None:
     """Relative L2 error of an output on sampled query blocks of the first and the last head.
 
-    The larger of the two heads' errors; NaN if there is one. None if the inputs hold no finite
-    answer there. Syncs.
+    The larger of the two heads' errors; NaN if there is one. What outputs near 0 lose for want of
+    digits in their own type is no error. None if the inputs hold no finite answer there. Syncs.
     """
     if not out.numel():
         return 0.0
@@ -63,6 +76,8 @@ def relative_error(call: KernelCall, out: Tensor) -> float | None:
         if not bool(torch.isfinite(want).all()):
             return None
         norm = want.norm().clamp(min=torch.finfo(torch.float32).tiny)
-        errors.append(float((got - want).norm() / norm))
+        known = torch.finfo(out.dtype)
+        unavoidable = known.smallest_normal * known.eps * want.numel() ** 0.5
+        errors.append(float(((got - want).norm() - unavoidable).clamp(min=0) / norm))
     # A NaN must not hide behind a number.
     return next((error for error in errors if error != error), max(errors))

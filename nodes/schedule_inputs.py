@@ -161,8 +161,8 @@ def kernel_inputs() -> list[io.Input]:
             optional=True,
             **ADVANCED,
             tooltip=(
-                "Which kernel computes the sparse attention. On a GPU auto times those that fit "
-                "once, and full attention too, and takes the fastest."
+                "Which kernel computes the sparse attention. On a GPU auto times once those that "
+                "fit and, where all calls keep as much, full attention, and takes the fastest."
             ),
         ),
         io.Combo.Input(

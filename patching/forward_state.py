@@ -101,12 +101,16 @@ class ForwardState:
         is_one_frame = self.tokens.is_one_frame(call.q_len, call.k_len)
         return self.frames.kept if is_one_frame else None
 
-    def kind_of(self, call: AttentionCall) -> Hashable:
-        """What the time of a call depends on; of plans made per call, the first stands for all."""
+    def kind_of(self, call: AttentionCall, machine: Hashable = None) -> Hashable:
+        """What the time of a call depends on; of plans made per call, the first stands for all.
+
+        Args:
+            machine: that computes it, by default the call's device.
+        """
         assert self.choice is not None
         layout = None if self.tokens is None else self.tokens.layout
         lengths = (tuple(call.q.shape), call.k_len)
-        how = call.q.dtype, call.low_precision_allowed, call.q.device
+        how = call.q.dtype, call.low_precision_allowed, machine or call.q.device
         return self.choice.policy, layout, lengths, how
 
     def order_of_call(self) -> TokenOrder | None:

@@ -20,7 +20,7 @@ from .preferred import SAID_OF, preferred_attention
 from .record import CallRecord
 from .run import RUN_KEY, RunState
 from .settings import SETTINGS_KEY, AttentionSettings, AttentionSite
-from .speed import Fastest, SpeedCheck, can_be_timed
+from .speed import Fastest, SpeedCheck, can_be_timed, machine_of
 from .timing import Stopwatch
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ class AttentionRouter:
         self.kernels = KernelFallback()
         self.dense = DenseCalls()
         self.speed = SpeedCheck()
+        # Dense calls take as long as it does.
+        self._neighbour = getattr(previous, "__qualname__", type(previous).__qualname__)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionRouter:
         """Itself: options are copied per run, caches and their locks are shared."""
@@ -117,8 +119,10 @@ class AttentionRouter:
             reason = forward.failures.reason(kind)
         if reason is None:
             assert layer is not None
-            found = self.speed.found(kind)
-            fastest = found or self._time(func, args, kwargs, call, site, forward, layer, plan)
+            key = forward.kind_of(call, machine_of(call.q.device)), self._neighbour
+            fastest = self.speed.found(key) or self._time(
+                func, args, kwargs, call, site, forward, layer, plan, key
+            )
             reason = fastest.dense_reason
             _say(forward, fastest.notes, aloud=reason is not None)
         watch = Stopwatch(call.q.device)
@@ -226,6 +230,7 @@ class AttentionRouter:
         forward: ForwardState,
         layer: int,
         plan: BlockPlan | None,
+        key: Hashable,
     ) -> Fastest:
         """Before the first sparse call of its kind on a GPU: what is fastest for such calls."""
         choice = forward.choice
@@ -246,13 +251,15 @@ class AttentionRouter:
                 out if isinstance(out, Tensor) else self._hand_on(preferred or func, args, kwargs)
             )
 
+        # An override of another pack may keep count of its calls, and frames keep more or less.
+        dense_is_a_rival = self.previous is None and choice.policy.density_is_fixed
         return self.speed.compare(
-            forward.kind_of(call),
+            key,
             sparse,
             dense,
             may_be_dense=choice.kernel == "auto",
-            density_is_steady=plan is not None
-            or not isinstance(choice.policy.forecast(forward.tokens.layout), str),
+            dense_is_a_rival=dense_is_a_rival
+            and not forward.tokens.is_one_frame(call.q_len, call.k_len),
         )
 
     def _chosen_backend(self, call: AttentionCall, site: AttentionSite | None) -> str | None:

@@ -35,6 +35,10 @@ class SparsePolicy(Protocol):
     def is_static(self) -> bool:
         """True if the plan depends on the layout alone."""
 
+    @property
+    def density_is_fixed(self) -> bool:
+        """True if all plans of a layout keep as much."""
+
     def describe(self) -> str:
         """The method and its parameters, for the log."""
 

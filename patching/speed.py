@@ -13,6 +13,7 @@ bring).
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import time
@@ -30,7 +31,7 @@ MAX_SHAPES = 64
 # to be faster still, and near.
 GAIN, INT8_GAIN = 1.05, 1.1
 INT8_MAX_ERROR = 0.05
-# Times are the best of as many runs; the first one may load and compile.
+# Times are the best of as many runs, after one that may load and compile.
 RUNS = 2
 # Outputs are compared at every so many tokens.
 SAMPLED = 61
@@ -75,12 +76,18 @@ def can_be_timed(device: torch.device) -> bool:
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
+@functools.cache
+def machine_of(device: torch.device) -> str:
+    """What cards of one kind have in common: they get one answer."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 class SpeedCheck:
     """Remembers which way was fastest for which calls. Safe to share between threads."""
 
     def __init__(self) -> None:
         self._found: dict[Hashable, Fastest] = {}
-        self._lock = threading.Lock()
+        self._timing = threading.Lock()
 
     def found(self, key: Hashable) -> Fastest | None:
         """What was found for calls of a kind, None if none was timed."""
@@ -93,105 +100,127 @@ class SpeedCheck:
         dense: Callable[[], Tensor],
         *,
         may_be_dense: bool,
-        density_is_steady: bool,
+        dense_is_a_rival: bool,
     ) -> Fastest:
-        """Time what may run and keep what was found. Waits for the device.
+        """Time what may run and keep what was found. Waits for the device; raises nothing.
 
         Args:
             key: of what the times depend on.
             sparse: (what "auto" means) -> a sparse run, its output [..., tokens, channels].
             dense: () -> the output of dense attention as it would run.
             may_be_dense: the person did not ask for a kernel by name.
-            density_is_steady: all calls of this kind keep as much as this one.
+            dense_is_a_rival: of any kernel, not only of plain PyTorch.
         """
-        try:
-            first = sparse(Fastest())
-        except Exception as error:  # the call itself will tell what is the matter
-            log.debug(f"nothing was timed: {one_line(error)}")
-            return Fastest()
-        own, notes = (first.kernel, first.precision), first.notes
-        rivals = [own, *(rival for rival in first.rivals if rival != own)]
-        # Copies of the keys make plain PyTorch slow at almost any density.
-        with_dense = may_be_dense and (density_is_steady or first.kernel == "torch")
-        del first  # its output is as large as q
-        found = Fastest()
-        if with_dense or len(rivals) > 1:
-            timed = [way for rival in rivals if (way := _timed_sparse(sparse, *rival))]
-            timed_dense = _timed("dense", "native", dense) if with_dense else None
-            found = _fastest(timed, timed_dense, notes)
-        with self._lock:
+        # Another thread may be timing the same on its card.
+        with self._timing:
+            found = self._found.get(key)
+            if found is not None:
+                return found
+            try:
+                first = sparse(Fastest())
+            except Exception as error:  # the call itself will tell what is the matter
+                log.debug(f"nothing was timed: {one_line(error)}")
+                return Fastest()
+            own, notes, rivals = (first.kernel, first.precision), first.notes, first.rivals
+            del first  # its output is as large as q
+            # Copies of the keys make plain PyTorch slow at almost any density.
+            with_dense = may_be_dense and (dense_is_a_rival or own[0] == "torch")
+            try:
+                found = _find(sparse, own, rivals, dense if with_dense else None, notes)
+            except Exception as error:  # a sampling run must not end for this
+                log.warning(f"nothing was timed: {one_line(error)}")
+                found = Fastest()
             if len(self._found) >= MAX_SHAPES:
                 self._found.clear()
             self._found[key] = found
-        return found
+            return found
 
 
-def _timed_sparse(
-    sparse: Callable[[Fastest], KernelRun], kernel: str, precision: str
-) -> _Timed | None:
-    """None if another served in its place."""
-    way = Fastest(kernel, precision)
-    try:
-        ran = sparse(way)
-        if (ran.kernel, ran.precision) != (kernel, precision):
-            log.debug(f"{kernel} {precision} was not timed: {'; '.join(ran.notes)}")
-            return None
-        del ran
-    except Exception as error:
-        log.debug(f"{kernel} {precision} was not timed: {one_line(error)}")
+def _find(
+    sparse: Callable[[Fastest], KernelRun],
+    own: tuple[str, str],
+    rivals: tuple[tuple[str, str], ...],
+    dense: Callable[[], Tensor] | None,
+    notes: tuple[str, ...],
+) -> Fastest:
+    """own: the (kernel, precision) that "auto" took."""
+    ways = list(dict.fromkeys([own, *rivals]))
+    if dense is None and len(ways) == 1:
+        return Fastest()
+
+    def run(way: tuple[str, str]) -> Tensor | None:
+        ran = sparse(Fastest(*way))
+        if (ran.kernel, ran.precision) == way:
+            return ran.out
+        log.info(f"kernel {way[0]} {way[1]} was not timed: {'; '.join(ran.notes)}")
         return None
-    return _timed(kernel, precision, lambda: sparse(way).out)
+
+    timed = [_timed(*way, functools.partial(run, way)) for way in ways]
+    timed_dense = None if dense is None else _timed("dense", "native", dense)
+    known = [way for way in (*timed, timed_dense) if way is not None]
+    if len(known) > 1:
+        times = ", ".join(f"{way.name} {way.ms:.1f} ms" for way in known)
+        log.info(f"timed once for calls of this size: {times}")
+    if timed[0] is None:  # it may have wanted memory, and be the fastest next time
+        return Fastest()
+    return _fastest(timed[0], [way for way in timed[1:] if way is not None], timed_dense, notes)
 
 
-def _timed(kernel: str, precision: str, run: Callable[[], Tensor]) -> _Timed | None:
-    """The faster of two runs, each until its result can be read, on any kind of device."""
+def _timed(kernel: str, precision: str, run: Callable[[], Tensor | None]) -> _Timed | None:
+    """The fastest of some runs, each until its result can be read, on any kind of device."""
     best = math.inf
     try:
-        for _ in range(RUNS):
+        for attempt in range(1 + RUNS):
             begin = time.perf_counter()
-            sample = run()[..., ::SAMPLED, :].float()
+            out = run()
+            if out is None:
+                return None
+            # A copy: the next run has no need of this one's output.
+            sample = out[..., ::SAMPLED, :].to(torch.float32, copy=True)
+            del out
             sample.flatten()[0].item()
-            best = min(best, time.perf_counter() - begin)
+            if attempt:
+                best = min(best, time.perf_counter() - begin)
         return _Timed(kernel, precision, 1000 * best, sample)
     except Exception as error:  # for want of memory, say; what has run so far goes on
         log.warning(f"{kernel} attention was not timed: {one_line(error)}")
         return None
 
 
-def _fastest(timed: list[_Timed], dense: _Timed | None, notes: tuple[str, ...]) -> Fastest:
-    """Of sparse ways, the one that "auto" took first, and dense attention."""
-    shown = timed if dense is None else [*timed, dense]
-    if len(shown) > 1:
-        times = ", ".join(f"{way.name} {way.ms:.1f} ms" for way in shown)
-        log.info(f"timed once for calls of this size: {times}")
-    if not timed:
-        return Fastest()
-    best = timed[0]
-    # Those in the model's own precision first: they are what others are held against.
-    for way in sorted(timed[1:], key=lambda way: way.precision != "native"):
-        if _is_better(way, best):
+def _fastest(
+    own: _Timed, rivals: list[_Timed], dense: _Timed | None, notes: tuple[str, ...]
+) -> Fastest:
+    best = own
+    exact = [way for way in (own, *rivals) if way.precision == "native"]
+    if exact:
+        best = exact[0]
+        for way in exact[1:]:
+            best = way if way.ms * GAIN <= best.ms else best
+    reference = best
+    for way in (own, *rivals):
+        gain = INT8_GAIN if best.precision == "native" else GAIN
+        if way.precision == "native" or way.ms * gain > best.ms:
+            continue
+        if reference.precision != "native" or _is_near(way, reference):
             best = way
-    if dense is not None and dense.ms <= best.ms:
+    if dense is not None and dense.ms * GAIN <= best.ms:
         reason = (
             f"dense attention is faster here: {dense.ms:.1f} ms a call, {best.ms:.1f} ms sparse "
             f"{best.sparse}"
         )
         return Fastest(dense_reason=reason, notes=notes)
-    if best is timed[0]:
+    if best is own:
         return Fastest()
     said = (
-        f"kernel {best.name} was timed to be faster: {best.ms:.1f} ms a call, "
-        f"{timed[0].ms:.1f} ms by {timed[0].name}"
+        f"kernel {best.name} was timed to be faster: {best.ms:.1f} ms a call, {own.ms:.1f} ms by "
+        f"{own.name}"
     )
     return Fastest(best.kernel, best.precision, notes=(said,))
 
 
-def _is_better(way: _Timed, best: _Timed) -> bool:
-    gives_up_bits = best.precision == "native" != way.precision
-    if way.ms * (INT8_GAIN if gives_up_bits else GAIN) > best.ms:
-        return False
-    error = float((way.sample - best.sample).norm() / best.sample.norm())
-    if gives_up_bits and not error <= INT8_MAX_ERROR:
-        log.info(f"{way.name} is faster, but not taken: it is off by {error:.2g}")
-        return False
-    return True
+def _is_near(way: _Timed, exact: _Timed) -> bool:
+    error = float((way.sample - exact.sample).norm() / exact.sample.norm())
+    if error <= INT8_MAX_ERROR:
+        return True
+    log.info(f"{way.name} is faster, but not taken: it is off by {error:.2g}")
+    return False

@@ -18,6 +18,7 @@ class DensePreset:
 
     name: ClassVar[str] = "psa"
     is_static: ClassVar[bool] = False
+    density_is_fixed: ClassVar[bool] = True
 
     def describe(self) -> str:
         """The preset, for the log."""

@@ -86,6 +86,11 @@ class PsaPolicy:
         )
 
     @property
+    def density_is_fixed(self) -> bool:
+        """True if all plans of a layout keep as much."""
+        return self.mask_mode == "topk" and self.sim_thresholds is None
+
+    @property
     def levels(self) -> tuple[int, ...]:
         """The levels that blocks can be given; skipped ones can be pooled besides."""
         if self.sim_thresholds is not None:

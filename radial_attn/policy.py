@@ -37,6 +37,7 @@ class RadialPolicy:
 
     name: ClassVar[str] = "radial"
     is_static: ClassVar[bool] = True
+    density_is_fixed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, value, allowed in (

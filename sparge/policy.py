@@ -81,6 +81,15 @@ class SpargePolicy:
             if value is None or not numeric or not low <= value <= 1.0:
                 raise ValueError(f"{name} must be between {low:g} and 1; got {value!r}")
 
+    @property
+    def density_is_fixed(self) -> bool:
+        """True if all plans of a layout keep as much: by topk, and no block may be unlike itself.
+
+        The mean cosine over all pairs of a block's tokens is the squared length of a mean, so
+        it is never below 0.
+        """
+        return self.checkpoint is None and self.cdfthreshd is None and self.simthreshd1 < 0
+
     def describe(self) -> str:
         """The method and its parameters, for the log."""
         if self.checkpoint is not None:

@@ -1,10 +1,13 @@
 """What is fastest for a kind of call is timed once on a GPU, and every call then runs that way."""
 
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from sparse_video_attention.kernels import BlockPlan, TokenLayout, registry
+from sparse_video_attention.kernels.fallback import KernelRun
 from sparse_video_attention.kernels.reference import reference_attention
 from sparse_video_attention.kernels.registry import Kernel, register
 from sparse_video_attention.patching import router as router_module
@@ -17,9 +20,14 @@ from sparse_video_attention.patching.run import RunState
 from sparse_video_attention.patching.settings import (
     SETTINGS_KEY,
     AttentionSettings,
+    AttentionSite,
+    DenseChoice,
     Schedule,
     SparseChoice,
 )
+from sparse_video_attention.psa import PsaPolicy, load_presets
+from sparse_video_attention.radial_attn import RadialPolicy
+from sparse_video_attention.sparge import SpargePolicy
 
 NATIVE, INT8, DENSE = 1.0, 1.25, 0.0
 
@@ -53,6 +61,8 @@ class Machine:
         first = name not in self.ran
         self.ran.append(name)
         took = self.took[name]
+        if isinstance(took, list):
+            took = took.pop(0) if len(took) > 1 else took[0]
         if isinstance(took, Exception):
             raise took
         self.now += took + self.compiling * first
@@ -64,7 +74,7 @@ class Machine:
         def run(call):
             which = name if name in self.took else call.precision
             self._tick(which)
-            return torch.full_like(call.q, self.value[which])
+            return torch.ones_like(call.q) * self.value[which]
 
         register(
             Kernel(
@@ -81,6 +91,10 @@ class Machine:
         self._tick("dense")
         return torch.zeros_like(q)
 
+    def preferred_attention(self, q, k, v, heads, **kwargs):
+        self._tick("preferred")
+        return torch.zeros_like(q)
+
 
 class Runs:
     """Forwards of one call each through one router, as in runs of a patched MODEL."""
@@ -93,9 +107,15 @@ class Runs:
     def next_run(self):
         self.records.append(RunRecord("method"))
 
-    def call(self, tokens=64, *, policy=None, low_precision=True, **chosen):
-        """What ran, by the record; the output says the same."""
-        choice = SparseChoice(policy=policy, schedule=Schedule(), min_tokens=0, **chosen)
+    def call(
+        self, tokens=64, *, policy=None, low_precision=True, dense=None, x=None, func=None, **chosen
+    ):
+        """What ran, by the record; the output says the same.
+
+        policy: of a plan per call; None for a static plan. dense: a backend chosen for it. x: q, k
+        and v [B, tokens, 32].
+        """
+        choice = SparseChoice(policy or FIXED, schedule=Schedule(), min_tokens=0, **chosen)
         run = RunState(self.records[-1], None)
         layout = TokenLayout(1, 8, tokens // 8)
         state = ForwardState(self.router, choice, 0, run, tokens=ForwardTokens(layout), step=0)
@@ -107,17 +127,17 @@ class Runs:
             policy.plan = lambda *args, **kwargs: plan
         options = {
             FORWARD_KEY: state,
-            SETTINGS_KEY: AttentionSettings(sparse=choice),
+            SETTINGS_KEY: AttentionSettings(sparse=choice, dense=dense),
             "block_index": 0,
         }
         q = torch.randn(1, tokens, 32, generator=torch.Generator().manual_seed(0))
+        q = q if x is None else x
         how = {"low_precision_attention": low_precision, "transformer_options": options}
-        out = self.router(self.machine.dense, q, q, q, 2, **how)
+        out = self.router(func or self.machine.dense, q, q, q, 2, **how)
         run.record.add_forward(None, state.calls)
         (record,) = state.calls
         expected = {"fast": NATIVE, "fast int8": INT8, "dense": DENSE}.get(record.ran)
         assert expected is None or bool((out == expected).all())
-        assert (record.reason is None) == (record.ran != "dense")
         return record.ran
 
     def line(self):
@@ -136,10 +156,13 @@ def runs(machine):
     return Runs(machine)
 
 
-def policy(**has):
-    """A policy that makes a plan for every call."""
-    known = {"forecast": lambda layout: "it depends on q and k", "order": lambda layout: None}
-    return type("Policy", (), {name: staticmethod(value) for name, value in (known | has).items()})
+def a_policy(**has):
+    """A policy that makes a plan for every call, each of another density."""
+    known = {"density_is_fixed": False, "order": staticmethod(lambda layout: None)}
+    return type("Policy", (), known | has)
+
+
+FIXED = a_policy(density_is_fixed=True)
 
 
 def test_int8_serves_from_the_first_call_on_where_it_is_faster(runs, machine, caplog):
@@ -190,7 +213,7 @@ def test_int8_asked_for_by_name_is_only_held_against_dense(runs, machine):
     machine.has_kernel("native", "int8")
     machine.took["int8"] = 0.035
     assert [runs.call(precision="int8") for _ in range(2)] == ["fast int8"] * 2
-    assert "native" not in machine.ran and machine.ran.count("dense") == 2
+    assert "native" not in machine.ran and machine.ran.count("dense") == 3
 
 
 def test_a_kernel_without_int8_says_nothing_about_it(runs, machine, caplog):
@@ -221,6 +244,60 @@ def test_a_library_of_8_bits_is_held_against_the_models_precision(runs, machine)
     assert runs.call(192) == "fast int8"
 
 
+@pytest.mark.parametrize("near", ["library", "int8"])
+def test_every_8_bit_kernel_is_held_against_the_models_precision(runs, machine, near):
+    """Also the second one, which has only an 8-bit one to beat."""
+    machine.has_kernel("native", "int8")
+    machine.has_kernel("int8", name="library", rank=7.0)
+    machine.took |= {"library": 0.010, "int8": 0.013}
+    machine.value["library"] = 2.0
+    machine.value[near] = INT8
+    far = {"library": "int8", "int8": "library"}[near]
+    machine.value[far] = 2.0
+    machine.took[far], machine.took[near] = 0.010, 0.013
+    assert runs.call() == {"library": "library int8", "int8": "fast int8"}[near]
+
+
+def test_a_single_token_that_is_near_is_not_enough(runs, machine):
+    machine.has_kernel("native", "int8")
+    ramp = torch.ones(64, 1)
+    ramp[1:] = 2.0
+    machine.value["int8"] = ramp
+    assert runs.call() == "fast"
+
+
+def test_a_way_that_could_not_be_timed_is_not_judged(runs, machine):
+    """Out of memory when its turn came: the others say nothing about it."""
+    machine.has_kernel("native", "int8")
+    machine.took |= {
+        "native": [0.030, torch.OutOfMemoryError("no"), 0.030],
+        "int8": 0.050,
+        "dense": 0.045,
+    }
+    assert [runs.call() for _ in range(2)] == ["fast"] * 2
+
+
+def test_another_kernel_in_its_place_is_not_what_was_timed(runs, machine, caplog):
+    machine.has_kernel("native")
+    machine.has_kernel("native", name="library", rank=7.0)
+    machine.took |= {"library": RuntimeError("broken wheel"), "native": [0.030] * 4 + [0.001] * 9}
+    with caplog.at_level("INFO"):
+        assert runs.call() == "fast"
+    assert "kernel library native was not timed: kernel library is set aside" in caplog.text
+    assert "library" not in runs.line()
+
+
+def test_nothing_of_the_comparison_ends_a_run(runs, machine, monkeypatch):
+    machine.has_kernel("native", "int8")
+
+    def broken(*args):
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(speed, "_fastest", broken)
+    assert [runs.call() for _ in range(2)] == ["fast"] * 2
+    assert len(machine.ran) < 15, "it is not tried again"
+
+
 def test_a_kernel_without_a_rank_is_not_tried(runs, machine):
     machine.has_kernel("native")
     machine.has_kernel("native", name="library", rank=0.0)
@@ -240,6 +317,123 @@ def test_the_first_run_may_compile(runs, machine):
     machine.has_kernel("native", "int8")
     machine.compiling = 9.0
     assert runs.call() == "fast int8"
+
+
+def test_the_better_of_two_runs_counts(runs, machine):
+    machine.has_kernel("native", "int8")
+    machine.took["int8"] = [0.012, 0.012, 0.012, 0.090]
+    assert runs.call() == "fast int8"
+    machine.took["int8"] = [0.012, 0.012, 0.090, 0.012]
+    assert runs.call(128) == "fast int8"
+
+
+def test_dense_has_to_be_clearly_faster(runs, machine):
+    machine.has_kernel("native")
+    machine.took["dense"] = 0.0288
+    assert runs.call() == "fast"
+    machine.took["dense"] = 0.0284
+    assert runs.call(128) == "dense"
+
+
+def test_what_else_times_depend_on(runs, machine, monkeypatch):
+    machine.has_kernel("native", "int8")
+    assert runs.call() == "fast int8"
+    machine.took["dense"] = 0.001
+    x = torch.randn(1, 64, 32)
+    assert runs.call(x=x) == "fast int8", "the same kind as before"
+    assert runs.call(x=x.expand(2, -1, -1)) == "dense", "another batch"
+    assert runs.call(x=x.double()) == "dense", "another dtype"
+    assert runs.call(x=torch.randn(1, 64, 64)) == "dense", "other channels"
+    assert runs.call(policy=a_policy(density_is_fixed=True)) == "dense", "another method"
+    monkeypatch.setattr(router_module, "machine_of", lambda device: "another card")
+    assert runs.call(x=x) == "dense"
+
+
+def test_two_cards_of_one_kind_get_one_answer(monkeypatch):
+    names = {0: "card", 1: "card", 2: "another card"}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device.index])
+    speed.machine_of.cache_clear()
+    kinds = [speed.machine_of(torch.device("cuda", index)) for index in names]
+    assert kinds == ["card", "card", "another card"]
+    speed.machine_of.cache_clear()
+    assert speed.machine_of(torch.device("mps")) == "mps"
+
+
+def test_two_threads_time_once():
+    """Conditionings that MultiGPU CFG Split gives to two cards of one kind."""
+    check, started, answers = speed.SpeedCheck(), threading.Barrier(2), []
+    ran = []
+
+    def sparse(way):
+        ran.append(threading.get_ident())
+        time.sleep(0.01)
+        return KernelRun(torch.ones(1, 4, 8), "fast", "native", (), (("fast", "native"),))
+
+    def ask():
+        started.wait()
+        how = {"may_be_dense": True, "dense_is_a_rival": True}
+        answers.append(check.compare("kind", sparse, lambda: torch.ones(1, 4, 8), **how))
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers[0] == answers[1] and answers[0].dense_reason and len(set(ran)) == 1
+
+
+def test_a_router_on_top_of_another_override_asks_anew(runs, machine):
+    """How long dense attention takes depends on the other."""
+    machine.has_kernel("native", "int8")
+    machine.took["dense"] = 0.001
+    assert runs.call() == "dense"
+    below = runs.router
+
+    def slow_override(func, *args, **kwargs):
+        return func(*args, **kwargs)
+
+    runs.router = below.on_top_of(slow_override)
+    assert runs.call() == "fast int8"
+    ran = len(machine.ran)
+    runs.router = below.on_top_of(slow_override)
+    assert runs.call() == "fast int8" and len(machine.ran) == ran + 1
+    runs.router = below
+    assert runs.call() == "dense"
+
+
+def test_dense_is_timed_as_it_would_run(runs, machine, monkeypatch):
+    """By the backend chosen for self-attention, else by this pack's default on the GPU."""
+    machine.has_kernel("native")
+
+    def ran_by(name):
+        def run(self, asked, call):
+            machine._tick(asked)
+            return torch.zeros_like(call.q)
+
+        machine.took[name] = 0.001
+        monkeypatch.setattr(router_module.DenseCalls, "run", run)
+
+    ran_by("torch_sdpa")
+    chosen = DenseChoice(((AttentionSite.SELF, "torch_sdpa"),))
+    assert runs.call(dense=chosen) == "torch_sdpa"
+    assert "dense" not in machine.ran
+    monkeypatch.setattr(router_module, "faster_default", lambda func, call: "sage_attn2")
+    ran_by("sage_attn2")
+    assert runs.call(128) == "sage_attn2" and "dense" not in machine.ran
+    monkeypatch.setattr(
+        AttentionRouter, "_preferred", lambda self, call, site: machine.preferred_attention
+    )
+    machine.took["preferred"] = 0.001
+    assert runs.call(192) == "dense"
+    assert "preferred" in machine.ran and "dense" not in machine.ran
+
+
+def test_not_more_than_so_many_kinds_are_remembered(runs, machine, monkeypatch):
+    monkeypatch.setattr(speed, "MAX_SHAPES", 3)
+    machine.has_kernel("native")
+    for tokens in range(64, 64 * 6, 64):
+        runs.call(tokens)
+    assert len(runs.router.speed._found) <= 3
 
 
 def test_after_one_comparison_calls_are_dense_where_that_is_faster(runs, machine):
@@ -263,14 +457,57 @@ def test_plain_pytorch_is_held_against_dense(runs, machine):
 def test_of_kernels_dense_is_a_rival_only_where_all_calls_keep_as_much(runs, machine):
     machine.has_kernel("native")
     machine.took["dense"] = 0.010
-    assert runs.call(policy=policy()) == "fast" and "dense" not in machine.ran
-    steady = policy(forecast=lambda layout: (None, "topk"))
-    assert runs.call(policy=steady) == "dense"
+    assert runs.call(policy=a_policy()) == "fast" and "dense" not in machine.ran
+    assert runs.call() == "dense"
+
+
+@pytest.mark.parametrize(
+    ("policy", "fixed"),
+    [
+        (RadialPolicy(), True),
+        (SpargePolicy(topk=0.5, simthreshd1=-0.1), True),
+        # Blocks that are unlike themselves are kept as well.
+        (SpargePolicy(topk=0.5, simthreshd1=0.1), False),
+        (SpargePolicy(cdfthreshd=0.9, simthreshd1=-0.1), False),
+        (PsaPolicy.from_preset(load_presets()["Wan2.1_1.3b"]["psa_topk"]), True),
+        (PsaPolicy.from_preset(load_presets()["Wan2.1_14b"]["psa_balanced"]), False),
+    ],
+    ids=["radial", "topk", "topk-unlike", "cdf", "psa-topk", "psa-thresholds"],
+)
+def test_which_methods_keep_as_much_in_every_call(policy, fixed):
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 2, 1024, 64, generator=generator)
+    smooth = 1 + 0.3 * noise + 5 * torch.linspace(-1, 1, 1024)[:, None]
+    how = {"layout": TokenLayout(4, 16, 16), "layer": 0, "scale": 0.125}
+    densities = {round(policy.plan(x, x, **how).density(), 4) for x in (noise, smooth)}
+    assert policy.density_is_fixed == fixed == (len(densities) == 1)
+
+
+def test_frames_of_one_call_each_are_not_held_against_dense(runs, machine, monkeypatch):
+    """They keep more or less, and what their kind is does not say which."""
+    machine.has_kernel("native")
+    machine.took["dense"] = 0.010
+    monkeypatch.setattr(ForwardTokens, "is_one_frame", lambda self, q_len, k_len: True)
+    monkeypatch.setattr(ForwardState, "plan_of", lambda self, call, layer: self.plan)
+    monkeypatch.setattr(ForwardState, "kept_for", lambda self, call: None)
+    assert runs.call() == "fast" and "dense" not in machine.ran
+
+
+def test_another_packs_override_is_called_as_often_as_without(runs, machine):
+    machine.has_kernel("native")
+    calls = []
+
+    def override(func, q, *args, **kwargs):
+        calls.append(1)
+        return torch.zeros_like(q)
+
+    runs.router.previous = override
+    assert [runs.call() for _ in range(2)] == ["fast"] * 2 and not calls
 
 
 def test_plain_pytorch_gives_way_also_where_calls_differ(runs, machine):
     machine.took["dense"] = 0.010
-    assert [runs.call(policy=policy()) for _ in range(2)] == ["dense"] * 2
+    assert [runs.call(policy=a_policy()) for _ in range(2)] == ["dense"] * 2
 
 
 def test_what_to_install_is_said_in_every_run(runs, machine, monkeypatch):
@@ -333,7 +570,7 @@ def test_timed_on_a_gpu_every_call_runs_the_same_way():
     mask = torch.rand(20, 20, generator=generator) < 0.3
     mask.fill_diagonal_(True)
     sizes = {"block_m": 128, "block_n": 128, "q_len": tokens, "k_len": tokens}
-    choice = SparseChoice(policy=policy(), schedule=Schedule(), min_tokens=0)
+    choice = SparseChoice(FIXED, schedule=Schedule(), min_tokens=0)
     router, record = AttentionRouter(None), RunRecord("method")
     outs, ran = [], []
     for _ in range(3):
