@@ -251,14 +251,16 @@ class AttentionRouter:
                 out if isinstance(out, Tensor) else self._hand_on(preferred or func, args, kwargs)
             )
 
-        # An override of another pack may keep count of its calls, and frames keep more or less.
-        dense_is_a_rival = self.previous is None and choice.policy.density_is_fixed
+        # An override of another pack may keep count of its calls, frames keep more or less, and
+        # a policy of somebody's own may not say.
+        steady = getattr(choice.policy, "density_is_fixed", False)
         return self.speed.compare(
             key,
             sparse,
             dense,
             may_be_dense=choice.kernel == "auto",
-            dense_is_a_rival=dense_is_a_rival
+            dense_is_a_rival=steady
+            and self.previous is None
             and not forward.tokens.is_one_frame(call.q_len, call.k_len),
         )
 

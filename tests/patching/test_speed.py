@@ -483,6 +483,13 @@ def test_which_methods_keep_as_much_in_every_call(policy, fixed):
     assert policy.density_is_fixed == fixed == (len(densities) == 1)
 
 
+def test_a_policy_that_does_not_say_is_not_held_against_dense(runs, machine):
+    machine.has_kernel("native")
+    machine.took["dense"] = 0.010
+    theirs = type("Theirs", (), {"order": staticmethod(lambda layout: None)})
+    assert runs.call(policy=theirs) == "fast" and "dense" not in machine.ran
+
+
 def test_frames_of_one_call_each_are_not_held_against_dense(runs, machine, monkeypatch):
     """They keep more or less, and what their kind is does not say which."""
     machine.has_kernel("native")
