@@ -124,7 +124,8 @@ class AttentionRouter:
                 func, args, kwargs, call, site, forward, layer, plan, key
             )
             reason = fastest.dense_reason
-            _say(forward, fastest.notes, aloud=reason is not None)
+            _say(forward, fastest.notes, aloud=False)
+            _say(forward, fastest.hints)
         watch = Stopwatch(call.q.device)
         if reason is None:
             assert layer is not None
@@ -258,6 +259,7 @@ class AttentionRouter:
             key,
             sparse,
             dense,
+            tokens=call.q_len,
             may_be_dense=choice.kernel == "auto",
             dense_is_a_rival=steady
             and self.previous is None

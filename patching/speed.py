@@ -44,12 +44,14 @@ class Fastest(NamedTuple):
         kernel, precision: what "auto" means for it.
         dense_reason: why such calls are dense, None where they are sparse.
         notes: what there is to say in every run.
+        hints: what there is to do about calls that are dense.
     """
 
     kernel: str = "auto"
     precision: str = "auto"
     dense_reason: str | None = None
     notes: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
 
 
 class _Timed(NamedTuple):
@@ -99,6 +101,7 @@ class SpeedCheck:
         sparse: Callable[[Fastest], KernelRun],
         dense: Callable[[], Tensor],
         *,
+        tokens: int,
         may_be_dense: bool,
         dense_is_a_rival: bool,
     ) -> Fastest:
@@ -108,6 +111,7 @@ class SpeedCheck:
             key: of what the times depend on.
             sparse: (what "auto" means) -> a sparse run, its output [..., tokens, channels].
             dense: () -> the output of dense attention as it would run.
+            tokens: of the call.
             may_be_dense: the person did not ask for a kernel by name.
             dense_is_a_rival: of any kernel, not only of plain PyTorch.
         """
@@ -121,12 +125,13 @@ class SpeedCheck:
             except Exception as error:  # the call itself will tell what is the matter
                 log.debug(f"nothing was timed: {one_line(error)}")
                 return Fastest()
-            own, notes, rivals = (first.kernel, first.precision), first.notes, first.rivals
+            own, hints, rivals = (first.kernel, first.precision), first.notes, first.rivals
             del first  # its output is as large as q
             # Copies of the keys make plain PyTorch slow at almost any density.
             with_dense = may_be_dense and (dense_is_a_rival or own[0] == "torch")
             try:
-                found = _find(sparse, own, rivals, dense if with_dense else None, notes)
+                times = _times(sparse, own, rivals, dense if with_dense else None)
+                found = _fastest(times, tokens, hints)
             except Exception as error:  # a sampling run must not end for this
                 log.warning(f"nothing was timed: {one_line(error)}")
                 found = Fastest()
@@ -136,17 +141,24 @@ class SpeedCheck:
             return found
 
 
-def _find(
+class _Times(NamedTuple):
+    """What was timed; None if it could not be. own: the way that "auto" took."""
+
+    own: _Timed | None
+    rivals: list[_Timed]
+    dense: _Timed | None
+
+
+def _times(
     sparse: Callable[[Fastest], KernelRun],
     own: tuple[str, str],
     rivals: tuple[tuple[str, str], ...],
     dense: Callable[[], Tensor] | None,
-    notes: tuple[str, ...],
-) -> Fastest:
+) -> _Times:
     """own: the (kernel, precision) that "auto" took."""
     ways = list(dict.fromkeys([own, *rivals]))
     if dense is None and len(ways) == 1:
-        return Fastest()
+        return _Times(None, [], None)
 
     def run(way: tuple[str, str]) -> Tensor | None:
         ran = sparse(Fastest(*way))
@@ -157,13 +169,7 @@ def _find(
 
     timed = [_timed(*way, functools.partial(run, way)) for way in ways]
     timed_dense = None if dense is None else _timed("dense", "native", dense)
-    known = [way for way in (*timed, timed_dense) if way is not None]
-    if len(known) > 1:
-        times = ", ".join(f"{way.name} {way.ms:.1f} ms" for way in known)
-        log.info(f"timed once for calls of this size: {times}")
-    if timed[0] is None:  # it may have wanted memory, and be the fastest next time
-        return Fastest()
-    return _fastest(timed[0], [way for way in timed[1:] if way is not None], timed_dense, notes)
+    return _Times(timed[0], [way for way in timed[1:] if way is not None], timed_dense)
 
 
 def _timed(kernel: str, precision: str, run: Callable[[], Tensor | None]) -> _Timed | None:
@@ -187,9 +193,10 @@ def _timed(kernel: str, precision: str, run: Callable[[], Tensor | None]) -> _Ti
         return None
 
 
-def _fastest(
-    own: _Timed, rivals: list[_Timed], dense: _Timed | None, notes: tuple[str, ...]
-) -> Fastest:
+def _fastest(times: _Times, tokens: int, hints: tuple[str, ...]) -> Fastest:
+    own, rivals, dense = times
+    if own is None:  # it may have wanted memory, and be the fastest next time
+        return Fastest()
     best = own
     exact = [way for way in (own, *rivals) if way.precision == "native"]
     if exact:
@@ -203,19 +210,18 @@ def _fastest(
             continue
         if reference.precision != "native" or _is_near(way, reference):
             best = way
+    told = ", ".join(f"{way.name} {way.ms:.1f} ms" for way in (own, *rivals, dense) if way)
+    notes = (f"calls of {tokens} tokens were timed once: {told}",)
+    log.info(notes[0])
     if dense is not None and dense.ms * GAIN <= best.ms:
         reason = (
             f"dense attention is faster here: {dense.ms:.1f} ms a call, {best.ms:.1f} ms sparse "
             f"{best.sparse}"
         )
-        return Fastest(dense_reason=reason, notes=notes)
+        return Fastest(dense_reason=reason, notes=notes, hints=hints)
     if best is own:
-        return Fastest()
-    said = (
-        f"kernel {best.name} was timed to be faster: {best.ms:.1f} ms a call, {own.ms:.1f} ms by "
-        f"{own.name}"
-    )
-    return Fastest(best.kernel, best.precision, notes=(said,))
+        return Fastest(notes=notes)
+    return Fastest(best.kernel, best.precision, notes=notes)
 
 
 def _is_near(way: _Timed, exact: _Timed) -> bool:
