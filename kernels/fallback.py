@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .attention import candidates, check_call
-from .first_output import allowed_error, relative_error
+from .first_output import relative_error
 from .memory_errors import OUT_OF_MEMORY, is_out_of_memory, short_error
 from .plan import BlockPlan
 from .registry import KeptPools, Kernel, KernelCall, unavailable_reason
@@ -227,7 +227,7 @@ def _is_sound(out: Tensor, call: KernelCall, kernel: Kernel) -> bool:
         if not all(bool(x.isfinite().all()) for x in (call.q, call.k, call.v)):
             return False
         raise ArithmeticError("its first output for this shape holds a NaN")
-    allowed = allowed_error(call, kernel.allowed_error)
+    allowed = kernel.allowed_error.get(call.precision)
     if allowed is None:
         return True
     try:

@@ -42,8 +42,12 @@ class _Rows(NamedTuple):
 _ROWS: weakref.WeakKeyDictionary[BlockPlan, _Rows] = weakref.WeakKeyDictionary()
 
 
-def attend_gathered(call: KernelCall) -> Tensor:
-    """Run a call on tensors of any device; see registry.Kernel.run."""
+def attend_gathered(call: KernelCall, *, means_in: torch.dtype | None = None) -> Tensor:
+    """Run a call on tensors of any device; see registry.Kernel.run.
+
+    Args:
+        means_in: a type to round the means of pooled keys and values to.
+    """
     plan = call.plan
     batch, heads, q_len, head_dim = call.q.shape
     out = torch.empty((batch, q_len, heads, head_dim), dtype=call.q.dtype, device=plan.device)
@@ -58,7 +62,10 @@ def attend_gathered(call: KernelCall) -> Tensor:
             for h in range(0, heads, step):
                 some = slice(h, min(h + step, heads))
                 k, v = (x[b, some].to(dtype) for x in (call.k, call.v))
-                keys = [LevelKeys.of_tokens(k, v, level, plan.block_n) for level in plan.levels]
+                keys = [
+                    LevelKeys.of_tokens(k, v, level, plan.block_n, means_in=means_in)
+                    for level in plan.levels
+                ]
                 plan_head = (min(b, plan.bounds.shape[0] - 1), 0 if shared else h)
                 max_keys = GATHER_BYTES // (bytes_per_key * k.shape[0])
                 for rows, tokens, entries in _batches(plan, plan_head, max_keys):

@@ -38,12 +38,27 @@ class LevelKeys:
     last_bias: float
 
     @classmethod
-    def of_tokens(cls, k: Tensor, v: Tensor, level: int, block_n: int) -> LevelKeys:
-        """The level's keys from k, v [..., N, D]."""
+    def of_tokens(
+        cls,
+        k: Tensor,
+        v: Tensor,
+        level: int,
+        block_n: int,
+        *,
+        means_in: torch.dtype | None = None,
+    ) -> LevelKeys:
+        """The level's keys from k, v [..., N, D].
+
+        Args:
+            means_in: a type to round means to; they stay in k's and v's.
+        """
         rest = k.shape[-2] % level
+        means = [group_means(x, level) for x in (k, v)]
+        if means_in is not None:
+            means = [x.to(means_in).to(x.dtype) for x in means]
         return cls(
-            k=group_means(k, level),
-            v=group_means(v, level),
+            k=means[0],
+            v=means[1],
             block=block_n // level,
             bias=math.log(level),
             last_bias=math.log(rest / level) if rest else 0.0,

@@ -72,7 +72,8 @@ class AttentionRouter:
         self.dense = DenseCalls()
         self.speed = SpeedCheck()
         # Dense calls take as long as it does.
-        self._neighbour = getattr(previous, "__qualname__", type(previous).__qualname__)
+        kind: Any = previous if hasattr(previous, "__qualname__") else type(previous)
+        self._neighbour = f"{kind.__module__}.{kind.__qualname__}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionRouter:
         """Itself: options are copied per run, caches and their locks are shared."""

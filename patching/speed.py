@@ -17,13 +17,16 @@ import functools
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels.fallback import KernelRun
+from ..kernels.memory_errors import OUT_OF_MEMORY, is_out_of_memory
 from .log import log, one_line
 
 MAX_SHAPES = 64
@@ -33,6 +36,8 @@ GAIN, INT8_GAIN = 1.05, 1.1
 INT8_MAX_ERROR = 0.05
 # Times are the best of as many runs, after one that may load and compile.
 RUNS = 2
+# Calls in which something could not be timed for want of memory, before it is left out.
+MAX_TRIES = 4
 # Outputs are compared at every so many tokens.
 SAMPLED = 61
 
@@ -89,7 +94,10 @@ class SpeedCheck:
 
     def __init__(self) -> None:
         self._found: dict[Hashable, Fastest] = {}
-        self._timing = threading.Lock()
+        self._short_of_memory: Counter[Hashable] = Counter()
+        # Another pack's override, timed as dense attention, may call attention anew.
+        self._timing = threading.RLock()
+        self._inside = False
 
     def found(self, key: Hashable) -> Fastest | None:
         """What was found for calls of a kind, None if none was timed."""
@@ -118,35 +126,81 @@ class SpeedCheck:
         # Another thread may be timing the same on its card.
         with self._timing:
             found = self._found.get(key)
-            if found is not None:
-                return found
+            if found is not None or self._inside:
+                return found or Fastest()
+            self._inside = True
             try:
-                first = sparse(Fastest())
-            except Exception as error:  # the call itself will tell what is the matter
-                log.debug(f"nothing was timed: {one_line(error)}")
-                return Fastest()
-            own, hints, rivals = (first.kernel, first.precision), first.notes, first.rivals
-            del first  # its output is as large as q
-            # Copies of the keys make plain PyTorch slow at almost any density.
-            with_dense = may_be_dense and (dense_is_a_rival or own[0] == "torch")
-            try:
-                times = _times(sparse, own, rivals, dense if with_dense else None)
-                found = _fastest(times, tokens, hints)
-            except Exception as error:  # a sampling run must not end for this
-                log.warning(f"nothing was timed: {one_line(error)}")
-                found = Fastest()
-            if len(self._found) >= MAX_SHAPES:
-                self._found.clear()
-            self._found[key] = found
-            return found
+                return self._compare(key, sparse, dense, tokens, may_be_dense, dense_is_a_rival)
+            finally:
+                self._inside = False
+
+    def _compare(
+        self,
+        key: Hashable,
+        sparse: Callable[[Fastest], KernelRun],
+        dense: Callable[[], Tensor],
+        tokens: int,
+        may_be_dense: bool,
+        dense_is_a_rival: bool,
+    ) -> Fastest:
+        try:
+            first = sparse(Fastest())
+        except Exception as error:  # the call itself will tell what is the matter
+            log.debug(f"nothing was timed: {one_line(error)}")
+            return Fastest()
+        own, hints, rivals = (first.kernel, first.precision), first.notes, first.rivals
+        del first  # its output is as large as q
+        # Copies of the keys make plain PyTorch slow at almost any density.
+        with_dense = may_be_dense and (dense_is_a_rival or own[0] == "torch")
+        try:
+            times = _times(sparse, own, rivals, dense if with_dense else None)
+            if times.lacked_memory or any(OUT_OF_MEMORY in hint for hint in hints):
+                # What had to be left out may be the fastest where there is room.
+                self._short_of_memory[key] += 1
+                if self._short_of_memory[key] < MAX_TRIES:
+                    return Fastest()
+            found = _fastest(times, tokens, hints)
+        except Exception as error:  # a sampling run must not end for this
+            log.warning(f"nothing was timed: {one_line(error)}")
+            found = Fastest()
+        if len(self._found) >= MAX_SHAPES:
+            self._found.clear()
+        self._found[key] = found
+        return found
 
 
-class _Times(NamedTuple):
-    """What was timed; None if it could not be. own: the way that "auto" took."""
+@dataclass
+class _Times:
+    """What was timed. own: the way that "auto" took, None if it could not be."""
 
-    own: _Timed | None
-    rivals: list[_Timed]
-    dense: _Timed | None
+    own: _Timed | None = None
+    rivals: list[_Timed] = field(default_factory=list)
+    dense: _Timed | None = None
+    lacked_memory: bool = False
+
+    def time(self, kernel: str, precision: str, run: Callable[[], Tensor | None]) -> _Timed | None:
+        """The faster of two runs, each until its result can be read, on any kind of device.
+
+        None where it fails, or run gives none.
+        """
+        best = math.inf
+        try:
+            for attempt in range(1 + RUNS):
+                begin = time.perf_counter()
+                out = run()
+                if out is None:
+                    return None
+                # A copy: the next run has no need of this one's output.
+                sample = out[..., ::SAMPLED, :].to(torch.float32, copy=True)
+                del out
+                sample.flatten()[0].item()
+                if attempt:
+                    best = min(best, time.perf_counter() - begin)
+            return _Timed(kernel, precision, 1000 * best, sample)
+        except Exception as error:  # what has run so far goes on
+            self.lacked_memory |= is_out_of_memory(error)
+            log.warning(f"{kernel} attention was not timed: {one_line(error)}")
+            return None
 
 
 def _times(
@@ -156,46 +210,29 @@ def _times(
     dense: Callable[[], Tensor] | None,
 ) -> _Times:
     """own: the (kernel, precision) that "auto" took."""
-    ways = list(dict.fromkeys([own, *rivals]))
+    times, ways = _Times(), list(dict.fromkeys([own, *rivals]))
     if dense is None and len(ways) == 1:
-        return _Times(None, [], None)
+        return times
 
     def run(way: tuple[str, str]) -> Tensor | None:
         ran = sparse(Fastest(*way))
         if (ran.kernel, ran.precision) == way:
             return ran.out
-        log.info(f"kernel {way[0]} {way[1]} was not timed: {'; '.join(ran.notes)}")
+        notes = "; ".join(ran.notes)
+        times.lacked_memory |= OUT_OF_MEMORY in notes
+        log.info(f"kernel {way[0]} {way[1]} was not timed: {notes}")
         return None
 
-    timed = [_timed(*way, functools.partial(run, way)) for way in ways]
-    timed_dense = None if dense is None else _timed("dense", "native", dense)
-    return _Times(timed[0], [way for way in timed[1:] if way is not None], timed_dense)
-
-
-def _timed(kernel: str, precision: str, run: Callable[[], Tensor | None]) -> _Timed | None:
-    """The fastest of some runs, each until its result can be read, on any kind of device."""
-    best = math.inf
-    try:
-        for attempt in range(1 + RUNS):
-            begin = time.perf_counter()
-            out = run()
-            if out is None:
-                return None
-            # A copy: the next run has no need of this one's output.
-            sample = out[..., ::SAMPLED, :].to(torch.float32, copy=True)
-            del out
-            sample.flatten()[0].item()
-            if attempt:
-                best = min(best, time.perf_counter() - begin)
-        return _Timed(kernel, precision, 1000 * best, sample)
-    except Exception as error:  # for want of memory, say; what has run so far goes on
-        log.warning(f"{kernel} attention was not timed: {one_line(error)}")
-        return None
+    timed = [times.time(*way, functools.partial(run, way)) for way in ways]
+    times.own, times.rivals = timed[0], [way for way in timed[1:] if way is not None]
+    if dense is not None:
+        times.dense = times.time("dense", "native", dense)
+    return times
 
 
 def _fastest(times: _Times, tokens: int, hints: tuple[str, ...]) -> Fastest:
-    own, rivals, dense = times
-    if own is None:  # it may have wanted memory, and be the fastest next time
+    own, rivals, dense = times.own, times.rivals, times.dense
+    if own is None:
         return Fastest()
     best = own
     exact = [way for way in (own, *rivals) if way.precision == "native"]
@@ -205,10 +242,11 @@ def _fastest(times: _Times, tokens: int, hints: tuple[str, ...]) -> Fastest:
             best = way if way.ms * GAIN <= best.ms else best
     reference = best
     for way in (own, *rivals):
-        gain = INT8_GAIN if best.precision == "native" else GAIN
-        if way.precision == "native" or way.ms * gain > best.ms:
+        # Without one in the model's own precision there is nothing to hold 8 bits against.
+        if way.precision == "native" or not exact:
             continue
-        if reference.precision != "native" or _is_near(way, reference):
+        gain = INT8_GAIN if best.precision == "native" else GAIN
+        if way.ms * gain <= best.ms and _is_near(way, reference):
             best = way
     told = ", ".join(f"{way.name} {way.ms:.1f} ms" for way in (own, *rivals, dense) if way)
     notes = (f"calls of {tokens} tokens were timed once: {told}",)
