@@ -148,13 +148,14 @@ class SpeedCheck:
         except Exception as error:  # the call itself will tell what is the matter
             log.debug(f"nothing was timed: {one_line(error)}")
             return Fastest()
-        own, hints, rivals = (first.kernel, first.precision), first.notes, first.rivals
+        own, rivals = (first.kernel, first.precision), first.rivals
+        hints = tuple(note for note in first.notes if OUT_OF_MEMORY not in note)
         del first  # its output is as large as q
         # Copies of the keys make plain PyTorch slow at almost any density.
         with_dense = may_be_dense and (dense_is_a_rival or own[0] == "torch")
         try:
             times = _times(sparse, own, rivals, dense if with_dense else None)
-            if times.lacked_memory or any(OUT_OF_MEMORY in hint for hint in hints):
+            if times.lacked_memory:
                 # What had to be left out may be the fastest where there is room.
                 self._short_of_memory[key] += 1
                 if self._short_of_memory[key] < MAX_TRIES:

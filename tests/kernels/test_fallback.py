@@ -131,6 +131,22 @@ def test_all_8_bit_kernels_come_before_any_other():
     assert named.ran == ["native"]
 
 
+def test_rivals_are_what_could_be_taken_in_its_place():
+    Fast(1.0, precisions=("native", "int8", "fp8"))
+    Fast(1.0, name="other", precisions=("int8",), rank=0.5)
+    Fast(1.0, name="unranked", rank=0.0)
+    runs = KernelFallback()
+
+    def rivals(**how):
+        return set(runs.run(*inputs(), scale=0.25, **how).rivals)
+
+    assert rivals() == {("fast", "native"), ("fast", "int8"), ("other", "int8")}
+    assert rivals(kernel="fast") == {("fast", "native"), ("fast", "int8")}
+    assert rivals(precision="int8") == {("fast", "int8"), ("other", "int8")}
+    assert rivals(precision="native") == {("fast", "native")}
+    assert rivals(kernel="unranked") == {("unranked", "native")}
+
+
 def test_a_named_kernel_without_the_precision_is_not_said_to_be_unused():
     run = KernelFallback().run(*inputs(), scale=0.25, kernel="torch", precision="int8")
     assert (run.kernel, run.precision) == ("torch", "native")

@@ -308,8 +308,24 @@ def test_8_bits_are_not_taken_where_there_is_nothing_to_hold_them_against(runs, 
     machine.has_kernel("int8", "native")
     machine.took |= {"exact": error, "native": error, "int8": 0.030, "dense": 0.040}
     machine.has_kernel("int8", name="library", rank=5.0)
-    machine.took["library"], machine.value["library"] = 0.001, 9.0
+    machine.took["library"], machine.value["library"] = 0.001, INT8
     assert "library int8" not in [runs.call() for _ in range(6)]
+
+
+def test_a_precision_that_fails_is_not_timed_as_another(runs, machine, caplog):
+    machine.has_kernel("native", "int8")
+    machine.took["int8"] = RuntimeError("broken")
+    with caplog.at_level("INFO"):
+        assert [runs.call() for _ in range(2)] == ["fast"] * 2
+    assert "timed once: fast 30.0 ms, dense 40.0 ms" in caplog.text
+
+
+def test_what_ran_out_of_memory_is_no_hint_in_later_runs(runs, machine):
+    machine.has_kernel("native")
+    machine.took |= {"native": [NO_MEMORY, 0.030], "dense": 0.010}
+    assert runs.call() == "dense"
+    runs.next_run()
+    assert runs.call() == "dense" and "memory" not in runs.line()
 
 
 def test_8_bits_that_make_a_nan_are_not_near(runs, machine):
