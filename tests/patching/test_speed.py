@@ -174,7 +174,7 @@ FIXED = a_policy(density_is_fixed=True)
 
 def test_int8_serves_from_the_first_call_on_where_it_is_faster(runs, machine, caplog):
     machine.has_kernel("native", "int8")
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="sparse_video_attention"):
         assert [runs.call() for _ in range(3)] == ["fast int8"] * 3
     assert "fast 30.0 ms, fast int8 12.0 ms, dense 40.0 ms" in caplog.text
     assert caplog.text.count("timed once") == 1 and "WARNING" not in caplog.text
@@ -195,7 +195,7 @@ def test_int8_has_to_be_a_tenth_faster(runs, machine, took, serves):
 def test_int8_that_is_off_is_not_taken(runs, machine, caplog, value):
     machine.has_kernel("native", "int8")
     machine.value["int8"] = value
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="sparse_video_attention"):
         assert [runs.call() for _ in range(2)] == ["fast"] * 2
     if value == value:  # a NaN is the kernel's fault, and it is set aside before
         assert "int8 is faster, but not taken: it is off by 0.27" in caplog.text
@@ -224,7 +224,7 @@ def test_int8_asked_for_by_name_is_only_held_against_dense(runs, machine):
 
 def test_a_kernel_without_int8_says_nothing_about_it(runs, machine, caplog):
     machine.has_kernel("native")
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="sparse_video_attention"):
         assert [runs.call() for _ in range(2)] == ["fast"] * 2
     assert "int8" not in caplog.text and "int8" not in runs.line()
 
@@ -315,7 +315,7 @@ def test_8_bits_are_not_taken_where_there_is_nothing_to_hold_them_against(runs, 
 def test_a_precision_that_fails_is_not_timed_as_another(runs, machine, caplog):
     machine.has_kernel("native", "int8")
     machine.took["int8"] = RuntimeError("broken")
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="sparse_video_attention"):
         assert [runs.call() for _ in range(2)] == ["fast"] * 2
     assert "timed once: fast 30.0 ms, dense 40.0 ms" in caplog.text
 
@@ -396,7 +396,7 @@ def test_another_kernel_in_its_place_is_not_what_was_timed(runs, machine, caplog
     machine.has_kernel("native")
     machine.has_kernel("native", name="library", rank=7.0)
     machine.took |= {"library": RuntimeError("broken wheel"), "native": [0.030] * 4 + [0.001] * 9}
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="sparse_video_attention"):
         assert runs.call() == "fast"
     assert "kernel library native was not timed: kernel library is set aside" in caplog.text
     assert "library" not in runs.line()
