@@ -20,7 +20,7 @@ from .preferred import SAID_OF, preferred_attention
 from .record import CallRecord
 from .run import RUN_KEY, RunState
 from .settings import SETTINGS_KEY, AttentionSettings, AttentionSite
-from .speed import Fastest, SpeedCheck, can_be_timed, machine_of
+from .speed import Asked, Fastest, SpeedCheck, can_be_timed, machine_of
 from .timing import Stopwatch
 
 if TYPE_CHECKING:
@@ -256,8 +256,7 @@ class AttentionRouter:
         # An override of another pack may keep count of its calls, frames keep more or less, and
         # a policy of somebody's own may not say.
         steady = getattr(choice.policy, "density_is_fixed", False)
-        return self.speed.compare(
-            key,
+        asked = Asked(
             sparse,
             dense,
             tokens=call.q_len,
@@ -266,6 +265,7 @@ class AttentionRouter:
             and self.previous is None
             and not forward.tokens.is_one_frame(call.q_len, call.k_len),
         )
+        return self.speed.compare(key, asked)
 
     def _chosen_backend(self, call: AttentionCall, site: AttentionSite | None) -> str | None:
         settings: AttentionSettings = call.transformer_options[SETTINGS_KEY]

@@ -59,6 +59,24 @@ class Fastest(NamedTuple):
     hints: tuple[str, ...] = ()
 
 
+class Asked(NamedTuple):
+    """A call whose kind is to be timed.
+
+    Attributes:
+        sparse: (what "auto" means) -> a sparse run, its output [..., tokens, channels].
+        dense: () -> the output of dense attention as it would run.
+        tokens: of the call.
+        may_be_dense: the person did not ask for a kernel by name.
+        dense_is_a_rival: of any kernel, not only of plain PyTorch.
+    """
+
+    sparse: Callable[[Fastest], KernelRun]
+    dense: Callable[[], Tensor]
+    tokens: int
+    may_be_dense: bool
+    dense_is_a_rival: bool
+
+
 class _Timed(NamedTuple):
     """ms: of a call, with all it costs. sample: fp32, some tokens of its output."""
 
@@ -103,25 +121,11 @@ class SpeedCheck:
         """What was found for calls of a kind, None if none was timed."""
         return self._found.get(key)
 
-    def compare(
-        self,
-        key: Hashable,
-        sparse: Callable[[Fastest], KernelRun],
-        dense: Callable[[], Tensor],
-        *,
-        tokens: int,
-        may_be_dense: bool,
-        dense_is_a_rival: bool,
-    ) -> Fastest:
+    def compare(self, key: Hashable, asked: Asked) -> Fastest:
         """Time what may run and keep what was found. Waits for the device; raises nothing.
 
         Args:
             key: of what the times depend on.
-            sparse: (what "auto" means) -> a sparse run, its output [..., tokens, channels].
-            dense: () -> the output of dense attention as it would run.
-            tokens: of the call.
-            may_be_dense: the person did not ask for a kernel by name.
-            dense_is_a_rival: of any kernel, not only of plain PyTorch.
         """
         # Another thread may be timing the same on its card.
         with self._timing:
@@ -130,21 +134,13 @@ class SpeedCheck:
                 return found or Fastest()
             self._inside = True
             try:
-                return self._compare(key, sparse, dense, tokens, may_be_dense, dense_is_a_rival)
+                return self._compare(key, asked)
             finally:
                 self._inside = False
 
-    def _compare(
-        self,
-        key: Hashable,
-        sparse: Callable[[Fastest], KernelRun],
-        dense: Callable[[], Tensor],
-        tokens: int,
-        may_be_dense: bool,
-        dense_is_a_rival: bool,
-    ) -> Fastest:
+    def _compare(self, key: Hashable, asked: Asked) -> Fastest:
         try:
-            first = sparse(Fastest())
+            first = asked.sparse(Fastest())
         except Exception as error:  # the call itself will tell what is the matter
             log.debug(f"nothing was timed: {one_line(error)}")
             return Fastest()
@@ -152,15 +148,15 @@ class SpeedCheck:
         hints = tuple(note for note in first.notes if OUT_OF_MEMORY not in note)
         del first  # its output is as large as q
         # Copies of the keys make plain PyTorch slow at almost any density.
-        with_dense = may_be_dense and (dense_is_a_rival or own[0] == "torch")
+        with_dense = asked.may_be_dense and (asked.dense_is_a_rival or own[0] == "torch")
         try:
-            times = _times(sparse, own, rivals, dense if with_dense else None)
+            times = _times(asked.sparse, own, rivals, asked.dense if with_dense else None)
             if times.lacked_memory:
                 # What had to be left out may be the fastest where there is room.
                 self._short_of_memory[key] += 1
                 if self._short_of_memory[key] < MAX_TRIES:
                     return Fastest()
-            found = _fastest(times, tokens, hints)
+            found = _fastest(times, asked.tokens, hints)
         except Exception as error:  # a sampling run must not end for this
             log.warning(f"nothing was timed: {one_line(error)}")
             found = Fastest()

@@ -486,8 +486,8 @@ def test_two_threads_time_once():
 
     def ask():
         started.wait()
-        how = {"tokens": 4, "may_be_dense": True, "dense_is_a_rival": True}
-        answers.append(check.compare("kind", sparse, lambda: torch.ones(1, 4, 8), **how))
+        dense = speed.Asked(sparse, lambda: torch.ones(1, 4, 8), 4, True, True)
+        answers.append(check.compare("kind", dense))
 
     threads = [threading.Thread(target=ask) for _ in range(2)]
     for thread in threads:
