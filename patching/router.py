@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from .preferred import SAID_OF, preferred_attention
 from .record import CallRecord
 from .run import RUN_KEY, RunState
 from .settings import SETTINGS_KEY, AttentionSettings, AttentionSite
+from .sparse_calls import run_sparse
 from .speed import Asked, Fastest, SpeedCheck, can_be_timed, machine_of
 from .timing import Stopwatch
 
@@ -30,6 +31,14 @@ OVERRIDE_KEY = "optimized_attention_override"
 FORWARD_KEY = "sparse_video_attention_forward"
 
 Override = Callable[..., Tensor]
+
+
+class Received(NamedTuple):
+    """What an override gets: the function that the host would call, and with what."""
+
+    func: Override
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 def find_router(override: Override | None) -> AttentionRouter | None:
@@ -94,13 +103,13 @@ class AttentionRouter:
     # guards that name transformer_options.
     @torch.compiler.disable
     def __call__(self, func: Override, *args: Any, **kwargs: Any) -> Tensor:
-        call = read_call(args, kwargs)
+        received, call = Received(func, args, kwargs), read_call(args, kwargs)
         if call is None:
-            self._say_unread(args, kwargs)
-            return self._hand_on(func, args, kwargs)
+            self._say_unread(received)
+            return self._hand_on(received)
         forward: ForwardState | None = call.transformer_options.get(FORWARD_KEY)
         if not self._acts(call, forward):
-            return self._hand_on(func, args, kwargs)
+            return self._hand_on(received)
         site = classify(call, forward.tokens if forward is not None else None)
         # Where the site cannot be told by length, the forward's own reason is what to record.
         may_be_self = site is AttentionSite.SELF or (site is None and call.q_len == call.k_len)
@@ -108,7 +117,7 @@ class AttentionRouter:
         if may_be_self and run is not None:
             run.self_calls += 1
         if not may_be_self or forward is None or forward.choice is None:
-            return self._run_dense(func, args, kwargs, call, site)[0]
+            return self._run_dense(received, call, site)[0]
 
         layer = forward.next_layer(call.transformer_options)
         plan = forward.plan_of(call, layer)
@@ -121,9 +130,8 @@ class AttentionRouter:
         if reason is None:
             assert layer is not None
             key = forward.kind_of(call, machine_of(call.q.device)), self._neighbour
-            fastest = self.speed.found(key) or self._time(
-                func, args, kwargs, call, site, forward, layer, plan, key
-            )
+            found = self.speed.found(key)
+            fastest = found or self._time(received, call, site, forward, layer, plan, key)
             reason = fastest.dense_reason
             _say(forward, fastest.notes, aloud=False)
             _say(forward, fastest.hints)
@@ -131,7 +139,7 @@ class AttentionRouter:
         if reason is None:
             assert layer is not None
             try:
-                sparse, density = self._run_sparse(call, forward, layer, plan, fastest)
+                sparse, density = run_sparse(self.kernels, call, forward, layer, plan, fastest)
             except Exception as error:  # a sampling run must not end for this
                 reason = forward.failures.add(kind, error)
             if reason is not None:
@@ -145,7 +153,7 @@ class AttentionRouter:
                 forward.calls.append(CallRecord(forward.step, layer, ran, density, None, watch))
                 return sparse.out
         default = faster_default(func, call) if self.previous is None else None
-        out, ran = self._run_dense(func, args, kwargs, call, site, default)
+        out, ran = self._run_dense(received, call, site, default)
         watch.stop()
         forward.calls.append(CallRecord(forward.step, layer, ran, None, reason, watch))
         return out
@@ -158,7 +166,8 @@ class AttentionRouter:
         options = call.transformer_options
         return SETTINGS_KEY in options and acting_router(options) is self
 
-    def _say_unread(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _say_unread(self, received: Received) -> None:
+        args, kwargs = received.args, received.kwargs
         options = kwargs.get("transformer_options") or {}
         forward: ForwardState | None = options.get(FORWARD_KEY)
         if forward is not None and forward.router is self:
@@ -172,9 +181,7 @@ class AttentionRouter:
 
     def _run_dense(
         self,
-        func: Override,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        received: Received,
         call: AttentionCall,
         site: AttentionSite | None,
         default: str | None = None,
@@ -185,13 +192,13 @@ class AttentionRouter:
         chosen = self._chosen_backend(call, site)
         preferred = self._preferred(call, site)
         if preferred is not None and site is not None:
-            func, default = preferred, None
+            received, default = received._replace(func=preferred), None
             if run is not None and chosen is None:
                 said = getattr(preferred, "__name__", type(preferred).__name__)
                 run.record.count_backend(SAID_OF[site], f"{said} (the checkpoint's)")
         name = chosen or default
         if name is None or site is None:
-            return self._hand_on(func, args, kwargs), "dense"
+            return self._hand_on(received), "dense"
         out = self.dense.run(name, call)
         # What the person chose goes by the input's name.
         said = name if chosen else f"{name} ({BY_DEFAULT})"
@@ -205,7 +212,7 @@ class AttentionRouter:
             run.record.count_backend(where, f"{whose} choice ({name}: {out})")
             if run.record.first_time(f"{name}: {out}"):
                 log.warning(f"{where} {said} is passed over: {out}")
-        return self._hand_on(func, args, kwargs), "dense"
+        return self._hand_on(received), "dense"
 
     def _preferred(self, call: AttentionCall, site: AttentionSite | None) -> Override | None:
         """What the checkpoint asks for, where ComfyUI would follow it but for this override."""
@@ -216,17 +223,16 @@ class AttentionRouter:
             return None
         return preferred_attention(forward.model, site, call.transformer_options)
 
-    def _hand_on(self, func: Override, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _hand_on(self, received: Received) -> Tensor:
         """Exactly as received: what is not known here may matter to whoever comes next."""
+        func, args, kwargs = received
         if self.previous is not None:
             return self.previous(func, *args, **kwargs)
         return func(*args, **kwargs)
 
     def _time(
         self,
-        func: Override,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        received: Received,
         call: AttentionCall,
         site: AttentionSite | None,
         forward: ForwardState,
@@ -241,17 +247,17 @@ class AttentionRouter:
             return Fastest()
 
         def sparse(way: Fastest) -> KernelRun:
-            return self._run_sparse(call, forward, layer, plan, way)[0]
+            return run_sparse(self.kernels, call, forward, layer, plan, way)[0]
 
         def dense() -> Tensor:
             preferred = self._preferred(call, site)
             name = self._chosen_backend(call, site)
             if name is None and preferred is None and self.previous is None:
-                name = faster_default(func, call)
+                name = faster_default(received.func, call)
             out = None if name is None else self.dense.run(name, call)
-            return (
-                out if isinstance(out, Tensor) else self._hand_on(preferred or func, args, kwargs)
-            )
+            if isinstance(out, Tensor):
+                return out
+            return self._hand_on(received._replace(func=preferred or received.func))
 
         # An override of another pack may keep count of its calls, frames keep more or less, and
         # a policy of somebody's own may not say.
@@ -270,49 +276,6 @@ class AttentionRouter:
     def _chosen_backend(self, call: AttentionCall, site: AttentionSite | None) -> str | None:
         settings: AttentionSettings = call.transformer_options[SETTINGS_KEY]
         return None if settings.dense is None else settings.dense.backend(site)
-
-    def _run_sparse(
-        self,
-        call: AttentionCall,
-        forward: ForwardState,
-        layer: int,
-        plan: BlockPlan | None,
-        fastest: Fastest,
-    ) -> tuple[KernelRun, float | Tensor]:
-        """(what ran, with the output as asked for; density). The call is [B, N, H * D].
-
-        Args:
-            plan: None to have the policy make one for this call.
-            fastest: what to take where the person left it open.
-        """
-        choice, order = forward.choice, forward.order_of_call()
-        assert choice is not None and forward.tokens is not None
-
-        def prepared(x: Tensor) -> Tensor:
-            return call.heads_first(x if order is None else order.reorder(x), call.heads)
-
-        q, k, v = prepared(call.q), prepared(call.k), prepared(call.v)
-        scale = call.scale if call.scale is not None else q.shape[-1] ** -0.5
-        if plan is None:
-            plan = choice.policy.plan(q, k, forward.tokens.layout, layer=layer, scale=scale)
-            density: float | Tensor = plan.density_tensor()
-        else:
-            density = plan.density()
-        precision = fastest.precision if choice.precision == "auto" else choice.precision
-        ran = self.kernels.run(
-            q,
-            k,
-            v,
-            plan,
-            scale=scale,
-            kernel=fastest.kernel if choice.kernel == "auto" else choice.kernel,
-            precision=precision if call.low_precision_allowed else "native",
-            kept=forward.kept_for(call),
-        )
-        out = ran.out
-        if order is not None:
-            out = order.restore(out.transpose(1, 2)).transpose(1, 2)
-        return ran._replace(out=call.as_asked(out)), density
 
 
 def _named(ran: KernelRun) -> str:
