@@ -1,0 +1,17 @@
+"""A machine whose times a test sets, and runs on it."""
+
+import pytest
+from sparse_video_attention.kernels import registry
+
+from .timed_machine import Machine, Runs
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    yield Machine(monkeypatch)
+    registry.unavailable_reason.cache_clear()
+
+
+@pytest.fixture
+def runs(machine):
+    return Runs(machine)
