@@ -152,8 +152,7 @@ class AttentionRouter:
                 ran = _named(sparse)
                 forward.calls.append(CallRecord(forward.step, layer, ran, density, None, watch))
                 return sparse.out
-        default = faster_default(func, call) if self.previous is None else None
-        out, ran = self._run_dense(received, call, site, default)
+        out, ran = self._run_dense(received, call, site, self._default(received, call))
         watch.stop()
         forward.calls.append(CallRecord(forward.step, layer, ran, None, reason, watch))
         return out
@@ -188,8 +187,10 @@ class AttentionRouter:
     ) -> tuple[Tensor, str]:
         """(output, who computed it): the backend chosen for the site, else `default`, else
         whoever is next."""
-        run: RunState | None = call.transformer_options.get(RUN_KEY)
-        chosen = self._chosen_backend(call, site)
+        options = call.transformer_options
+        settings: AttentionSettings = options[SETTINGS_KEY]
+        run: RunState | None = options.get(RUN_KEY)
+        chosen = None if settings.dense is None else settings.dense.backend(site)
         preferred = self._preferred(call, site)
         if preferred is not None and site is not None:
             received, default = received._replace(func=preferred), None
@@ -213,6 +214,10 @@ class AttentionRouter:
             if run.record.first_time(f"{name}: {out}"):
                 log.warning(f"{where} {said} is passed over: {out}")
         return self._hand_on(received), "dense"
+
+    def _default(self, received: Received, call: AttentionCall) -> str | None:
+        """This pack's own choice for self-attention, where nobody else has one."""
+        return faster_default(received.func, call) if self.previous is None else None
 
     def _preferred(self, call: AttentionCall, site: AttentionSite | None) -> Override | None:
         """What the checkpoint asks for, where ComfyUI would follow it but for this override."""
@@ -249,15 +254,13 @@ class AttentionRouter:
         def sparse(way: Fastest) -> KernelRun:
             return run_sparse(self.kernels, call, forward, layer, plan, way)[0]
 
+        # Whoever runs dense calls of this site, but not for the run's record.
+        options = {name: x for name, x in call.transformer_options.items() if name != RUN_KEY}
+        unrecorded = call._replace(transformer_options=options)
+
         def dense() -> Tensor:
-            preferred = self._preferred(call, site)
-            name = self._chosen_backend(call, site)
-            if name is None and preferred is None and self.previous is None:
-                name = faster_default(received.func, call)
-            out = None if name is None else self.dense.run(name, call)
-            if isinstance(out, Tensor):
-                return out
-            return self._hand_on(received._replace(func=preferred or received.func))
+            default = self._default(received, call)
+            return self._run_dense(received, unrecorded, site, default)[0]
 
         # An override of another pack may keep count of its calls, frames keep more or less, and
         # a policy of somebody's own may not say.
@@ -272,10 +275,6 @@ class AttentionRouter:
             and not forward.tokens.is_one_frame(call.q_len, call.k_len),
         )
         return self.speed.compare(key, asked)
-
-    def _chosen_backend(self, call: AttentionCall, site: AttentionSite | None) -> str | None:
-        settings: AttentionSettings = call.transformer_options[SETTINGS_KEY]
-        return None if settings.dense is None else settings.dense.backend(site)
 
 
 def _named(ran: KernelRun) -> str:

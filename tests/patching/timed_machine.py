@@ -11,7 +11,7 @@ from sparse_video_attention.patching.forward_state import ForwardState
 from sparse_video_attention.patching.layout import ForwardTokens
 from sparse_video_attention.patching.record import RunRecord
 from sparse_video_attention.patching.router import FORWARD_KEY, AttentionRouter
-from sparse_video_attention.patching.run import RunState
+from sparse_video_attention.patching.run import RUN_KEY, RunState
 from sparse_video_attention.patching.settings import (
     SETTINGS_KEY,
     AttentionSettings,
@@ -123,6 +123,7 @@ class Runs:
             policy.plan = lambda *args, **kwargs: plan
         options = {
             FORWARD_KEY: state,
+            RUN_KEY: run,
             SETTINGS_KEY: AttentionSettings(sparse=choice, dense=dense),
             "block_index": 0,
         }
