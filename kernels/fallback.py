@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .attention import candidates, check_call
+from .capture import is_captured
 from .first_output import relative_error
 from .memory_errors import OUT_OF_MEMORY, is_out_of_memory, short_error
 from .plan import BlockPlan
@@ -194,7 +195,7 @@ class KernelFallback:
             try:
                 out = chosen.run(replace(call, precision=chosen_precision))
                 verified = chosen.name, chosen_precision
-                if verified not in choice.verified:
+                if verified not in choice.verified and not is_captured(q.device):
                     if _is_sound(out, replace(call, precision=chosen_precision), chosen):
                         choice.verified.add(verified)
                     else:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.amp.autocast_mode import is_autocast_available
 
+from .autocast import without_autocast
 from .plan import BlockPlan
 from .registry import KernelCall
 from .torch_levels import LevelKeys
@@ -57,7 +56,7 @@ def attend_gathered(call: KernelCall, *, means_in: torch.dtype | None = None) ->
     # Heads that share a plan share the index work too.
     shared = plan.bounds.shape[1] == 1
     step = max(1, GATHER_BYTES // (bytes_per_key * plan.k_len)) if shared else 1
-    with torch.no_grad(), _without_autocast(plan.device.type):
+    with torch.no_grad(), without_autocast(plan.device.type):
         for b in range(batch):
             for h in range(0, heads, step):
                 some = slice(h, min(h + step, heads))
@@ -80,12 +79,6 @@ def attend_gathered(call: KernelCall, *, means_in: torch.dtype | None = None) ->
                     )
                     out[b, tokens, some] = attended.to(out.dtype)
     return out.transpose(1, 2)
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    if is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 def _rows_of(plan: BlockPlan) -> _Rows:

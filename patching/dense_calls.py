@@ -8,6 +8,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
+from ..kernels.capture import is_captured
 from ..kernels.memory_errors import is_out_of_memory
 from ..third_party import DENSE_BACKENDS
 from .attention_call import AttentionCall
@@ -56,7 +57,7 @@ class DenseCalls:
             if reason is not None:
                 return reason
             out = backend.run(q, k, v, scale=call.scale, mask=mask)
-            if key not in self._verified:
+            if key not in self._verified and not is_captured(q.device):
                 # One sync per backend and shape, on its first output only.
                 if not bool(torch.isnan(out).any()):
                     self._remember(self._verified, key, "")

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.capture import is_captured
 from ..kernels.fallback import KernelRun
 from ..kernels.memory_errors import OUT_OF_MEMORY, is_out_of_memory
 from .log import log, one_line
@@ -96,9 +97,7 @@ class _Timed(NamedTuple):
 
 def can_be_timed(device: torch.device) -> bool:
     """On CPUs the kernels were measured; where a graph is captured nothing may wait."""
-    if device.type == "cpu":
-        return False
-    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    return device.type != "cpu" and not is_captured(device)
 
 
 @functools.cache

@@ -6,6 +6,8 @@ import time
 
 import torch
 
+from ..kernels.capture import is_captured
+
 
 class Stopwatch:
     """Time of one call on a device's current stream; read it only when the run is over.
@@ -21,10 +23,9 @@ class Stopwatch:
         self._seconds: float | None = None
         self._begin: torch.cuda.Event | None = None
         self._end: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            if torch.cuda.is_current_stream_capturing():
-                self._seconds = 0.0  # events cannot be timed inside a captured graph
-                return
+        if is_captured(device):
+            self._seconds = 0.0  # events cannot be timed inside a captured graph
+        elif device.type == "cuda":
             self._begin = self._marked()
         else:
             self._seconds = -time.perf_counter()

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..kernels.autocast import without_autocast
 from ..kernels.twins import Twins
 from .statistics import block_statistics
 from .thresholds import Counts, Threshold, check_threshold, on_device, per_head, topk_counts
@@ -87,7 +88,9 @@ def block_map(
     limit = None if cdfthreshd is None else per_head(cdfthreshd, q.device)
     rows = max(1, CHUNK_SCORES // (q.shape[0] * heads * num_k_blocks))
     for first in range(0, num_q_blocks, rows):
-        scores = torch.matmul(q_mean[:, :, first : first + rows], k_mean)
+        # Hosts that run a model under autocast would have them rounded, which ranks blocks anew.
+        with without_autocast(q.device.type):
+            scores = torch.matmul(q_mean[:, :, first : first + rows], k_mean)
         _keep_rows(kept, scores, q_alike, k_alike, first, counts, limit, attention_sink, twins)
     return kept
 

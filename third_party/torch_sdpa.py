@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -22,19 +24,32 @@ def _takes_priority() -> bool:
     return "set_priority" in inspect.signature(sdpa_kernel).parameters
 
 
-def _kernel_order(device: torch.device) -> AbstractContextManager[None]:
-    """cuDNN first, which is the fastest on Hopper by far; then torch's own default order."""
+# The order is one for all threads, and each puts back what it found: one at a time, or what one
+# of them found would be another's, for good. Launching is all that happens meanwhile.
+_ordering = threading.Lock()
+
+
+@contextmanager
+def _kernel_order(device: torch.device) -> Iterator[None]:
+    """cuDNN first, which is the fastest on Hopper by far; then torch's own default order.
+
+    Kernels that were switched off stay off.
+    """
     if device.type != "cuda" or not _takes_priority():
-        return nullcontext()
+        yield
+        return
+    from torch.backends import cuda
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    order = [
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ]
-    return sdpa_kernel(order, set_priority=True)
+    with nullcontext() if torch.compiler.is_compiling() else _ordering:
+        is_on = {
+            SDPBackend.CUDNN_ATTENTION: cuda.cudnn_sdp_enabled(),
+            SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled(),
+            SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled(),
+            SDPBackend.MATH: cuda.math_sdp_enabled(),
+        }
+        with sdpa_kernel([kernel for kernel, on in is_on.items() if on], set_priority=True):
+            yield
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, mask: Tensor | None) -> Tensor:

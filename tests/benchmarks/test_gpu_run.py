@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 RUN = Path(__file__).parents[2] / "benchmarks" / "gpu" / "run.sh"
+HOPPER_TESTS = "tests/kernels/test_hopper.py"
 # Writes down what it was to run, and leaves a result; xdist is not known to it.
 STAND_IN = """#!/bin/bash
 echo "$*" >> "$CALLS"
@@ -81,13 +83,13 @@ def test_a_stage_with_too_little_left_is_skipped_with_one_line(run):
 
 def test_the_same_sequence_again_does_what_is_not_done(run):
     calls, printed = run("third", HOPPER="1", FAILING="profile_kernel")
-    assert started(calls) == ["tune", "profile_kernel"]
+    assert started(calls) == ["tune", "tune", "profile_kernel"]
     assert "FAILED, exit status 3" in printed
     calls, printed = run("third", HOPPER="1")
     assert started(calls) == ["profile_kernel"]
     assert "--- tune is done" in printed
     # Stages by their names run again whatever was done.
-    assert started(run("tune")[0]) == ["tune"]
+    assert started(run("tune")[0]) == ["tune", "tune"]
 
 
 def test_compiling_is_over_before_anything_is_timed(run):
@@ -187,6 +189,23 @@ def test_hopper_is_left_out_where_one_token_fails(run, tmp_path):
     assert not any("not 160000" in call for call in calls)
     (attention,) = [call for call in calls if "benchmarks.attention" in call]
     assert "--kernels triton flex sol_attn --repeats" in attention
+
+
+@pytest.mark.parametrize(
+    ("hopper", "left_out"),
+    [("pooled", set()), ("1", {"pooled_levels"}), ("", {"pooled_levels", "160000_tokens"})],
+)
+def test_what_could_hang_again_is_no_part_of_all_tests(run, hopper, left_out):
+    (call,) = [call for call in run("tests", HOPPER=hopper)[0] if "-m pytest" in call]
+    found = {name for name in ("pooled_levels", "160000_tokens") if f"test_{name}_on_a" in call}
+    assert found == left_out
+    assert f"{HOPPER_TESTS}::test_is_the_definition_on_a_gpu" in call
+
+
+def test_the_names_of_the_hopper_tests_are_theirs():
+    names = set(re.findall(r"test_\w+_on_a_gpu", RUN.read_text()))
+    source = RUN.parents[2].joinpath(HOPPER_TESTS).read_text()
+    assert names == set(re.findall(r"def (test_\w+_on_a_gpu)\(", source))
 
 
 def test_an_unknown_stage_is_named(run):

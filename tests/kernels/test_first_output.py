@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sparse_video_attention.kernels import BlockPlan, first_output, registry
+from sparse_video_attention.kernels import BlockPlan, fallback, first_output, registry
 from sparse_video_attention.kernels.fallback import KernelFallback
 from sparse_video_attention.kernels.first_output import ALLOWED_ERROR, relative_error
 from sparse_video_attention.kernels.reference import reference_attention
@@ -129,6 +129,17 @@ def test_only_the_first_output_of_a_shape_is_looked_at(stand):
     kernel.answer = lambda call: torch.zeros_like(call.q)
     assert run(runs, call).kernel == "stand"
     assert run(runs, a_call(q_len=301)).kernel == "torch"
+
+
+def test_nothing_is_looked_at_while_a_graph_is_captured(stand, monkeypatch):
+    """Looking waits for the device, which ends a capture; the next call is looked at instead."""
+    kernel, runs, call = stand(native=2e-2), KernelFallback(), a_call()
+    kernel.answer = lambda call: torch.zeros_like(call.q)
+    monkeypatch.setattr(fallback, "is_captured", lambda device: True)
+    for _ in range(fallback.MAX_PUT_OFF + 1):
+        assert run(runs, call).kernel == "stand"
+    monkeypatch.setattr(fallback, "is_captured", lambda device: False)
+    assert run(runs, call).kernel == "torch"
 
 
 def test_each_precision_has_its_own_bound(stand):

@@ -254,6 +254,16 @@ def test_same_call_makes_the_same_plan():
     assert torch.equal(levels_of(policy, q, k, layout), levels_of(policy, q, k, layout))
 
 
+@pytest.mark.parametrize("mask_mode", ["topk", "thresholdbound"])
+def test_a_host_under_autocast_gets_the_same_plan(mask_mode):
+    layout = TokenLayout(4, 20, 40)
+    policy = PsaPolicy(PYRAMID, mask_mode, block_n=32, sim_thresholds=SimThresholds(0, 0, 0))
+    q, k, _ = random_qkv(layout, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = levels_of(policy, q, k, layout)
+    assert torch.equal(found, levels_of(policy, q, k, layout))
+
+
 def test_policies_are_cache_keys():
     one, same = (
         PsaPolicy.from_preset(preset) for preset in [BUNDLED["Wan2.1_14b/psa_balanced"]] * 2

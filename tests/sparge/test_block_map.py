@@ -124,6 +124,14 @@ def test_small_chunks_change_nothing(how, monkeypatch):
     assert torch.equal(block_map(q, k, simthreshd1=0.2, **how), whole)
 
 
+@pytest.mark.parametrize("how", [{"topk": 0.4}, {"cdfthreshd": 0.7}], ids=str)
+def test_a_host_under_autocast_gets_the_same_map(how):
+    q, k = tokens(1, 2, 6400, 64, seed=5).bfloat16(), tokens(1, 2, 6400, 64, seed=6).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = block_map(q, k, simthreshd1=-1.0, **how)
+    assert torch.equal(found, block_map(q, k, simthreshd1=-1.0, **how))
+
+
 @pytest.mark.parametrize("shape", [(1, 2, 300, 64), (2, 1, 256, 24)], ids=str)
 def test_statistics_are_the_mean_and_the_mean_pairwise_cosine(shape):
     x = tokens(*shape, seed=7)

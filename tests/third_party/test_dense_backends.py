@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -130,6 +131,49 @@ def test_torch_is_asked_for_cudnn_first():
         order = _cur_sdpa_kernel_backends(with_priority=True)
     names = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
     assert order[:4] == [getattr(SDPBackend, name) for name in names]
+
+
+def test_what_was_switched_off_stays_off():
+    from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
+
+    before = torch._C._get_sdp_priority_order()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        with torch_sdpa._kernel_order(torch.device("cuda")):
+            order = _cur_sdpa_kernel_backends(with_priority=True)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        torch._C._set_sdp_priority_order(before)
+    assert SDPBackend.CUDNN_ATTENTION not in order and order[0] == SDPBackend.FLASH_ATTENTION
+
+
+def test_two_threads_do_not_take_each_others_order():
+    """The order is torch's, for all threads: whoever leaves puts back what it found."""
+    before = torch._C._get_sdp_priority_order()
+    inside, leave = threading.Event(), threading.Event()
+    orders = []
+
+    def first():
+        with torch_sdpa._kernel_order(torch.device("cuda")):
+            inside.set()
+            leave.wait(10)
+
+    def second():
+        with torch_sdpa._kernel_order(torch.device("cuda")):
+            orders.append(torch._C._get_sdp_priority_order())
+
+    one, other = threading.Thread(target=first), threading.Thread(target=second)
+    one.start()
+    assert inside.wait(10)
+    other.start()
+    other.join(0.2)
+    assert not orders
+    leave.set()
+    one.join(10)
+    other.join(10)
+    assert len(orders) == 1 and orders[0] != before
+    assert torch._C._get_sdp_priority_order() == before
 
 
 def test_a_library_is_called_with_the_tensors_device_current(backend, qkv, calls, monkeypatch):

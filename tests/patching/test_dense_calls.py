@@ -1,0 +1,37 @@
+"""A dense backend's first output for a shape is looked at, where nothing is captured."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sparse_video_attention.patching import dense_calls
+from sparse_video_attention.patching.attention_call import read_call
+from sparse_video_attention.patching.dense_calls import DenseCalls
+
+FOUND = "its first output for this shape holds a NaN"
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """A backend whose outputs are NaN."""
+    backend = SimpleNamespace(
+        unavailable=lambda: None,
+        refuses=lambda *call: None,
+        run=lambda q, k, v, *, scale, mask: torch.full_like(q, torch.nan),
+    )
+    monkeypatch.setitem(dense_calls.DENSE_BACKENDS, "broken", backend)
+    return read_call((torch.ones(1, 64, 32), torch.ones(1, 64, 32), torch.ones(1, 64, 32), 2), {})
+
+
+def test_a_backend_that_makes_a_nan_is_passed_over(broken):
+    runs = DenseCalls()
+    assert FOUND in runs.run("broken", broken) and FOUND in runs.run("broken", broken)
+
+
+def test_nothing_is_looked_at_while_a_graph_is_captured(broken, monkeypatch):
+    """Looking waits for the device, which ends a capture; the next call is looked at instead."""
+    runs = DenseCalls()
+    monkeypatch.setattr(dense_calls, "is_captured", lambda device: True)
+    assert runs.run("broken", broken).isnan().all()
+    monkeypatch.setattr(dense_calls, "is_captured", lambda device: False)
+    assert FOUND in runs.run("broken", broken)
