@@ -108,6 +108,19 @@ def _kept_blocks(
     return number[row], number[column]
 
 
+def _whole_pairs(
+    num_blocks: int, block_size: int, tokens_per_frame: int, prefix_tokens: int, family: str
+) -> Tensor:
+    """bool [M, M]: blocks with tokens of two frames that see each other whole, however few."""
+    first_token = torch.arange(num_blocks) * block_size - prefix_tokens
+    first = first_token.div(tokens_per_frame, rounding_mode="floor")
+    last = (first_token + block_size - 1).div(tokens_per_frame, rounding_mode="floor")
+    kept = (first <= last[:, None] + 1) & (last >= first[:, None] - 1)
+    if family == "wan":
+        kept |= first <= 0
+    return kept
+
+
 def radial_block_mask(
     num_frames: int,
     tokens_per_frame: int,
@@ -117,6 +130,7 @@ def radial_block_mask(
     family: str = "wan",
     prefix_tokens: int = 0,
     suffix_tokens: int = 0,
+    keep_neighbours: bool = False,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Which blocks of tokens attend to which, the same for all heads.
@@ -128,6 +142,9 @@ def radial_block_mask(
         family: "wan" keeps the first frame's keys for everyone (attention sink), "hunyuan" not.
         prefix_tokens, suffix_tokens: tokens before and after the video (text); every block that
             holds one stays on, row and column.
+        keep_neighbours: with frames of fewer than 128 tokens too, keep every block of frames next
+            to each other, and of the first frame's keys. As published such small frames are
+            thinned out like distant ones, and the rounding to blocks loses much of the rest.
 
     Returns:
         bool [M, M], M = ceil(all tokens / block_size); True keeps the block. The published
@@ -154,6 +171,8 @@ def radial_block_mask(
     starts = prefix_tokens + torch.arange(num_frames) * tokens_per_frame
     mask = torch.zeros(num_blocks, num_blocks, dtype=torch.bool)
     mask[_kept_blocks(starts, tokens_per_frame, block_size, windows)] = True
+    if keep_neighbours and tokens_per_frame < _FULL_WINDOW:
+        mask |= _whole_pairs(num_blocks, block_size, tokens_per_frame, prefix_tokens, family)
     for always_on in (
         slice(0, -(-prefix_tokens // block_size)),
         slice(video_end // block_size, None),

@@ -95,10 +95,10 @@ class RadialPolicy:
     def static_plan(self, layout: TokenLayout, device: torch.device | str) -> BlockPlan:
         """The plan of a layout, on the given device.
 
-        It keeps what radial_block_mask keeps. Where that mask has lost a query block's own key
-        block, the whole row is kept instead: the published rounding drops the last, partial
-        block of a frame, which can leave the block across two frames nothing but the tail of
-        the video to attend to.
+        It keeps what radial_block_mask keeps, neighbours at every size. Where that
+        mask has lost a query block's own key block, the whole row is kept instead: the published
+        rounding drops the last, partial block of a frame, which can leave the block across two
+        frames nothing but the tail of the video to attend to.
         """
         mask = radial_block_mask(
             layout.frames,
@@ -108,6 +108,7 @@ class RadialPolicy:
             family=self.family,
             prefix_tokens=layout.prefix_tokens,
             suffix_tokens=layout.suffix_tokens,
+            keep_neighbours=True,
         )
         mask[~mask.diagonal()] = True
         return BlockPlan.from_mask(

@@ -84,6 +84,32 @@ def mask_from_tokens(frames, tokens, block, decay, family, prefix, suffix):
     return out
 
 
+@pytest.mark.parametrize("family", ["wan", "hunyuan"])
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("prefix, suffix", [(0, 0), (226, 0), (7, 90)])
+@pytest.mark.parametrize("tokens", [43, 64, 100, 120, 127])
+def test_small_frames_can_keep_their_neighbours(tokens, prefix, suffix, block, family):
+    frames = 12
+    sizes = {"block_size": block, "family": family, "prefix_tokens": prefix}
+    kept = radial_block_mask(frames, tokens, **sizes, suffix_tokens=suffix, keep_neighbours=True)
+    total = prefix + frames * tokens + suffix
+    frame_of = (np.arange(-(-total // block) * block) - prefix) // tokens
+    distance = np.abs(frame_of[:, None] - frame_of)
+    whole = (distance <= 1) | ((frame_of == 0) & (family == "wan"))
+    is_video = (frame_of >= 0) & (frame_of < frames)
+    whole &= is_video & is_video[:, None]
+    blocks = whole.reshape(len(kept), block, len(kept), block).any((1, 3))
+    published = mask_from_tokens(frames, tokens, block, 0.2, family, prefix, suffix)
+    # Text stands beside the first and the last frame: such blocks are on anyway.
+    np.testing.assert_array_equal(kept.numpy(), published | blocks)
+
+
+@pytest.mark.parametrize("tokens", [128, 200, 880])
+def test_larger_frames_keep_theirs_as_published(tokens):
+    published = radial_block_mask(7, tokens)
+    assert torch.equal(radial_block_mask(7, tokens, keep_neighbours=True), published)
+
+
 decay_factors = st.one_of(
     st.floats(0.0, 2.0), st.sampled_from([0.0, 0.2, 0.5, 0.8, 0.95, 1.0, 2.0])
 )

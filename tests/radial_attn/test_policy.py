@@ -19,7 +19,7 @@ LAYOUTS = {
 LOSSY = {
     "640x352": TokenLayout(13, 22, 40),
     "aligned-frames-after-text": TokenLayout(4, 16, 16, prefix_tokens=98),
-    "frames-shorter-than-a-block": TokenLayout(21, 10, 12),
+    "almost-two-blocks": TokenLayout(21, 15, 16),
 }
 
 
@@ -32,6 +32,7 @@ def mask_of(policy, layout):
         family=policy.family,
         prefix_tokens=layout.prefix_tokens,
         suffix_tokens=layout.suffix_tokens,
+        keep_neighbours=True,
     )
 
 
@@ -72,6 +73,19 @@ def test_query_blocks_that_lost_their_own_keys_keep_everything(layout):
     assert torch.equal(kept[~lost], mask[~lost])
 
 
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("tokens", [64, 96, 112, 120, 127])
+def test_small_frames_see_their_neighbours_whole(tokens, block_size):
+    """157 frames of 480x256 on WAN 2.2 5B have 120 tokens each."""
+    policy = RadialPolicy(block_size, skipped_blocks="drop")
+    plan = policy.static_plan(TokenLayout(40, 1, tokens), "cpu")
+    kept = plan.to_levels()[0, 0].bool()
+    for token in range(0, 40 * tokens, 7):
+        near = slice(max(0, token - tokens) // block_size, (token + tokens) // block_size + 1)
+        assert kept[token // block_size, near].all()
+    assert plan.density() < 0.45
+
+
 def test_text_before_the_video_shifts_the_pattern_by_its_length():
     # 256 tokens of text are two whole blocks: behind them lies the mask of the video alone.
     policy = RadialPolicy(skipped_blocks="drop")
@@ -101,9 +115,9 @@ def test_dense_reason(layout, reason):
     assert RadialPolicy().dense_reason(layout) == reason
 
 
-def test_frames_named_too_small_would_keep_everything_anyway():
-    layout = TokenLayout(21, 6, 7)
-    assert RadialPolicy().static_plan(layout, "cpu").density() == 1.0
+def test_of_frames_named_too_small_the_published_mask_keeps_nothing():
+    mask = radial_block_mask(21, 42)
+    assert not mask[:-1, :-1].any() and radial_block_mask(21, 43)[:-1, :-1].any()
 
 
 def test_protocol():
