@@ -87,8 +87,11 @@ def choose_kernels(call: KernelCall, kernel: str) -> KernelChoice:
     able, reasons = candidates(call, kernel)
     notes = []
     if not able and call.precision not in ("auto", "native"):
-        notes.append(f"precision {call.precision} is not to be had here; native is used")
+        refused = reasons
         able, reasons = candidates(replace(call, precision="native"), kernel)
+        served = able[0][0].name if able else ""
+        why = f" (kernel {served}: {refused[served]})" if served in refused else ""
+        notes.append(f"precision {call.precision} is not to be had here{why}; native is used")
     if kernel in reasons:
         notes.append(f"kernel {kernel} is not used: {reasons[kernel]}")
     slow = call.q.device.type == "cuda" and able and able[0][0].name == "torch"

@@ -80,7 +80,9 @@ def _sparse(model: Any, name: str, sparge_ckpt: str) -> SparseChoice:
 
 
 def _unavailable(asked: Iterable[tuple[AttentionSite, str]], on_unavailable: str) -> dict[str, str]:
-    """What is said of each backend that cannot run here, aloud and once for all its places.
+    """What a run's line says of each backend that cannot run here, once for all its places.
+
+    The log gets what to do about it as well.
 
     Raises:
         ValueError: there is one, and on_unavailable is "error".
@@ -96,8 +98,9 @@ def _unavailable(asked: Iterable[tuple[AttentionSite, str]], on_unavailable: str
         where = ", ".join(sites)
         if on_unavailable == "error":
             raise ValueError(f"{where} {name!r} cannot run here: {reason}")
-        said[name] = f"{name} for {where} falls back to {OTHER_CHOICE}: {reason}"
-        log.warning(said[name])
+        falls_back = f"{name} for {where} falls back to {OTHER_CHOICE}"
+        log.warning(f"{falls_back}: {reason}")
+        said[name] = f"{falls_back}: {reason.split('; ')[0]}"
     return said
 
 

@@ -108,10 +108,9 @@ def _say_what_changes(
     if settings.sparse is None:
         return
     if earlier is not None and earlier.sparse is not None:
-        log.info(
-            f"{settings.sparse.policy.describe()} replaces {earlier.sparse.policy.describe()} "
-            "on this model"
-        )
+        new, old = (each.policy.describe() for each in (settings.sparse, earlier.sparse))
+        replaced = "an earlier node's, set otherwise," if old == new else old
+        log.info(f"{new} replaces {replaced} on this model")
     reason = unreadable_reason(diffusion_model)
     if reason is not None:
         log.warning(f"{type(diffusion_model).__name__} stays dense: {reason}")

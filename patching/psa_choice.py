@@ -7,6 +7,7 @@ from typing import Any
 from ..psa import ModelFacts, PsaPolicy, PsaPreset, choose_section, find_preset, load_sections
 from ..psa.config import unused_by_auto
 from ..psa.dense_preset import DensePreset
+from ..psa.select import family_of
 from .choice import make_choice
 from .config_file import find_config_file
 from .install import describe_model
@@ -56,7 +57,11 @@ def choose_preset(model: Any, preset: str, config_file: str) -> tuple[str, PsaPr
     """
     sections = load_sections(find_config_file(config_file, CONFIG_FOLDER, suffixes=CONFIG_SUFFIXES))
     if preset != AUTO:
-        return preset, find_preset(sections, preset)[1]
+        section, found = find_preset(sections, preset)
+        made_for, family = family_of(section), describe_model(model)[0].lower()
+        if made_for not in (None, family) and found.type != "dense":
+            log.warning(f"PSA preset {preset} was published for {made_for}; this model is {family}")
+        return preset, found
     chosen = choose_section(model_facts(model), sections)
     log.info(f"PSA {chosen.why}")
     unused = unused_by_auto(sections, chosen.section, chosen.preset)

@@ -193,6 +193,13 @@ class RunRecord:
     def dense_seconds(self) -> float:
         return sum(call.seconds for call in self.calls if call.reason is not None)
 
+    def steps_not_called(self) -> set[int]:
+        """Steps in which the model's attention was not called, as far as they are known."""
+        called = {call.step for call in self.calls}
+        if self.ended_early or None in called:
+            return set()
+        return set(range(self.total_steps)) - called
+
     def summary(self) -> str:
         """The run in one line."""
         if not self.method:
@@ -225,6 +232,11 @@ class RunRecord:
             f"of {self.seconds:.2f} s"
         )
         parts = [f"{where}: {ran}", f"dense calls: {dense or 'none'}"]
+        left_out = self.steps_not_called()
+        if left_out:
+            steps = "step" if len(left_out) == 1 else "steps"
+            spans = _spans({step + 1 for step in left_out})
+            parts.append(f"no calls in {steps} {spans} (a cache or the sampler left them out)")
         if self.dense_backends or self.backend_calls:
             parts.append(f"dense backends: {self._backends()}")
         return "; ".join([*parts, times, *self._remarks()])
@@ -245,10 +257,12 @@ class RunRecord:
     def step_lines(self) -> list[str]:
         """The run step by step, for those who want to know more."""
         lines = []
-        for step in sorted(
-            {call.step for call in self.calls}, key=lambda s: -1 if s is None else s
-        ):
+        steps = {call.step for call in self.calls} | self.steps_not_called()
+        for step in sorted(steps, key=lambda s: -1 if s is None else s):
             calls = [call for call in self.calls if call.step == step]
+            if step is not None and not calls:
+                lines.append(f"step {step + 1} of {self.total_steps}: no calls")
+                continue
             sparse = [call for call in calls if call.reason is None]
             densities = [float(call.density) for call in sparse if call.density is not None]
             density = f"density {sum(densities) / len(densities):.3f}, " if densities else ""

@@ -19,7 +19,10 @@ NOT_SAMPLED = (
     "No run of this model is known: connect samples to the sampler that uses it. If it is, its "
     "result came from ComfyUI's cache; with another seed it runs again."
 )
-ANOTHER = "The latest run of this model; these samples are not what it returned."
+ANOTHER = (
+    "The latest run of this model; these samples are not what it returned: another node changed "
+    "them, or they are a sampler's denoised_output, in place of its output."
+)
 
 
 def attention_report(model: Any, samples: dict[str, Any]) -> tuple[Tensor, str]:

@@ -15,7 +15,7 @@ from .history import RunHistory
 from .layout import fewest_calls, is_readable, unreadable_reason
 from .log import log, one_line
 from .record import RunRecord
-from .sampler_steps import SamplerSteps
+from .sampler_steps import SIGMAS, SamplerSteps
 from .schedule import NoiseBounds, Schedule
 from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice
 
@@ -85,6 +85,23 @@ def noise_bounds(schedule: Schedule, model_patcher: Any) -> NoiseBounds:
     )
 
 
+# Of the noise schedule: some schedulers start a full run a little inside.
+_START = 0.1
+
+
+def starts_inside(args: tuple[Any, ...], model_patcher: Any) -> bool:
+    """Whether a sampler starts where another one may have stopped.
+
+    Args:
+        args: of CFGGuider.outer_sample.
+    """
+    try:
+        level = model_patcher.get_model_object("model_sampling").percent_to_sigma(_START)
+        return bool(args[SIGMAS][0] < level)
+    except Exception:  # it is no more than a hint
+        return False
+
+
 def _open_record(settings: AttentionSettings, diffusion_model: Any) -> RunRecord:
     choice, dense = settings.sparse, settings.dense
     return RunRecord(
@@ -103,8 +120,8 @@ def _say(record: RunRecord, choice: SparseChoice | None) -> None:
     schedule = choice.schedule
     if schedule.warmup_is_too_long(record.total_steps):
         record.note(
-            f"the preset's {schedule.dense_timesteps} dense steps are half of these "
-            f"{record.total_steps} or more, so a quarter is dense "
+            f"the preset's {schedule.dense_timesteps} dense steps would be half of this run's "
+            f"{record.total_steps} or more, so a quarter of them is dense "
             f"({schedule.first_dense_steps(record.total_steps)})"
         )
     log.info(record.summary())
@@ -140,6 +157,11 @@ class OuterSampleWrapper:
         bounds = None
         if choice is not None:
             bounds = noise_bounds(choice.schedule, guider.model_patcher)
+            if choice.schedule.dense_timesteps < 0 and starts_inside(args, guider.model_patcher):
+                record.note(
+                    "this sampler starts inside the noise schedule, and a quarter of its own steps "
+                    "is dense (dense_timesteps -1)"
+                )
         watched = 0
         if is_compiled(guider.model_options, guider.model_patcher):
             watched = fewest_calls(network)

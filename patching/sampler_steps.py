@@ -11,7 +11,7 @@ from torch import Tensor
 from .step import churned_levels, denoising_step
 
 # Of CFGGuider.outer_sample's arguments.
-_SAMPLER, _CALLBACK = 2, 5
+_SAMPLER, SIGMAS, _CALLBACK = 2, 3, 5
 
 
 class _Schedule(NamedTuple):

@@ -96,18 +96,23 @@ def _read_video_scale(source: LinedYaml, path: tuple[Any, ...], value: Any) -> M
 
 
 def _read_section(
-    source: LinedYaml, name: str, value: Any, bundled: PsaSection | None
+    source: LinedYaml, name: str, value: Any, known: Mapping[str, PsaSection]
 ) -> PsaSection:
     entries = _mapping(source, (name,), value, ", ".join(SECTION_KEYS))
     _known_keys(source, (name,), entries, list(SECTION_KEYS))
-    section = bundled or PsaSection(name, "", MappingProxyType({}), 0, MappingProxyType({}))
+    section = known.get(name) or PsaSection(name, "", MappingProxyType({}), 0, MappingProxyType({}))
     if "attention_configs" in entries:
         path = (name, "attention_configs")
         configs = _mapping(source, path, entries["attention_configs"], "presets")
         presets = {key: _read_preset(source, (*path, key), entry) for key, entry in configs.items()}
         section = replace(section, presets=MappingProxyType({**section.presets, **presets}))
     if not section.presets:
-        raise _fail(source, (name,), "a new section needs presets under attention_configs")
+        raise _fail(
+            source,
+            (name,),
+            f"a new section needs presets under attention_configs{nearest(name, known)}; sections "
+            f"that have some are {', '.join(known)}",
+        )
     if "video_scale" in entries:
         scale = _read_video_scale(source, (name, "video_scale"), entries["video_scale"])
         section = replace(section, video_scale=scale)
@@ -137,7 +142,7 @@ def _read_file(path: str | Path, over: Mapping[str, PsaSection]) -> dict[str, Ps
     for name, value in source.data.items():
         if not isinstance(name, str):
             raise _fail(source, (name,), f"{shown(name)} is not a name; section names are text")
-        sections[name] = _read_section(source, name, value, over.get(name))
+        sections[name] = _read_section(source, name, value, over)
     return sections
 
 

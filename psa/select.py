@@ -80,6 +80,15 @@ def _distance(facts: ModelFacts, model: _Model) -> tuple[bool, bool, float]:
     )
 
 
+# Those that have the facts of another model.
+_SAME_SHAPE = {"Wan2.2_A14B": "wan"}
+
+
+def family_of(section: str) -> str | None:
+    """The family whose models a section was published for, None for a user's own section."""
+    return (_SAME_SHAPE | {model.section: model.family for model in _MODELS}).get(section)
+
+
 def _wan_14b(facts: ModelFacts) -> tuple[str, str]:
     if facts.network == HUMO:
         return "Wan2.1_14b", "this is a HuMo 17B, which was made from WAN 2.1 14B"

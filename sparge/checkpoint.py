@@ -157,16 +157,15 @@ def _read(file: Path) -> dict[Any, Any]:
         raise ValueError("is empty")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise ValueError("may not be read by this user") from None
     except Exception as error:  # a damaged archive or pickle can raise anything
-        first_line = str(error).strip().split("\n")[0]
         if "weights_only" in str(error) or "Weights only" in str(error):
             raise ValueError(
                 "holds more than tensors, or is not a PyTorch file; it was not loaded, since "
                 "loading it could run code"
             ) from None
-        raise ValueError(
-            f"is not a complete PyTorch file ({type(error).__name__}: {first_line})"
-        ) from None
+        raise ValueError("is not a complete PyTorch file") from None
     if not isinstance(content, dict):
         raise ValueError(
             f"holds a {type(content).__name__}; a tuned checkpoint is a dict of tensors"

@@ -72,6 +72,12 @@ def test_a_dense_forward_keeps_its_tokens(model, install_band, sample, moves):
     assert moves() == {"reorder": 0, "restore": 0}
 
 
+def test_with_every_layer_dense_no_token_is_moved(model, install_band, sample, moves):
+    out = sample(install_band(model, reverse=True, dense_layers=range(4)), steps=STEPS)
+    assert moves() == {"reorder": 0, "restore": 0}
+    assert torch.equal(out, sample(model, steps=STEPS))
+
+
 def test_a_model_run_twice_in_a_forward_is_in_place_both_times(model, run_shuffled, run_per_call):
     def twice(executor, *args, **kwargs):
         executor(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sparse_video_attention.patching import run_history
 
 from .conftest import relative_error, sparse_calls
 
@@ -97,10 +98,24 @@ def test_a_preset_warm_up_longer_than_the_run_is_scaled_and_said(models, patch, 
     patched = patch(models("wan"), preset="Wan2.1_1.3b/psa_balanced")
     sample(patched)
     assert {call.step for call in sparse_calls(patched)} == {1, 2, 3}
-    assert (
-        "the preset's 15 dense steps are half of these 4 or more, so a quarter is dense (1)"
-        in run_lines()[-1]
-    )
+    (said,) = run_history(patched).latest.notes
+    assert said.startswith("the preset's 15 dense steps would be half of this run's 4 or more")
+    assert said.endswith("so a quarter of them is dense (1)") and said in run_lines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "said"),
+    [
+        ("wan", "CogVideo_5b/psa_balanced", "published for cogvideox; this model is wan"),
+        ("cogvideox", "Wan2.2_A14B/psa_balanced", "published for wan; this model is cogvideox"),
+        ("wan", "Wan2.2_A14B/psa_balanced", None),
+        ("wan", "CogVideo_5b/baseline", None),
+    ],
+)
+def test_a_preset_of_the_other_family_is_said(models, patch, run_lines, name, preset, said):
+    patch(models(name), preset=preset)
+    lines = [line for line in run_lines() if "was published for" in line]
+    assert [said in line for line in lines] == ([True] if said else [])
 
 
 def test_a_baseline_preset_is_dense_and_says_so(models, patch, sample, run_lines):

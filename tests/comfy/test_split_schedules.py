@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sparse_video_attention.patching import run_history
 
 from .schedule_runs import LATENT, Run, level
 
@@ -71,6 +72,12 @@ def test_two_samplers_that_split_a_schedule_count_their_own_steps(
     advanced(second, half_way, steps=8, start=4, first=False)
     assert len(first.sigmas) == len(second.sigmas) == 4
     assert first.sparse + second.sparse == [letter == "s" for letter in expected]
+    # The node of the second sampler is where a quarter by default may not be meant.
+    notes = [run_history(run.model).latest.notes for run in (first, second)]
+    assert not notes[0]
+    assert bool(notes[1]) == (low["dense_timesteps"] == -1)
+    if notes[1]:
+        assert "starts inside the noise schedule, and a quarter of its own" in notes[1][0]
 
 
 def test_percents_are_the_same_for_one_sampler_and_for_two(two_experts, advanced, comfyui):

@@ -150,7 +150,10 @@ def test_rivals_are_what_could_be_taken_in_its_place():
 def test_a_named_kernel_without_the_precision_is_not_said_to_be_unused():
     run = KernelFallback().run(*inputs(), scale=0.25, kernel="torch", precision="int8")
     assert (run.kernel, run.precision) == ("torch", "native")
-    assert run.notes == ("precision int8 is not to be had here; native is used",)
+    assert run.notes == (
+        "precision int8 is not to be had here (kernel torch: it computes in the inputs' dtype "
+        "only, not in int8); native is used",
+    )
 
 
 @pytest.mark.parametrize("named", ["auto", "fast"])

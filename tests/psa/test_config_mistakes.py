@@ -43,6 +43,11 @@ MISTAKES = {
         "this section (did you mean 'psa_balanced'?); it has baseline, psa_balanced",
     ),
     "no-presets": ("S:\n  text_length: 3", "section 'S': a new section needs presets"),
+    "section-misspelt": (
+        "Wan2.1_14B:\n  default_attention: psa_balanced",
+        "line 1, section 'Wan2.1_14B': a new section needs presets under attention_configs (did "
+        "you mean 'Wan2.1_14b'?); sections that have some are ",
+    ),
     "text-length": (
         "Wan2.2_5B:\n  text_length: -1",
         "line 2, section 'Wan2.2_5B': field 'text_length': -1 is not a whole number from 0 on",

@@ -199,6 +199,7 @@ BROKEN = {
         lambda folder: _raw(save(folder, entries()).read_bytes()[:-1])(folder),
         "not a complete PyTorch file",
     ),
+    "bytes": (_raw(b"hello"), "is not a complete PyTorch file$|was not loaded"),
     "pipe": (_pipe, "is not a file"),
     "endless-name": (lambda folder: folder / f"{'a' * 5000}.pt", "does not exist"),
     "nested-pickle": (
