@@ -92,7 +92,8 @@ def _unavailable(asked: Iterable[tuple[AttentionSite, str]], on_unavailable: str
         places.setdefault(name, []).append(site.value)
     said = {}
     for name, sites in places.items():
-        reason = DENSE_BACKENDS[name].unavailable()
+        backend = DENSE_BACKENDS[name]
+        reason = backend.unavailable()
         if reason is None:
             continue
         where = ", ".join(sites)
@@ -100,7 +101,7 @@ def _unavailable(asked: Iterable[tuple[AttentionSite, str]], on_unavailable: str
             raise ValueError(f"{where} {name!r} cannot run here: {reason}")
         falls_back = f"{name} for {where} falls back to {OTHER_CHOICE}"
         log.warning(f"{falls_back}: {reason}")
-        said[name] = f"{falls_back}: {reason.split('; ')[0]}"
+        said[name] = f"{falls_back}: {backend.unavailable_in_short()}"
     return said
 
 

@@ -195,7 +195,7 @@ def _keep_record(state: ForwardState, run: RunState) -> None:
             "layers: another attention patch takes some, and layers may be mistaken"
         )
     layout = None if state.tokens is None else str(state.tokens.layout)
-    run.record.add_forward(layout, state.calls)
+    run.record.add_forward(layout, state.calls, state.step)
 
 
 def _forward(

@@ -109,8 +109,10 @@ def _say_what_changes(
         return
     if earlier is not None and earlier.sparse is not None:
         new, old = (each.policy.describe() for each in (settings.sparse, earlier.sparse))
-        replaced = "an earlier node's, set otherwise," if old == new else old
-        log.info(f"{new} replaces {replaced} on this model")
+        if old == new:
+            how = "alike" if settings.sparse == earlier.sparse else "otherwise"
+            old = f"an earlier node's, set {how},"
+        log.info(f"{new} replaces {old} on this model")
     reason = unreadable_reason(diffusion_model)
     if reason is not None:
         log.warning(f"{type(diffusion_model).__name__} stays dense: {reason}")

@@ -67,6 +67,11 @@ def _spans(numbers: set[int]) -> str:
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)
 
 
+def _steps(steps: set[int]) -> str:
+    """As people count them, from 1."""
+    return ("step " if len(steps) == 1 else "steps ") + _spans({step + 1 for step in steps})
+
+
 def _read(call: CallRecord, densities: dict[int, float]) -> CallRecord:
     """The call with plain numbers in place of what was on the device."""
     seconds = call.seconds if call.watch is None else call.watch.seconds()
@@ -88,11 +93,13 @@ class RunRecord:
         total_steps: of this sampler; 0 if unknown.
         layouts: token layouts seen, in order.
         forwards: of the diffusion model.
+        forward_steps: the steps they were in, None among them where one is not known.
         notes: things said once per run.
         dense_backends: the dense backends chosen, as the log says them; empty for none.
         backend_calls: dense calls by (site, who ran them), where it was not ComfyUI's choice.
         ended_early: it was stopped, or failed.
         no_forward: what is said where no forward came to this pack.
+        starts_inside: the sampler starts where another one may have stopped.
     """
 
     method: str
@@ -107,14 +114,17 @@ class RunRecord:
     backend_calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     ended_early: bool = False
     no_forward: str = "the model was not called"
+    starts_inside: bool = False
     seconds: float = 0.0
+    forward_steps: set[int | None] = field(default_factory=set)
     _warned: set[str] = field(default_factory=set)
     _started: float = field(default_factory=time.perf_counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add_forward(self, layout: str | None, calls: list[CallRecord]) -> None:
+    def add_forward(self, layout: str | None, calls: list[CallRecord], step: int | None) -> None:
         with self._lock:
             self.forwards += 1
+            self.forward_steps.add(step)
             self.calls.extend(calls)
             if layout is not None and layout not in self.layouts:
                 self.layouts.append(layout)
@@ -193,12 +203,24 @@ class RunRecord:
     def dense_seconds(self) -> float:
         return sum(call.seconds for call in self.calls if call.reason is not None)
 
-    def steps_not_called(self) -> set[int]:
-        """Steps in which the model's attention was not called, as far as they are known."""
-        called = {call.step for call in self.calls}
-        if self.ended_early or None in called:
-            return set()
-        return set(range(self.total_steps)) - called
+    def steps_without_calls(self) -> tuple[set[int], set[int]]:
+        """Steps without a forward of the model, and others without a call of its attention here,
+        as far as they are known."""
+        if self.ended_early or None in self.forward_steps:
+            return set(), set()
+        idle = set(range(self.total_steps)) - {call.step for call in self.calls}
+        return idle - self.forward_steps, idle & self.forward_steps
+
+    def _idle_steps(self) -> list[str]:
+        not_run, taken = self.steps_without_calls()
+        told = []
+        if not_run:
+            why = "a cache, the sampler or a conditioning's range left them out"
+            told.append(f"the model did not run in {_steps(not_run)} ({why})")
+        if taken:
+            why = "a cache or another attention patch took them"
+            told.append(f"no attention call came here in {_steps(taken)} ({why})")
+        return told
 
     def summary(self) -> str:
         """The run in one line."""
@@ -232,11 +254,7 @@ class RunRecord:
             f"of {self.seconds:.2f} s"
         )
         parts = [f"{where}: {ran}", f"dense calls: {dense or 'none'}"]
-        left_out = self.steps_not_called()
-        if left_out:
-            steps = "step" if len(left_out) == 1 else "steps"
-            spans = _spans({step + 1 for step in left_out})
-            parts.append(f"no calls in {steps} {spans} (a cache or the sampler left them out)")
+        parts += self._idle_steps()
         if self.dense_backends or self.backend_calls:
             parts.append(f"dense backends: {self._backends()}")
         return "; ".join([*parts, times, *self._remarks()])
@@ -257,7 +275,7 @@ class RunRecord:
     def step_lines(self) -> list[str]:
         """The run step by step, for those who want to know more."""
         lines = []
-        steps = {call.step for call in self.calls} | self.steps_not_called()
+        steps = {call.step for call in self.calls}.union(*self.steps_without_calls())
         for step in sorted(steps, key=lambda s: -1 if s is None else s):
             calls = [call for call in self.calls if call.step == step]
             if step is not None and not calls:

@@ -85,7 +85,8 @@ def noise_bounds(schedule: Schedule, model_patcher: Any) -> NoiseBounds:
     )
 
 
-# Of the noise schedule: some schedulers start a full run a little inside.
+# Of the noise schedule: some schedulers start a full run a little inside (ddim_uniform, with few
+# steps, as far as a second sampler would).
 _START = 0.1
 
 
@@ -96,8 +97,10 @@ def starts_inside(args: tuple[Any, ...], model_patcher: Any) -> bool:
         args: of CFGGuider.outer_sample.
     """
     try:
+        sigmas = args[SIGMAS]
         level = model_patcher.get_model_object("model_sampling").percent_to_sigma(_START)
-        return bool(args[SIGMAS][0] < level)
+        # Where noise rises nothing is denoised.
+        return bool(sigmas[-1] < sigmas[0] < level)
     except Exception:  # it is no more than a hint
         return False
 
@@ -123,6 +126,11 @@ def _say(record: RunRecord, choice: SparseChoice | None) -> None:
             f"the preset's {schedule.dense_timesteps} dense steps would be half of this run's "
             f"{record.total_steps} or more, so a quarter of them is dense "
             f"({schedule.first_dense_steps(record.total_steps)})"
+        )
+    if record.starts_inside and schedule.dense_timesteps < 0 and record.sparse().calls:
+        record.note(
+            "this sampler starts inside the noise schedule, and a quarter of its own steps is "
+            "dense (dense_timesteps -1)"
         )
     log.info(record.summary())
     level = logging.INFO if choice.verbose else logging.DEBUG
@@ -157,11 +165,7 @@ class OuterSampleWrapper:
         bounds = None
         if choice is not None:
             bounds = noise_bounds(choice.schedule, guider.model_patcher)
-            if choice.schedule.dense_timesteps < 0 and starts_inside(args, guider.model_patcher):
-                record.note(
-                    "this sampler starts inside the noise schedule, and a quarter of its own steps "
-                    "is dense (dense_timesteps -1)"
-                )
+            record.starts_inside = starts_inside(args, guider.model_patcher)
         watched = 0
         if is_compiled(guider.model_options, guider.model_patcher):
             watched = fewest_calls(network)

@@ -111,7 +111,7 @@ def _read_section(
             source,
             (name,),
             f"a new section needs presets under attention_configs{nearest(name, known)}; sections "
-            f"that have some are {', '.join(known)}",
+            f"that have some are {', '.join(known) or 'none'}",
         )
     if "video_scale" in entries:
         scale = _read_video_scale(source, (name, "video_scale"), entries["video_scale"])

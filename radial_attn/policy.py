@@ -95,7 +95,7 @@ class RadialPolicy:
     def static_plan(self, layout: TokenLayout, device: torch.device | str) -> BlockPlan:
         """The plan of a layout, on the given device.
 
-        It keeps what radial_block_mask keeps, neighbours at every size. Where that
+        It keeps what radial_block_mask keeps, and small frames' neighbours whole. Where that
         mask has lost a query block's own key block, the whole row is kept instead: the published
         rounding drops the last, partial block of a frame, which can leave the block across two
         frames nothing but the tail of the video to attend to.

@@ -7,6 +7,7 @@ at all.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
@@ -157,8 +158,13 @@ def _read(file: Path) -> dict[Any, Any]:
         raise ValueError("is empty")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise ValueError("may not be read by this user") from None
+    except MemoryError:
+        raise ValueError("cannot be read: there is not enough memory") from None
+    except OSError as error:
+        # Torch raises one of these for a file cut short.
+        if error.errno == errno.EINVAL:
+            raise ValueError("is not a complete PyTorch file") from None
+        raise ValueError(f"cannot be read: {error.strerror or error}") from None
     except Exception as error:  # a damaged archive or pickle can raise anything
         if "weights_only" in str(error) or "Weights only" in str(error):
             raise ValueError(

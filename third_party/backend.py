@@ -62,16 +62,22 @@ class DenseBackend:
         return (loaded.constraints if loaded is not None else None) or self.declared
 
     @cached_property
-    def _unavailable(self) -> str | None:
+    def _unavailable(self) -> tuple[str | None, str | None]:
+        """(the whole reason, what decides in it)."""
         _, broken = self._probed
         no_device = self.constraints.machine_reason()
         if self.library is None:
-            return no_device
-        return self.library.unavailable_because(broken, no_device)
+            return no_device, no_device
+        # Where the machine can never run it nothing is to be installed.
+        return self.library.unavailable_because(broken, no_device), no_device or broken
 
     def unavailable(self) -> str | None:
         """None, or why it cannot run on this machine and what would change that."""
-        return self._unavailable
+        return self._unavailable[0]
+
+    def unavailable_in_short(self) -> str | None:
+        """None, or why it cannot run on this machine."""
+        return self._unavailable[1]
 
     def refuses(
         self,

@@ -24,8 +24,8 @@ def _takes_priority() -> bool:
     return "set_priority" in inspect.signature(sdpa_kernel).parameters
 
 
-# The order is one for all threads, and each puts back what it found: one at a time, or what one
-# of them found would be another's, for good. Launching is all that happens meanwhile.
+# The order is one for all threads, and each of ours puts back what it found: one at a time, or what
+# one of them found would be another's, for good. Launching is all that happens meanwhile.
 _ordering = threading.Lock()
 
 
@@ -33,7 +33,8 @@ _ordering = threading.Lock()
 def _kernel_order(device: torch.device) -> Iterator[None]:
     """cuDNN first, which is the fastest on Hopper by far; then torch's own default order.
 
-    Kernels that were switched off stay off.
+    Where somebody has switched one off all stays as it is: torch would put the order back without
+    it.
     """
     if device.type != "cuda" or not _takes_priority():
         yield
@@ -42,13 +43,19 @@ def _kernel_order(device: torch.device) -> Iterator[None]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with nullcontext() if torch.compiler.is_compiling() else _ordering:
-        is_on = {
-            SDPBackend.CUDNN_ATTENTION: cuda.cudnn_sdp_enabled(),
-            SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled(),
-            SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled(),
-            SDPBackend.MATH: cuda.math_sdp_enabled(),
-        }
-        with sdpa_kernel([kernel for kernel, on in is_on.items() if on], set_priority=True):
+        all_on = (
+            cuda.cudnn_sdp_enabled()
+            and cuda.flash_sdp_enabled()
+            and cuda.mem_efficient_sdp_enabled()
+            and cuda.math_sdp_enabled()
+        )
+        order = [
+            SDPBackend.CUDNN_ATTENTION,
+            SDPBackend.FLASH_ATTENTION,
+            SDPBackend.EFFICIENT_ATTENTION,
+            SDPBackend.MATH,
+        ]
+        with sdpa_kernel(order, set_priority=True) if all_on else nullcontext():
             yield
 
 

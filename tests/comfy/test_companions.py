@@ -103,7 +103,8 @@ def test_sparse_where_expected_in_either_order(unpatched, patched_run, name):
         assert set(record.dense_reasons()) == {FIRST_STEP.format(total), FIRST_LAYER}
         assert record.layouts == [f"{grid}" for grid in companion.grids]
         left_out = set(range(total)) - {call.step for call in record.calls}
-        assert ("(a cache or the sampler left them out)" in record.summary()) == bool(left_out)
+        told = ["the model did not run in", "no attention call came here in"]
+        assert any(text in record.summary() for text in told) == bool(left_out)
         assert sum("no calls" in line for line in record.step_lines()) == len(left_out)
         assert relative_error(out, unpatched(name)) > 1e-4
     assert relative_error(runs[0][0], runs[1][0]) < 1e-5

@@ -98,8 +98,10 @@ def test_patching_twice_is_patching_once_with_the_last_settings(
     (said,) = [line for line in run_lines() if "replaces" in line]
     assert "replaces radial (decay 1.5" in said
     patch_radial(patch_radial(model, dense_layers="0-2"))
-    (_, said) = [line for line in run_lines() if "replaces" in line]
-    assert "replaces an earlier node's, set otherwise, on this model" in said
+    patch_radial(patch_radial(model))
+    (_, otherwise, alike) = [line for line in run_lines() if "replaces" in line]
+    assert "replaces an earlier node's, set otherwise, on this model" in otherwise
+    assert "replaces an earlier node's, set alike, on this model" in alike
 
 
 @pytest.mark.core

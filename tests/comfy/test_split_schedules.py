@@ -3,6 +3,7 @@
 import pytest
 import torch
 from sparse_video_attention.patching import run_history
+from sparse_video_attention.patching.run import starts_inside
 
 from .schedule_runs import LATENT, Run, level
 
@@ -78,6 +79,32 @@ def test_two_samplers_that_split_a_schedule_count_their_own_steps(
     assert bool(notes[1]) == (low["dense_timesteps"] == -1)
     if notes[1]:
         assert "starts inside the noise schedule, and a quarter of its own" in notes[1][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "shift"),
+    [("wan", None), ("wan", 1.0), ("wan", 5.0), ("wan", 12.0), ("cogvideox", None)],
+)
+def test_a_sampler_that_starts_inside_the_schedule_is_told_from_others(load_model, name, shift):
+    from comfy.samplers import SCHEDULER_NAMES, calculate_sigmas
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    model = load_model(name)
+    if shift is not None:
+        model = ModelSamplingSD3().patch(model, shift)[0]
+    sampling = model.get_model_object("model_sampling")
+    for scheduler in SCHEDULER_NAMES:
+        for steps in (2, 4, 8, 9, 20, 50):
+            sigmas = calculate_sigmas(sampling, scheduler, steps)
+            rising, later = sigmas.flip(0), sigmas[len(sigmas) // 2 :]
+            assert not starts_inside((None, None, None, rising), model), (scheduler, steps)
+            if scheduler != "ddim_uniform" or steps > 9:
+                assert not starts_inside((None, None, None, sigmas), model), (scheduler, steps)
+            # Others spend half of their steps early, by the noise of one model or the other.
+            if scheduler in ("simple", "normal", "sgm_uniform", "beta"):
+                assert starts_inside((None, None, None, later), model), (scheduler, steps)
+    for unknown in ((), (None,) * 4, (None, None, None, torch.empty(0))):
+        assert not starts_inside(unknown, model)
 
 
 def test_percents_are_the_same_for_one_sampler_and_for_two(two_experts, advanced, comfyui):

@@ -29,7 +29,7 @@ def record(layers=6, steps=8, calls=1, fault=None, density=0.3, **fields):
                 ran, kept = ("triton", density) if reason is None else ("dense", None)
                 seconds = 0.1 if reason is None else 0.4
                 forward.append(CallRecord(step, layer, ran, kept, reason, None, seconds))
-            made.add_forward("9x12x20", forward)
+            made.add_forward("9x12x20", forward, step)
     made.finish()
     return made
 

@@ -131,7 +131,7 @@ class Runs:
         q = q if x is None else x
         how = {"low_precision_attention": low_precision, "transformer_options": options}
         out = self.router(func or self.machine.dense, q, q, q, 2, **how)
-        run.record.add_forward(None, state.calls)
+        run.record.add_forward(None, state.calls, state.step)
         record = state.calls[-1]
         expected = {"fast": NATIVE, "fast int8": INT8, "dense": DENSE}.get(record.ran)
         assert expected is None or bool((out == expected).all())

@@ -1,5 +1,6 @@
 """Tuned checkpoints: the published one, those of other models, and broken ones."""
 
+import errno
 import io
 import os
 import pickle
@@ -218,6 +219,24 @@ BROKEN = {
     "infinite": (_set("cdfthreshd", torch.full((4,), float("inf"))), "has inf at"),
     "out-of-range": (_set("cdfthreshd", torch.full((4,), 1.5)), "has 1.5 at .* between 0 and 1"),
 }
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (MemoryError(), "cannot be read: there is not enough memory$"),
+        (OSError(errno.EIO, "Input/output error"), "cannot be read: Input/output error$"),
+        (PermissionError(errno.EACCES, "Permission denied"), "cannot be read: Permission denied$"),
+    ],
+)
+def test_what_is_not_the_files_fault_is_told_so(tmp_path, monkeypatch, error, sentence):
+    def load(*args, **kwargs):
+        raise error
+
+    path = save(tmp_path, entries())
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(ValueError, match=sentence):
+        load_checkpoint(path)
 
 
 @pytest.mark.parametrize("kind", BROKEN)

@@ -133,19 +133,18 @@ def test_torch_is_asked_for_cudnn_first():
     assert order[:4] == [getattr(SDPBackend, name) for name in names]
 
 
-def test_what_was_switched_off_stays_off():
-    from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
+@pytest.mark.parametrize("kept", [["MATH"], ["EFFICIENT_ATTENTION", "MATH"], ["FLASH_ATTENTION"]])
+def test_where_kernels_are_switched_off_all_stays_as_it_is(kept):
+    from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 
     before = torch._C._get_sdp_priority_order()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
+    backends = [getattr(SDPBackend, name) for name in kept]
+    with sdpa_kernel(backends):
         with torch_sdpa._kernel_order(torch.device("cuda")):
-            order = _cur_sdpa_kernel_backends(with_priority=True)
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(True)
-        torch._C._set_sdp_priority_order(before)
-    assert SDPBackend.CUDNN_ATTENTION not in order and order[0] == SDPBackend.FLASH_ATTENTION
+            assert set(_cur_sdpa_kernel_backends()) == set(backends)
+            assert torch._C._get_sdp_priority_order() == before
+        assert set(_cur_sdpa_kernel_backends()) == set(backends)
+    assert torch._C._get_sdp_priority_order() == before
 
 
 def test_two_threads_do_not_take_each_others_order():
