@@ -79,11 +79,10 @@ def _order_for_whole_forward(
     # In training; calls that need gradients stay dense, and need no order.
     if torch.is_grad_enabled():
         return None
-    if state.choice is not None and state.choice.schedule.dense_layers.issuperset(
-        range(len(model.blocks))
-    ):
-        return None
     if not may_reorder_whole_forward(model, options, state.router):
+        return None
+    choice, layers = state.choice, range(len(model.blocks))
+    if choice is not None and choice.schedule.dense_layers.issuperset(layers):
         return None
     forward_order = ForwardOrder(state.order, len(model.blocks), state.router)
     forward_order.listen(options)
