@@ -58,9 +58,10 @@ def test_a_missing_library_falls_back_or_stops_as_asked(models, set_backends, sa
     assert "flash_attn_3 is not installed; to install it, " in warning
     assert torch.equal(sample(patched), sample(model))
     (reason,) = run_history(patched).latest.notes
-    decisive = DENSE_BACKENDS["flash_attn3"].declared.machine_reason()
-    assert decisive is not None, "on a GPU of capability 9 the library is what is missing"
-    assert reason.endswith(f": {decisive}") and reason in run_lines()[-1]
+    # What no installing would change comes first.
+    no_device = DENSE_BACKENDS["flash_attn3"].declared.machine_reason()
+    assert reason.endswith(f": {no_device or 'flash_attn_3 is not installed'}")
+    assert reason in run_lines()[-1]
     assert "to install it" not in reason
     with pytest.raises(ValueError, match="self_attn_1_type 'flash_attn3' cannot run here"):
         set_backends(model, self_attn_1_type="flash_attn3", on_unavailable="error")

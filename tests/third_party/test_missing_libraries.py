@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from sparse_video_attention.third_party import DENSE_BACKENDS
+from sparse_video_attention.third_party.constraints import Constraints
 
 WHEELS = {
     "flash_attn2": "flash_attn",
@@ -51,6 +52,18 @@ def test_a_missing_library_is_a_reason_with_an_instruction(name, system, monkeyp
     reason = backend.unavailable()
     hint = backend.library.linux if system == "Linux" else backend.library.windows
     assert "is not installed; to install it, " in reason and hint in reason
+
+
+@pytest.mark.parametrize("no_device", [None, "it needs a GPU of another kind"])
+@pytest.mark.parametrize("name", WHEELS)
+def test_in_short_it_is_what_decides(name, no_device, monkeypatch):
+    for module in WHEELS.values():
+        monkeypatch.setitem(sys.modules, module.split(".")[0], None)
+    monkeypatch.setitem(sys.modules, "flash_attn_3", None)
+    monkeypatch.setattr(Constraints, "machine_reason", lambda self: no_device)
+    short = replace(DENSE_BACKENDS[name]).unavailable_in_short()
+    # What no installing would change comes first.
+    assert short == no_device or (no_device is None and short.endswith("is not installed"))
 
 
 def test_flash_attention_2_is_not_there_where_only_version_4_is(broken_wheel):
