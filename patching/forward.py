@@ -13,6 +13,7 @@ from .forward_state import ForwardState
 from .frame_calls import FrameCalls
 from .layout import ForwardTokens, countable_layers, read_tokens
 from .log import one_line
+from .replaced import who_attends
 from .router import FORWARD_KEY, acting_router
 from .run import RUN_KEY, RunState
 from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice, StaticPolicy
@@ -193,6 +194,8 @@ def _keep_record(state: ForwardState, run: RunState) -> None:
             f"{state.calls_counted} attention calls in a forward of {state.counted_layers} "
             "layers: another attention patch takes some, and layers may be mistaken"
         )
+    if state.choice is not None and not state.calls and run.record.attended_by is None:
+        run.record.attended_by = who_attends(state.model)
     layout = None if state.tokens is None else str(state.tokens.layout)
     run.record.add_forward(layout, state.calls, state.step)
 

@@ -9,6 +9,7 @@ from .forward import diffusion_model_wrapper
 from .history import RunHistory
 from .layout import model_family, supported_families, unreadable_reason
 from .log import log
+from .replaced import named
 from .router import OVERRIDE_KEY, AttentionRouter, find_router
 from .run import RUN_KEY, OuterSampleWrapper, RunState
 from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice
@@ -118,13 +119,6 @@ def _say_what_changes(
         log.warning(f"{type(diffusion_model).__name__} stays dense: {reason}")
 
 
-def _named(override: Any) -> str:
-    """An override as a person can find it: functions of many packs are called "override"."""
-    kind = override if hasattr(override, "__qualname__") else type(override)
-    module = getattr(kind, "__module__", None)
-    return f"{kind.__qualname__} of {module}" if module else str(kind.__qualname__)
-
-
 class _ReassertOverride:
     """A node that took the one override slot after us is put beneath us, once per run.
 
@@ -161,12 +155,12 @@ class _ReassertOverride:
                 log.warning("another node had removed this pack's attention override; it is back")
             else:
                 log.warning(
-                    f"attention override {_named(current)} had replaced this pack's, which is put "
+                    f"attention override {named(current)} had replaced this pack's, which is put "
                     "before it; it now gets the calls that stay dense"
                 )
             return
         said = (
-            f"attention override {_named(current)} took the place again and comes first: only the "
+            f"attention override {named(current)} took the place again and comes first: only the "
             "calls that it hands on come to this pack"
         )
         if run.record.first_time(said):

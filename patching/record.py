@@ -13,6 +13,9 @@ from torch import Tensor
 
 from .timing import Stopwatch
 
+NOT_CALLED = "the model was not called"
+_TAKEN = "another attention patch or an acceleration that skips the model took them all"
+
 
 class CallRecord(NamedTuple):
     """One self-attention call.
@@ -100,6 +103,8 @@ class RunRecord:
         ended_early: it was stopped, or failed.
         no_forward: what is said where no forward came to this pack.
         starts_inside: the sampler starts where another one may have stopped.
+        attended_by: what runs the model's attention in place of ComfyUI's own code, where calls
+            did not come here and it could be seen.
     """
 
     method: str
@@ -113,8 +118,9 @@ class RunRecord:
     dense_backends: str = ""
     backend_calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     ended_early: bool = False
-    no_forward: str = "the model was not called"
+    no_forward: str = NOT_CALLED
     starts_inside: bool = False
+    attended_by: str | None = None
     seconds: float = 0.0
     forward_steps: set[int | None] = field(default_factory=set)
     _warned: set[str] = field(default_factory=set)
@@ -211,6 +217,11 @@ class RunRecord:
         idle = set(range(self.total_steps)) - {call.step for call in self.calls}
         return idle - self.forward_steps, idle & self.forward_steps
 
+    def is_missing(self) -> bool:
+        """Whether a sparse method was asked for, and none of the run's attention came here."""
+        began = bool(self.forwards) or self.no_forward != NOT_CALLED
+        return bool(self.method) and began and not self.calls and not self.ended_early
+
     def _idle_steps(self) -> list[str]:
         not_run, taken = self.steps_without_calls()
         told = []
@@ -218,7 +229,7 @@ class RunRecord:
             why = "a cache, the sampler or a conditioning's range left them out"
             told.append(f"the model did not run in {_steps(not_run)} ({why})")
         if taken:
-            why = "a cache or another attention patch took them"
+            why = self.attended_by or "a cache or another attention patch took them"
             told.append(f"no attention call came here in {_steps(taken)} ({why})")
         return told
 
@@ -233,12 +244,8 @@ class RunRecord:
             return "; ".join([f"{where}: {self.no_forward}", *self._remarks()])
         if not self.calls:
             nothing = f"{where}: no self-attention call reached this pack"
-            if not self.ended_early:
-                nothing += (
-                    "; another attention patch or an acceleration that skips the model took them "
-                    "all"
-                )
-            return "; ".join([nothing, *self._remarks()])
+            why = [] if self.ended_early else [self.attended_by or _TAKEN]
+            return "; ".join([nothing, *why, *self._remarks()])
         sparse = self.sparse()
         if sparse.calls:
             steps = f" on {sparse.steps} of {self.total_steps} steps" if self.total_steps else ""

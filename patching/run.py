@@ -15,6 +15,7 @@ from .history import RunHistory
 from .layout import fewest_calls, is_readable, unreadable_reason
 from .log import log, one_line
 from .record import RunRecord
+from .replaced import who_attends
 from .sampler_steps import SIGMAS, SamplerSteps
 from .schedule import NoiseBounds, Schedule
 from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice
@@ -132,11 +133,16 @@ def _say(record: RunRecord, choice: SparseChoice | None) -> None:
             "this sampler starts inside the noise schedule, and a quarter of its own steps is "
             "dense (dense_timesteps -1)"
         )
-    log.info(record.summary())
+    log.log(logging.WARNING if record.is_missing() else logging.INFO, record.summary())
     level = logging.INFO if choice.verbose else logging.DEBUG
     if log.isEnabledFor(level):
         for line in record.step_lines():
             log.log(level, line)
+
+
+def _other_way(network: Any) -> str:
+    who = who_attends(network)
+    return OTHER_WAY if who is None else f"{OTHER_WAY} ({who})"
 
 
 class OuterSampleWrapper:
@@ -182,7 +188,7 @@ class OuterSampleWrapper:
         finally:
             options.pop(RUN_KEY, None)
             if run.steps.has_begun:
-                record.no_forward = unreadable_reason(network) or OTHER_WAY
+                record.no_forward = unreadable_reason(network) or _other_way(network)
             self._close(record, choice, out)
         return out
 

@@ -1,0 +1,172 @@
+"""Packs that run a model's attention in their own way: the run's line names what does."""
+
+import logging
+from types import MethodType
+
+import pytest
+import torch
+from sparse_video_attention.patching import run_history
+
+pytestmark = [pytest.mark.comfy, pytest.mark.core]
+
+
+@pytest.fixture(scope="module")
+def model(load_model):
+    return load_model("wan")
+
+
+def blocks_without_options(self, x, t, context, freqs=None, transformer_options=None, **kwargs):
+    """WanModel.forward_orig as packs with caches write it: their loop hands blocks no options."""
+    from comfy.ldm.wan.model import sinusoidal_embedding_1d
+
+    x = self.patch_embedding(x.float()).to(x.dtype)
+    grid = x.shape[2:]
+    x = x.flatten(2).transpose(1, 2)
+    time = sinusoidal_embedding_1d(self.freq_dim, t.flatten()).to(x.dtype)
+    e = self.time_embedding(time).reshape(t.shape[0], -1, self.dim)
+    e0 = self.time_projection(e).unflatten(2, (6, self.dim))
+    context = self.text_embedding(context)
+    for block in self.blocks:
+        x = block(x, e=e0, freqs=freqs, context=context)
+    return self.unpatchify(self.head(x, e), grid)
+
+
+def with_forward_orig(model, function):
+    """A node that replaces forward_orig while the model is called, and puts it back."""
+    patched = model.clone()
+    network = model.model.diffusion_model
+
+    def wrapper(apply, arguments):
+        own = network.forward_orig
+        network.forward_orig = MethodType(function, network)
+        try:
+            return apply(arguments["input"], arguments["timestep"], **arguments["c"])
+        finally:
+            network.forward_orig = own
+
+    patched.set_model_unet_function_wrapper(wrapper)
+    return patched
+
+
+def line_of(patched, caplog):
+    """The line that the latest run left in the console, and its level."""
+    summary = run_history(patched).latest.summary()
+    levels = {r.levelno for r in caplog.records if r.getMessage().endswith(summary)}
+    assert len(levels) == 1
+    return summary, levels.pop()
+
+
+@pytest.mark.parametrize("node_comes", ["first", "last"])
+def test_a_forward_that_hands_no_options_on(model, install_band, sample, caplog, node_comes):
+    caplog.set_level(logging.INFO, logger="sparse_video_attention")
+    alone = sample(with_forward_orig(model, blocks_without_options))
+    assert torch.allclose(alone, sample(model), atol=1e-4)
+    if node_comes == "first":
+        patched = with_forward_orig(install_band(model), blocks_without_options)
+    else:
+        patched = install_band(with_forward_orig(model, blocks_without_options))
+    assert torch.equal(sample(patched), alone)
+    summary, level = line_of(patched, caplog)
+    assert "no self-attention call reached this pack; forward_orig of the model is" in summary
+    assert f"{blocks_without_options.__qualname__} of {__name__}" in summary
+    assert level == logging.WARNING
+
+
+def test_what_took_only_some_steps_is_named_at_them(model, install_band, sample, caplog):
+    caplog.set_level(logging.INFO, logger="sparse_video_attention")
+    patched = with_forward_orig(install_band(model), blocks_without_options)
+    taking = patched.model_options["model_function_wrapper"]
+
+    def in_the_end(apply, arguments):
+        late = float(arguments["timestep"][0]) < 0.9
+        c = arguments["c"]
+        return (
+            taking(apply, arguments)
+            if late
+            else apply(arguments["input"], arguments["timestep"], **c)
+        )
+
+    patched.set_model_unet_function_wrapper(in_the_end)
+    sample(patched)
+    summary, level = line_of(patched, caplog)
+    assert "no attention call came here in step" in summary
+    assert f"(forward_orig of the model is {blocks_without_options.__qualname__}" in summary
+    assert level == logging.INFO
+
+
+def own_attention(self, x, freqs, transformer_options=None):
+    return self.o(self.v(x))
+
+
+def test_attention_replaced_by_an_object_patch(model, install_band, sample, caplog):
+    caplog.set_level(logging.INFO, logger="sparse_video_attention")
+    patched = install_band(model)
+    network = model.model.diffusion_model
+    for i, block in enumerate(network.blocks):
+        name = f"diffusion_model.blocks.{i}.self_attn.forward"
+        patched.add_object_patch(name, MethodType(own_attention, block.self_attn))
+    sample(patched)
+    summary, level = line_of(patched, caplog)
+    assert f"forward of the blocks' self_attn is own_attention of {__name__}" in summary
+    assert level == logging.WARNING
+    # The patch is taken away again for a model without it.
+    again = install_band(model)
+    sample(again)
+    assert "sparse on" in run_history(again).latest.summary()
+
+
+def test_attention_replaced_for_all_models(model, install_band, sample, caplog, monkeypatch):
+    from comfy.ldm.wan import model as wan
+
+    caplog.set_level(logging.INFO, logger="sparse_video_attention")
+    host = wan.optimized_attention
+
+    def everywhere(q, k, v, heads, **kwargs):
+        return host(q, k, v, heads)
+
+    monkeypatch.setattr(wan, "optimized_attention", everywhere)
+    patched = install_band(model)
+    assert torch.equal(sample(patched), sample(model))
+    summary, level = line_of(patched, caplog)
+    assert "optimized_attention in comfy.ldm.wan.model is" in summary
+    assert everywhere.__qualname__ in summary and level == logging.WARNING
+
+
+def test_a_forward_that_leaves_wrappers_out(model, install_band, sample, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="sparse_video_attention")
+    network = model.model.diffusion_model
+
+    def straight(self, x, timestep, context, transformer_options=None, **kwargs):
+        return self._forward(x, timestep, context)
+
+    monkeypatch.setattr(network, "forward", MethodType(straight, network), raising=False)
+    patched = install_band(model)
+    sample(patched)
+    summary, level = line_of(patched, caplog)
+    assert "no forward of the model reached this pack" in summary
+    assert f"(forward of the model is {straight.__qualname__} of {__name__})" in summary
+    assert level == logging.WARNING
+
+
+def test_a_cache_in_place_of_the_forward_leaves_the_rest_sparse(
+    model, install_band, sample, monkeypatch
+):
+    """As packs do it: every second forward is the one before, from a closure on the model."""
+    network = model.model.diffusion_model
+    own, kept = network.forward, []
+
+    def cached(*args, **kwargs):
+        if len(kept) % 2 == 0:
+            kept.append(own(*args, **kwargs))
+        else:
+            kept.append(kept[-1])
+        return kept[-1]
+
+    monkeypatch.setattr(network, "forward", cached, raising=False)
+    everything = install_band(model, reach=10**6)
+    out = sample(everything)
+    record = run_history(everything).latest
+    assert record.sparse().steps == 1 and "did not run in steps 2, 4" in record.summary()
+    kept.clear()
+    expected = sample(model)
+    assert torch.allclose(out, expected, atol=2e-4 * float(expected.abs().max()))
