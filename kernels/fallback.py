@@ -28,6 +28,8 @@ MAX_REASON = 200
 # First outputs that could not be judged, for want of memory or with infinite inputs, before
 # nobody tries any more.
 MAX_PUT_OFF = 8
+# Running out of memory takes time too: what does so again and again is tried ever less often.
+MAX_REST = 63
 
 
 class NoKernelServesError(RuntimeError):
@@ -58,6 +60,8 @@ class KernelChoice:
         rivals: as in KernelRun.
         verified: those whose first output was right.
         put_off: how often it could not be told.
+        short: how often in a row one ran out of memory.
+        rests: calls for which it is not tried then.
     """
 
     able: list[tuple[Kernel, str]]
@@ -65,6 +69,25 @@ class KernelChoice:
     rivals: tuple[tuple[str, str], ...] = ()
     verified: set[tuple[str, str]] = field(default_factory=set)
     put_off: Counter[tuple[str, str]] = field(default_factory=Counter)
+    short: Counter[tuple[str, str]] = field(default_factory=Counter)
+    rests: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def is_resting(self, name: tuple[str, str], others: tuple[tuple[Kernel, str], ...]) -> bool:
+        """Whether a kernel that was short of memory leaves this call to the others."""
+        left = self.rests.get(name, 0)
+        if not left or all(kernel.name == "torch" for kernel, _ in others):
+            return False
+        self.rests[name] = left - 1
+        return True
+
+    def ran_out_of_memory(self, name: tuple[str, str]) -> None:
+        self.short[name] += 1
+        self.rests[name] = min(2 ** (self.short[name] - 1) - 1, MAX_REST)
+
+    def had_memory(self, name: tuple[str, str]) -> None:
+        if self.short:
+            self.short.pop(name, None)
+            self.rests.pop(name, None)
 
 
 def _shape_key(call: KernelCall, kernel: str) -> Hashable:
@@ -183,8 +206,9 @@ class KernelFallback:
         """block_sparse_attention that survives failing kernels. Arguments as there, and what
         earlier calls left for this one.
 
-        A kernel that runs out of memory is passed over for this call only: the next one may
-        find more. A precision that no kernel offers gives way to native.
+        A kernel that runs out of memory is passed over for this call: the next one may find
+        more. One that does so again and again is left out of more calls each time, but never for
+        plain PyTorch. A precision that no kernel offers gives way to native.
 
         Raises:
             NoKernelServesError: no kernel is left for this shape, with the reasons.
@@ -193,11 +217,16 @@ class KernelFallback:
         call = KernelCall(q, k, v, plan, scale, precision, kept)
         choice = self._choice(call, kernel)
         passed_over: tuple[str, ...] = ()
-        for pair in tuple(choice.able):
+        able = tuple(choice.able)
+        for place, pair in enumerate(able):
             chosen, chosen_precision = pair
+            verified = chosen.name, chosen_precision
+            if choice.rests and choice.is_resting(verified, able[place + 1 :]):
+                passed_over += (f"{_named(*pair)} {OUT_OF_MEMORY}",)
+                continue
             try:
                 out = chosen.run(replace(call, precision=chosen_precision))
-                verified = chosen.name, chosen_precision
+                choice.had_memory(verified)
                 if verified not in choice.verified and not is_captured(q.device):
                     if _is_sound(out, replace(call, precision=chosen_precision), chosen):
                         choice.verified.add(verified)
@@ -209,6 +238,7 @@ class KernelFallback:
                 return KernelRun(out, chosen.name, chosen_precision, notes, choice.rivals)
             except Exception as error:  # whatever a kernel raises, the run goes on
                 if is_out_of_memory(error):
+                    choice.ran_out_of_memory(verified)
                     passed_over += (f"{_named(*pair)} {OUT_OF_MEMORY}",)
                 else:
                     self._set_aside(choice, pair, short_error(error, MAX_REASON))

@@ -203,6 +203,47 @@ def test_out_of_memory_passes_over_one_call_only(error):
     assert run.kernel == "fast" and not run.notes
 
 
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_what_is_short_of_memory_again_and_again_is_tried_ever_less_often():
+    fast = Fast({"int8": NO_MEMORY, "native": 2.0}, precisions=("int8", "native"))
+    runs, tried = KernelFallback(), []
+    for n in range(400):
+        before = fast.ran.count("int8")
+        run = runs.run(*inputs(), scale=0.25)
+        assert (run.kernel, run.precision) == ("fast", "native") and bool((run.out == 2.0).all())
+        assert run.notes == ("kernel fast int8 ran out of memory",)
+        if fast.ran.count("int8") > before:
+            tried.append(n)
+    gaps = [after - before for before, after in zip(tried, tried[1:], strict=False)]
+    assert gaps == [1, 2, 4, 8, 16, 32, *[64] * 5]
+    # With memory again it serves, and a shortage later is a first one.
+    fast.value["int8"] = 8.0
+    served = [runs.run(*inputs(), scale=0.25).precision for _ in range(66)]
+    assert served == sorted(served, reverse=True) and served[-1] == "int8"
+    fast.value["int8"] = NO_MEMORY
+    assert runs.run(*inputs(), scale=0.25).precision == "native"
+    fast.value["int8"] = 8.0
+    assert runs.run(*inputs(), scale=0.25).precision == "int8"
+
+
+def test_nothing_is_left_to_plain_pytorch_for_want_of_memory():
+    fast = Fast(NO_MEMORY)
+    runs = KernelFallback()
+    for n in range(12):
+        assert runs.run(*inputs(), scale=0.25).kernel == "torch" and len(fast.ran) == n + 1
+
+
+def test_shapes_are_short_of_memory_by_themselves():
+    fast = Fast({"int8": NO_MEMORY, "native": 2.0}, precisions=("int8", "native"))
+    runs = KernelFallback()
+    for _ in range(4):
+        runs.run(*inputs(), scale=0.25)
+    fast.value["int8"] = 8.0
+    assert runs.run(*inputs(71), scale=0.25).precision == "int8"
+
+
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_what_infinite_inputs_make_is_not_the_kernels_fault(bad, which):
