@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NoReturn, cast
 
 from sparse_video_attention.kernels import BlockPlan, TokenLayout
+from sparse_video_attention.patching.call_record import CallRecord
 from sparse_video_attention.patching.forward_state import ForwardState
 from sparse_video_attention.patching.layout import ForwardTokens
-from sparse_video_attention.patching.record import CallRecord
 from sparse_video_attention.patching.router import FORWARD_KEY, AttentionRouter
 from sparse_video_attention.patching.schedule import Schedule
 from sparse_video_attention.patching.settings import SparseChoice, SparsePolicy, StaticPolicy

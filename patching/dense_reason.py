@@ -8,7 +8,7 @@ import torch
 
 from ..kernels import BlockPlan
 from .attention_call import AttentionCall
-from .record import dense_layer_reason
+from .call_record import dense_layer_reason
 
 if TYPE_CHECKING:
     from .forward_state import ForwardState

@@ -13,8 +13,8 @@ from .forward_state import ForwardState
 from .frame_calls import FrameCalls
 from .layout import ForwardTokens, countable_layers, read_tokens
 from .log import one_line
-from .replaced import who_attends
-from .router import FORWARD_KEY, acting_router
+from .replaced import named, who_attends
+from .router import FORWARD_KEY, OVERRIDE_KEY, AttentionRouter, acting_router
 from .run import RUN_KEY, RunState
 from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice, StaticPolicy
 from .vace import VaceBlocks, has_vace_blocks
@@ -173,8 +173,26 @@ def end_forward(options: dict[str, Any] | None, *, completed: bool) -> bool:
             _reorder_per_call_from_now_on(state)
             return False
     if state.run is not None:
+        if state.choice is not None:
+            _look_who_attends(state, state.run, options)
         _keep_record(state, state.run)
     return True
+
+
+def _look_who_attends(state: ForwardState, run: RunState, options: dict[str, Any]) -> None:
+    """Note what stands between the model and this pack: once in a forward whose calls came, and
+    wherever none did."""
+    if state.calls and run.bystanders is not None:
+        return
+    override = options.get(OVERRIDE_KEY)
+    found = [who_attends(state.model)]
+    if override is not None and not isinstance(override, AttentionRouter):
+        found.append(f"attention override {named(override)}")
+    seen = [name for name in found if name is not None]
+    if state.calls:
+        run.bystanders = frozenset(seen)
+    else:
+        run.suspects.update(dict.fromkeys(seen))
 
 
 def _reorder_per_call_from_now_on(state: ForwardState) -> None:
@@ -194,8 +212,6 @@ def _keep_record(state: ForwardState, run: RunState) -> None:
             f"{state.calls_counted} attention calls in a forward of {state.counted_layers} "
             "layers: another attention patch takes some, and layers may be mistaken"
         )
-    if state.choice is not None and not state.calls and run.record.attended_by is None:
-        run.record.attended_by = who_attends(state.model)
     layout = None if state.tokens is None else str(state.tokens.layout)
     run.record.add_forward(layout, state.calls, state.step)
 

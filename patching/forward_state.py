@@ -11,13 +11,13 @@ from torch import nn
 from ..kernels import BlockPlan
 from ..kernels.registry import KeptPools
 from .attention_call import AttentionCall
+from .call_record import CallRecord
 from .failures import Failures
 from .forward_order import ForwardOrder
 from .frame_calls import FrameCalls
 from .layout import ForwardTokens
 from .log import log
 from .plans import TokenOrder
-from .record import CallRecord
 from .router import OVERRIDE_KEY
 from .run import RunState
 from .settings import SparseChoice

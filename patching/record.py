@@ -11,30 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .timing import Stopwatch
+from .call_record import CallRecord, dense_layer_reason, finished
 
 NOT_CALLED = "the model was not called"
-_TAKEN = "another attention patch or an acceleration that skips the model took them all"
-
-
-class CallRecord(NamedTuple):
-    """One self-attention call.
-
-    Attributes:
-        step, layer: None where they are not known.
-        ran: kernel and precision of a sparse call, "dense" or the dense backend otherwise.
-        density: of a sparse call's plan; a scalar tensor until the run is over.
-        reason: why the call was dense, None for a sparse one.
-        watch: runs on the device until the run is over; then `seconds` has what it showed.
-    """
-
-    step: int | None
-    layer: int | None
-    ran: str
-    density: float | Tensor | None
-    reason: str | None
-    watch: Stopwatch | None
-    seconds: float = 0.0
+_TAKEN = "; another attention patch or an acceleration that skips the model took them all"
 
 
 class SparseSummary(NamedTuple):
@@ -56,11 +36,6 @@ class Counted(NamedTuple):
     backend_calls: Counter[tuple[str, str]]
 
 
-def dense_layer_reason(layer: int) -> str:
-    """Why the calls of a layer are dense that was chosen to be."""
-    return f"layer {layer} is in dense_layers"
-
-
 def _spans(numbers: set[int]) -> str:
     """As dense_layers is written: "0-4, 35"."""
     ordered = sorted(numbers)
@@ -73,15 +48,6 @@ def _spans(numbers: set[int]) -> str:
 def _steps(steps: set[int]) -> str:
     """As people count them, from 1."""
     return ("step " if len(steps) == 1 else "steps ") + _spans({step + 1 for step in steps})
-
-
-def _read(call: CallRecord, densities: dict[int, float]) -> CallRecord:
-    """The call with plain numbers in place of what was on the device."""
-    seconds = call.seconds if call.watch is None else call.watch.seconds()
-    density = call.density
-    if isinstance(density, Tensor):
-        density = densities[id(density)]
-    return call._replace(density=density, watch=None, seconds=seconds)
 
 
 @dataclass
@@ -103,8 +69,7 @@ class RunRecord:
         ended_early: it was stopped, or failed.
         no_forward: what is said where no forward came to this pack.
         starts_inside: the sampler starts where another one may have stopped.
-        attended_by: what runs the model's attention in place of ComfyUI's own code, where calls
-            did not come here and it could be seen.
+        attended_by: what may have kept calls from this pack, where it could be seen.
     """
 
     method: str
@@ -173,7 +138,7 @@ class RunRecord:
             there = [density for density in pending if density.device == device]
             read = torch.stack(there).tolist()
             values.update(zip(map(id, there), read, strict=True))
-        self.calls = [_read(call, values) for call in self.calls]
+        self.calls = [finished(call, values) for call in self.calls]
 
     def sparse(self) -> SparseSummary:
         """The sparse calls; a finished record only."""
@@ -218,9 +183,9 @@ class RunRecord:
         return idle - self.forward_steps, idle & self.forward_steps
 
     def is_missing(self) -> bool:
-        """Whether a sparse method was asked for, and none of the run's attention came here."""
+        """Whether a run went through, and none of its attention came here."""
         began = bool(self.forwards) or self.no_forward != NOT_CALLED
-        return bool(self.method) and began and not self.calls and not self.ended_early
+        return began and not self.calls and not self.ended_early
 
     def _idle_steps(self) -> list[str]:
         not_run, taken = self.steps_without_calls()
@@ -229,7 +194,7 @@ class RunRecord:
             why = "a cache, the sampler or a conditioning's range left them out"
             told.append(f"the model did not run in {_steps(not_run)} ({why})")
         if taken:
-            why = self.attended_by or "a cache or another attention patch took them"
+            why = f"a cache or {self.attended_by or 'another attention patch'} took them"
             told.append(f"no attention call came here in {_steps(taken)} ({why})")
         return told
 
@@ -244,8 +209,9 @@ class RunRecord:
             return "; ".join([f"{where}: {self.no_forward}", *self._remarks()])
         if not self.calls:
             nothing = f"{where}: no self-attention call reached this pack"
-            why = [] if self.ended_early else [self.attended_by or _TAKEN]
-            return "; ".join([nothing, *why, *self._remarks()])
+            if not self.ended_early:
+                nothing += f"; {self.attended_by} took them all" if self.attended_by else _TAKEN
+            return "; ".join([nothing, *self._remarks()])
         sparse = self.sparse()
         if sparse.calls:
             steps = f" on {sparse.steps} of {self.total_steps} steps" if self.total_steps else ""

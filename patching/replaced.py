@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -40,59 +41,76 @@ def class_stand_in(cls: type, method: str) -> Any | None:
     return None
 
 
+def _code(function: Any) -> Any:
+    """What runs in the end when something is called, without what compilers wrap around it."""
+    while True:
+        inner = getattr(function, "_torchdynamo_orig_callable", None)
+        inner = inner or getattr(function, "__func__", None)
+        if inner is None and isinstance(function, partial):
+            inner = function.func
+        if inner is None:
+            return function
+        function = inner
+
+
+def _home(function: Any) -> str:
+    """The module of a callable's code, or of its class."""
+    # Of the code, not of the name: a wrapper can carry the name of what it wraps.
+    named_globals = getattr(function, "__globals__", None)
+    if isinstance(named_globals, dict):
+        return str(named_globals.get("__name__", ""))
+    kind = function if isinstance(function, type) else type(function)
+    return str(getattr(function, "__module__", None) or kind.__module__)
+
+
 def named(function: Any) -> str:
-    """A function or callable as a person can find it: those of many packs are called "override"."""
-    kind = getattr(function, "__func__", function)
-    kind = kind if hasattr(kind, "__qualname__") else type(kind)
+    """A callable or class as a person can find it: those of many packs are called "override"."""
+    function = _code(function)
+    code = getattr(function, "__code__", None)
+    if code is None:
+        kind = function if hasattr(function, "__qualname__") else type(function)
+        name = kind.__qualname__
+    else:
+        name = getattr(code, "co_qualname", code.co_name)
     # ComfyUI names a pack's modules by the whole path of its folder.
-    module = _PACKS.sub("", getattr(kind, "__module__", None) or "")
-    return f"{kind.__qualname__} of {module}" if module else str(kind.__qualname__)
+    module = _PACKS.sub("", _home(function))
+    return f"{name} of {module}" if module else str(name)
 
 
-def _self_attentions(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """A block and what computes its self-attention, by name."""
-    yield "blocks", block
-    for name, part in block.named_children():
-        if "attn" in name and "cross" not in name:
-            yield f"blocks' {name}", unwrapped(part)
+def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """A model, its first block and what computes self-attention in it, by name."""
+    yield "the model", unwrapped(model)
+    for block in list(getattr(model, "blocks", ()))[:1]:
+        yield "the blocks", unwrapped(block)
+        for name, part in unwrapped(block).named_children():
+            # CogVideoX's attn_out is a layer behind it.
+            if name.endswith("attn") and "cross" not in name:
+                yield f"the blocks' {name}", unwrapped(part)
 
 
-def _replaced(name: str, module: nn.Module) -> Iterator[str]:
+def _in_place_of(name: str, module: nn.Module) -> Iterator[str]:
+    """What stands in the place of a module's code, each with what it stands for."""
     cls = type(module)
     for method in METHODS:
         for found in (stand_in(module, method), class_stand_in(cls, method)):
-            if found is not None:
-                yield f"{method} of the {name} is {named(found)}"
+            # Compiled, it is still ComfyUI's own.
+            if found is not None and not _home(_code(found)).startswith(_HOST):
+                yield f"{named(found)} as {method} of {name}"
     # The model's own class is told where it is not known.
-    if name != "model" and not cls.__module__.startswith(_HOST):
-        yield f"the {name} are of class {cls.__qualname__} of {cls.__module__}"
-
-
-def _attention_function(module: nn.Module) -> Iterator[str]:
-    home = type(module).__module__
-    function = getattr(sys.modules.get(home), _ATTENTION, None)
-    found = getattr(function, "__module__", None)
-    if found is not None and not found.startswith(_HOST):
-        yield f"{_ATTENTION} in {home} is {named(function)}"
-
-
-def _looked_at(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    yield "model", unwrapped(model)
-    for block in list(getattr(model, "blocks", ()))[:1]:
-        yield from _self_attentions(unwrapped(block))
+    if name != "the model" and not cls.__module__.startswith(_HOST):
+        yield f"{named(cls)} as class of {name}"
+    function = getattr(sys.modules.get(cls.__module__), _ATTENTION, None)
+    if function is not None and not _home(_code(function)).startswith(_HOST):
+        yield f"{named(function)} as {_ATTENTION} in {cls.__module__}"
 
 
 def who_attends(model: Any) -> str | None:
     """What runs a model's self-attention in place of ComfyUI's own code, None if none is seen.
 
-    Looks at the model, its first block and the attention in it, as they are now.
+    It may well hand calls on to ComfyUI's. Looks at the model, its first block and the attention
+    in it, as they are now.
     """
     try:
-        found = (
-            said
-            for name, module in _looked_at(model)
-            for said in (*_replaced(name, module), *_attention_function(module))
-        )
-        return next(found, None)
+        return next((said for part in _parts(model) for said in _in_place_of(*part)), None)
     except Exception:  # it is no more than a hint, and other packs' modules may be anything
         return None

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 from PIL import Image
 
+from .call_record import CallRecord
 from .page import LINE, MARGIN, SPARSE, TEXT, WIDTH, Colour, Page, text_picture, wrapped
-from .record import CallRecord, RunRecord
+from .record import RunRecord
 
 # A layer or step, None where it is not known.
 Name = int | None

@@ -11,13 +11,13 @@ from torch import Tensor
 from ..kernels import BlockPlan
 from ..kernels.fallback import KernelFallback, KernelRun
 from .attention_call import AttentionCall, classify, read_call
+from .call_record import CallRecord
 from .dense_calls import DenseCalls
 from .dense_default import BY_DEFAULT, faster_default
 from .dense_reason import dense_reason
 from .log import log
 from .plans import PlanCache
 from .preferred import SAID_OF, preferred_attention
-from .record import CallRecord
 from .run import RUN_KEY, RunState
 from .settings import SETTINGS_KEY, AttentionSettings, AttentionSite
 from .sparse_calls import run_sparse

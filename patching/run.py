@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from .router import AttentionRouter
 
 RUN_KEY = "sparse_video_attention_run"
-OTHER_WAY = "no forward of the model reached this pack: something runs the model in its own way"
+OTHER_WAY = (
+    "no forward of the model reached this pack: {} runs the model in its own way, or a cache left "
+    "all steps out"
+)
 
 
 class RunState:
@@ -40,6 +43,8 @@ class RunState:
         reasserted: it has been put on top of an override that had taken its place.
         shapes: of the video in forwards that were looked at for calls kept from this pack.
         failures: sparse calls that failed in this run.
+        suspects: what stood in calls' way to this pack in forwards of which none came.
+        bystanders: the same in one of which they came.
     """
 
     def __init__(
@@ -61,6 +66,13 @@ class RunState:
         self.steps = SamplerSteps()
         self.shapes: set[torch.Size | None] = set()
         self.failures = Failures()
+        self.suspects: dict[str, None] = {}
+        self.bystanders: frozenset[str] | None = None
+
+    def attended_by(self) -> str | None:
+        """What may have kept calls from this pack."""
+        found = [name for name in self.suspects if name not in (self.bystanders or ())]
+        return " and ".join(found) or None
 
     def step(self, sigma: float, sample_sigmas: Tensor) -> tuple[int | None, int]:
         """(denoising step, steps in the schedule) of a forward at noise level sigma."""
@@ -141,8 +153,7 @@ def _say(record: RunRecord, choice: SparseChoice | None) -> None:
 
 
 def _other_way(network: Any) -> str:
-    who = who_attends(network)
-    return OTHER_WAY if who is None else f"{OTHER_WAY} ({who})"
+    return OTHER_WAY.format(who_attends(network) or "something")
 
 
 class OuterSampleWrapper:
@@ -187,6 +198,7 @@ class OuterSampleWrapper:
             raise
         finally:
             options.pop(RUN_KEY, None)
+            record.attended_by = run.attended_by()
             if run.steps.has_begun:
                 record.no_forward = unreadable_reason(network) or _other_way(network)
             self._close(record, choice, out)

@@ -13,22 +13,33 @@ import torch
 STEPS, SHAPE, TEXT_TOKENS = 6, (1, 16, 5, 16, 20), 40
 
 
-def load_packs(folder: Path) -> list[str]:
-    """Load every pack in a custom_nodes folder as ComfyUI would; the names of those it took."""
+def load_packs(folder: Path, loop: asyncio.AbstractEventLoop) -> tuple[list[str], list[str]]:
+    """Load the packs in a custom_nodes folder, as ComfyUI's start does.
+
+    Returns:
+        The names of those that it took and of those that it did not.
+    """
     import server
 
     import nodes
 
-    loop = asyncio.new_event_loop()
     if getattr(server.PromptServer, "instance", None) is None:
         server.PromptServer.instance = server.PromptServer(loop)
 
-    async def load() -> list[str]:
+    async def load() -> tuple[list[str], list[str]]:
         await nodes.init_builtin_extra_nodes()
-        packs = sorted(path for path in folder.iterdir() if (path / "__init__.py").is_file())
-        return [path.name for path in packs if await nodes.load_custom_node(str(path))]
+        own = set(nodes.NODE_CLASS_MAPPINGS)
+        packs = [path for path in sorted(folder.iterdir()) if _is_pack(path)]
+        taken = [path for path in packs if await nodes.load_custom_node(str(path), ignore=own)]
+        return [path.name for path in taken], [path.name for path in packs if path not in taken]
 
     return loop.run_until_complete(load())
+
+
+def _is_pack(path: Path) -> bool:
+    if path.name.endswith(".disabled") or path.name.startswith(("__", ".")):
+        return False
+    return path.suffix == ".py" or (path / "__init__.py").is_file()
 
 
 def call_node(name: str, **inputs: Any) -> tuple[Any, ...]:
@@ -176,6 +187,7 @@ TRIALS = {
     "Cache-DiT, WAN": on_model(
         "WanCacheOptimizer", warmup_steps=2, skip_interval=2, steps=frozenset({0, 1, 3, 5})
     ),
+    "Spectrum, WAN": on_model("SpectrumApplyWAN"),
     # It chooses values by comparing them, so that rounding changes the choice.
     "Skimmed CFG": on_model("Skimmed CFG", same=2e-2),
     "Detail Daemon": around_sampler("DetailDaemonSamplerNode"),

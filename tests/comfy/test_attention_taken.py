@@ -1,7 +1,7 @@
 """Packs that run a model's attention in their own way: the run's line names what does."""
 
 import logging
-from types import MethodType
+from types import FunctionType, MethodType
 
 import pytest
 import torch
@@ -48,6 +48,19 @@ def with_forward_orig(model, function):
     return patched
 
 
+def late_only(patched):
+    """The model function wrapper of a MODEL, in the later steps only."""
+    taking = patched.model_options["model_function_wrapper"]
+
+    def wrapper(apply, arguments):
+        if float(arguments["timestep"][0]) < 0.9:
+            return taking(apply, arguments)
+        return apply(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    patched.set_model_unet_function_wrapper(wrapper)
+    return patched
+
+
 def line_of(patched, caplog):
     """The line that the latest run left in the console, and its level."""
     summary = run_history(patched).latest.summary()
@@ -67,30 +80,19 @@ def test_a_forward_that_hands_no_options_on(model, install_band, sample, caplog,
         patched = install_band(with_forward_orig(model, blocks_without_options))
     assert torch.equal(sample(patched), alone)
     summary, level = line_of(patched, caplog)
-    assert "no self-attention call reached this pack; forward_orig of the model is" in summary
-    assert f"{blocks_without_options.__qualname__} of {__name__}" in summary
+    who = f"{blocks_without_options.__qualname__} of {__name__}"
+    said = f"no self-attention call reached this pack; {who} as forward_orig of the model took them"
+    assert said in summary
     assert level == logging.WARNING
 
 
 def test_what_took_only_some_steps_is_named_at_them(model, install_band, sample, caplog):
     caplog.set_level(logging.INFO, logger="sparse_video_attention")
     patched = with_forward_orig(install_band(model), blocks_without_options)
-    taking = patched.model_options["model_function_wrapper"]
-
-    def in_the_end(apply, arguments):
-        late = float(arguments["timestep"][0]) < 0.9
-        c = arguments["c"]
-        return (
-            taking(apply, arguments)
-            if late
-            else apply(arguments["input"], arguments["timestep"], **c)
-        )
-
-    patched.set_model_unet_function_wrapper(in_the_end)
-    sample(patched)
+    sample(late_only(patched))
     summary, level = line_of(patched, caplog)
     assert "no attention call came here in step" in summary
-    assert f"(forward_orig of the model is {blocks_without_options.__qualname__}" in summary
+    assert f"(a cache or {blocks_without_options.__qualname__} of {__name__} as" in summary
     assert level == logging.INFO
 
 
@@ -107,7 +109,7 @@ def test_attention_replaced_by_an_object_patch(model, install_band, sample, capl
         patched.add_object_patch(name, MethodType(own_attention, block.self_attn))
     sample(patched)
     summary, level = line_of(patched, caplog)
-    assert f"forward of the blocks' self_attn is own_attention of {__name__}" in summary
+    assert f"own_attention of {__name__} as forward of the blocks' self_attn took" in summary
     assert level == logging.WARNING
     # The patch is taken away again for a model without it.
     again = install_band(model)
@@ -128,8 +130,8 @@ def test_attention_replaced_for_all_models(model, install_band, sample, caplog, 
     patched = install_band(model)
     assert torch.equal(sample(patched), sample(model))
     summary, level = line_of(patched, caplog)
-    assert "optimized_attention in comfy.ldm.wan.model is" in summary
-    assert everywhere.__qualname__ in summary and level == logging.WARNING
+    assert "as optimized_attention in comfy.ldm.wan.model took them all" in summary
+    assert "everywhere of" in summary and level == logging.WARNING
 
 
 def test_a_forward_that_leaves_wrappers_out(model, install_band, sample, caplog, monkeypatch):
@@ -143,8 +145,8 @@ def test_a_forward_that_leaves_wrappers_out(model, install_band, sample, caplog,
     patched = install_band(model)
     sample(patched)
     summary, level = line_of(patched, caplog)
-    assert "no forward of the model reached this pack" in summary
-    assert f"(forward of the model is {straight.__qualname__} of {__name__})" in summary
+    assert "no forward of the model reached this pack: " in summary
+    assert f"straight of {__name__} as forward of the model runs the model in its own" in summary
     assert level == logging.WARNING
 
 
@@ -170,3 +172,71 @@ def test_a_cache_in_place_of_the_forward_leaves_the_rest_sparse(
     kept.clear()
     expected = sample(model)
     assert torch.allclose(out, expected, atol=2e-4 * float(expected.abs().max()))
+
+
+def handing_on(model):
+    """As packs do it that want to see what attention gives: their forward hands everything on."""
+    patched = model.clone()
+    for i, block in enumerate(model.model.diffusion_model.blocks):
+        own = type(block.self_attn).forward
+
+        def forward(self, x, freqs, transformer_options=None, *, own=own):
+            return own(self, x, freqs, transformer_options=transformer_options)
+
+        name = f"diffusion_model.blocks.{i}.self_attn.forward"
+        patched.add_object_patch(name, MethodType(forward, block.self_attn))
+    return patched
+
+
+def test_what_hands_calls_on_is_not_blamed_for_what_a_cache_left_out(
+    model, install_band, sample, caplog
+):
+    caplog.set_level(logging.INFO, logger="sparse_video_attention")
+    patched = with_forward_orig(handing_on(install_band(model)), blocks_without_options)
+    sample(late_only(patched))
+    summary, _ = line_of(patched, caplog)
+    assert "blocks_without_options of" in summary and "self_attn" not in summary
+
+    def nothing(self, x, *args, **kwargs):
+        return torch.zeros_like(x)
+
+    # Nobody else is seen: what leaves attention out is ComfyUI's by its module.
+    comfyuis = FunctionType(nothing.__code__, globals() | {"__name__": "comfy.made_here"})
+    patched = with_forward_orig(handing_on(install_band(model)), comfyuis)
+    sample(late_only(patched))
+    summary, level = line_of(patched, caplog)
+    assert "(a cache or another attention patch took them)" in summary
+    assert level == logging.INFO
+
+
+def test_an_override_that_takes_everything_is_named_beside_what_else_is_seen(
+    model, install_band, sample, caplog
+):
+    from sparse_video_attention.patching.router import OVERRIDE_KEY
+
+    caplog.set_level(logging.INFO, logger="sparse_video_attention")
+    patched = handing_on(install_band(model))
+
+    def greedy(func, *args, **kwargs):
+        return func(*args, **kwargs)
+
+    greedy.previous = patched.model_options["transformer_options"][OVERRIDE_KEY]
+    patched.model_options["transformer_options"][OVERRIDE_KEY] = greedy
+    sample(patched)
+    summary, level = line_of(patched, caplog)
+    assert "attention override test_an_override_that_takes" in summary
+    assert "as forward of the blocks' self_attn and attention override" in summary
+    assert level == logging.WARNING
+
+
+def test_a_run_that_was_stopped_is_no_warning(model, install_band, sample, caplog):
+    caplog.set_level(logging.INFO, logger="sparse_video_attention")
+    patched = with_forward_orig(install_band(model), blocks_without_options)
+
+    def stop(step, *args):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(patched, callback=stop)
+    summary, level = line_of(patched, caplog)
+    assert summary.endswith("reached this pack; the run ended early") and level == logging.INFO

@@ -42,7 +42,7 @@ def test_calls_that_it_leaves_run_sparse_here(
     assert core.taken == LAYERS * (STEPS - core_from)
     assert record.sparse().calls == LAYERS * max(core_from - 1, 0)
     taken = {1: "steps 2-4", 2: "steps 3-4"}.get(core_from)
-    told = f"no attention call came here in {taken} (a cache or another attention patch"
+    told = f"no attention call came here in {taken} (a cache or "
     assert (told in record.summary()) == (taken is not None)
     assert "the model did not run" not in record.summary()
     # Whoever computes it, it is the same band from the second step on.

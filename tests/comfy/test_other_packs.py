@@ -1,10 +1,13 @@
 """The check of other packs, which the suite has none of, on a pack made up for it."""
 
+import asyncio
+from itertools import count
+
 import pytest
-from _pytest.outcomes import Skipped, XFailed
+import torch
 
 from .other_packs import check
-from .pack_trials import SHAPE, call_node, load_packs, on_model, sampler_node
+from .pack_trials import SHAPE, Trial, call_node, ksampler, load_packs, on_model, sampler_node
 
 pytestmark = [pytest.mark.comfy, pytest.mark.slow]
 
@@ -66,9 +69,16 @@ def host_nodes(comfyui, tmp_path_factory):
     folder = tmp_path_factory.mktemp("custom_nodes")
     (folder / "Made-Up").mkdir()
     (folder / "Made-Up" / "__init__.py").write_text(PACK, encoding="utf-8")
+    (folder / "Switched-Off.disabled").mkdir()
+    (folder / "Switched-Off.disabled" / "__init__.py").write_text(PACK, encoding="utf-8")
     (folder / "no-pack").mkdir()
-    assert load_packs(folder) == ["Made-Up"]
+    (folder / "one_file.py").write_text("NODE_CLASS_MAPPINGS = {}", encoding="utf-8")
+    (folder / "Broken").mkdir()
+    (folder / "Broken" / "__init__.py").write_text("import nothing_of_this_name", encoding="utf-8")
+    loop = asyncio.new_event_loop()
+    assert load_packs(folder, loop) == (["Made-Up", "one_file.py"], ["Broken"])
     yield nodes.NODE_CLASS_MAPPINGS
+    loop.close()
     for name in ("MadeUpOnModel", "MadeUpTwoSamplers"):
         del nodes.NODE_CLASS_MAPPINGS[name]
 
@@ -90,13 +100,28 @@ def test_one_that_leaves_out_steps_it_should_run_does_not(tried):
         tried(on_model("MadeUpOnModel", steps=frozenset({0, 1, 2})), "last")
 
 
+def test_one_that_does_other_things_with_everything_kept_does_not(tried):
+    use = count(1)
+    drifting = Trial("made up", sample=lambda model: ksampler(model) * (1 + 0.02 * next(use)))
+    with pytest.raises(AssertionError, match="density 1.000"):
+        tried(drifting, "last")
+
+
+def test_one_that_sparse_attention_does_not_reach_does_not(tried):
+    blind = Trial("made up", sample=lambda model: torch.ones_like(ksampler(model)))
+    with pytest.raises(AssertionError, match="sparse attention changed nothing"):
+        tried(blind, "last")
+
+
 def test_one_that_attends_by_itself_is_expected_to_be_named(tried):
-    with pytest.raises(XFailed, match="forward of the blocks' self_attn is OnModel.apply"):
+    with pytest.raises(pytest.xfail.Exception, match="as forward of the blocks' self_attn took"):
         tried(on_model("MadeUpOnModel", kind="own attention"), "last")
 
 
 def test_one_that_fails_alone_is_skipped(tried):
-    with pytest.raises(Skipped, match="fails without this pack too: RuntimeError: as made"):
+    with pytest.raises(
+        pytest.skip.Exception, match="fails without this pack too: RuntimeError: as made"
+    ):
         tried(on_model("MadeUpOnModel", kind="error"), "first")
 
 

@@ -1,7 +1,8 @@
 """What a run's record tells of steps that never called the model's attention."""
 
 import pytest
-from sparse_video_attention.patching.record import CallRecord, RunRecord
+from sparse_video_attention.patching.call_record import CallRecord
+from sparse_video_attention.patching.record import RunRecord
 
 NOT_RUN = "the model did not run in"
 TAKEN = "no attention call came here in"
@@ -54,3 +55,29 @@ def test_a_step_in_which_some_calls_came_is_not_named():
 def test_nothing_is_said_where_none_is_missing_or_it_is_not_known(made):
     assert NOT_RUN not in made.summary() and TAKEN not in made.summary()
     assert not any("no calls" in line for line in made.step_lines())
+
+
+@pytest.mark.parametrize(
+    ("made", "missing"),
+    [
+        (RunRecord("radial"), False),
+        (RunRecord("radial", no_forward="something runs the model in its own way"), True),
+        (record([], [0, 1]), True),
+        (record([], [0, 1], ended_early=True), False),
+        (record([0], [1]), False),
+    ],
+    ids=["not-begun", "no-forward", "no-calls", "stopped", "some-calls"],
+)
+def test_a_run_whose_attention_never_came_is_told_from_others(made, missing):
+    assert made.is_missing() == missing
+
+
+def test_who_may_have_kept_calls_is_named():
+    made = record([], [0, 1], attended_by="other of Some-Pack as forward_orig of the model")
+    assert made.summary().endswith(
+        "reached this pack; other of Some-Pack as forward_orig of the model took them all"
+    )
+    made = record([0, 1, 2], range(3, 10), attended_by="other of Some-Pack")
+    assert "in steps 4-10 (a cache or other of Some-Pack took them)" in made.summary()
+    stopped = record([], [0], ended_early=True, attended_by="other of Some-Pack")
+    assert stopped.summary().endswith("reached this pack; the run ended early")

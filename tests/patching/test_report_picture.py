@@ -4,7 +4,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from sparse_video_attention.patching.record import CallRecord, RunRecord
+from sparse_video_attention.patching.call_record import CallRecord
+from sparse_video_attention.patching.record import RunRecord
 from sparse_video_attention.patching.report_picture import (
     DENSE,
     NOT_CALLED,
