@@ -187,7 +187,7 @@ TRIALS = {
     "Cache-DiT, WAN": on_model(
         "WanCacheOptimizer", warmup_steps=2, skip_interval=2, steps=frozenset({0, 1, 3, 5})
     ),
-    "Spectrum, WAN": on_model("SpectrumApplyWAN"),
+    "Spectrum, WAN": on_model("SpectrumApplyWAN", steps=frozenset(range(5))),
     # It chooses values by comparing them, so that rounding changes the choice.
     "Skimmed CFG": on_model("Skimmed CFG", same=2e-2),
     "Detail Daemon": around_sampler("DetailDaemonSamplerNode"),
