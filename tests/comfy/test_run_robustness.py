@@ -206,6 +206,17 @@ def test_a_model_that_something_runs_in_its_own_way_is_told_from_one_not_called(
     assert "something runs the model in its own way" in summary and "not called" not in summary
 
 
+def test_of_a_model_that_is_not_known_that_is_the_reason(model, install_band, sample, monkeypatch):
+    from sparse_video_attention.patching import layout
+
+    monkeypatch.delitem(layout._READERS, "WanModel")
+    patched = install_band(model)
+    patched.set_model_unet_function_wrapper(lambda apply, args: torch.zeros_like(args["input"]))
+    sample(patched)
+    summary = run_history(patched).latest.summary()
+    assert summary.endswith(": where WanModel keeps its video tokens is not known")
+
+
 def test_nan_inputs_do_not_set_a_dense_backend_aside(model, comfyui, monkeypatch):
     from sparse_video_attention.nodes.backend import SetAttentionBackend
 
