@@ -220,25 +220,25 @@ class KernelFallback:
         able = tuple(choice.able)
         for place, pair in enumerate(able):
             chosen, chosen_precision = pair
-            verified = chosen.name, chosen_precision
-            if choice.rests and choice.is_resting(verified, able[place + 1 :]):
+            name = chosen.name, chosen_precision
+            if choice.rests and choice.is_resting(name, able[place + 1 :]):
                 passed_over += (f"{_named(*pair)} {OUT_OF_MEMORY}",)
                 continue
             try:
                 out = chosen.run(replace(call, precision=chosen_precision))
-                choice.had_memory(verified)
-                if verified not in choice.verified and not is_captured(q.device):
+                choice.had_memory(name)
+                if name not in choice.verified and not is_captured(q.device):
                     if _is_sound(out, replace(call, precision=chosen_precision), chosen):
-                        choice.verified.add(verified)
+                        choice.verified.add(name)
                     else:
-                        choice.put_off[verified] += 1
-                        if choice.put_off[verified] >= MAX_PUT_OFF:
-                            choice.verified.add(verified)
+                        choice.put_off[name] += 1
+                        if choice.put_off[name] >= MAX_PUT_OFF:
+                            choice.verified.add(name)
                 notes = choice.notes + passed_over
                 return KernelRun(out, chosen.name, chosen_precision, notes, choice.rivals)
             except Exception as error:  # whatever a kernel raises, the run goes on
                 if is_out_of_memory(error):
-                    choice.ran_out_of_memory(verified)
+                    choice.ran_out_of_memory(name)
                     passed_over += (f"{_named(*pair)} {OUT_OF_MEMORY}",)
                 else:
                     self._set_aside(choice, pair, short_error(error, MAX_REASON))

@@ -182,7 +182,7 @@ class RunRecord:
         idle = set(range(self.total_steps)) - {call.step for call in self.calls}
         return idle - self.forward_steps, idle & self.forward_steps
 
-    def is_missing(self) -> bool:
+    def was_bypassed(self) -> bool:
         """Whether a run went through, and none of its attention came here."""
         began = bool(self.forwards) or self.no_forward != NOT_CALLED
         return began and not self.calls and not self.ended_early

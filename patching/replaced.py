@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,8 @@ METHODS = ("forward", "_forward", "forward_orig")
 # Of ComfyUI; what comes from elsewhere is another pack's.
 _HOST = "comfy."
 _ATTENTION = "optimized_attention"
+# Where torch.compile keeps what it compiled.
+_COMPILED = "_torchdynamo_orig_callable"
 _PACKS = re.compile(r".*custom_nodes[/\\.]")
 
 
@@ -43,35 +46,36 @@ def class_stand_in(cls: type, method: str) -> Any | None:
 
 def _code(function: Any) -> Any:
     """What runs in the end when something is called, without what compilers wrap around it."""
+    # By type: an object of another pack may have an answer to every attribute.
     while True:
-        inner = getattr(function, "_torchdynamo_orig_callable", None)
-        inner = inner or getattr(function, "__func__", None)
-        if inner is None and isinstance(function, partial):
-            inner = function.func
-        if inner is None:
+        if isinstance(function, MethodType):
+            function = function.__func__
+        elif isinstance(function, partial):
+            function = function.func
+        elif isinstance(function, FunctionType) and _COMPILED in vars(function):
+            function = vars(function)[_COMPILED]
+        else:
             return function
-        function = inner
 
 
 def _home(function: Any) -> str:
     """The module of a callable's code, or of its class."""
     # Of the code, not of the name: a wrapper can carry the name of what it wraps.
-    named_globals = getattr(function, "__globals__", None)
-    if isinstance(named_globals, dict):
-        return str(named_globals.get("__name__", ""))
-    kind = function if isinstance(function, type) else type(function)
-    return str(getattr(function, "__module__", None) or kind.__module__)
+    if isinstance(function, FunctionType):
+        return str(function.__globals__.get("__name__", ""))
+    kind = function if isinstance(function, type | BuiltinFunctionType) else type(function)
+    return str(kind.__module__ or "")
 
 
 def named(function: Any) -> str:
     """A callable or class as a person can find it: those of many packs are called "override"."""
     function = _code(function)
-    code = getattr(function, "__code__", None)
-    if code is None:
-        kind = function if hasattr(function, "__qualname__") else type(function)
-        name = kind.__qualname__
+    if isinstance(function, FunctionType):
+        name = getattr(function.__code__, "co_qualname", function.__code__.co_name)
+    elif isinstance(function, type | BuiltinFunctionType):
+        name = function.__qualname__
     else:
-        name = getattr(code, "co_qualname", code.co_name)
+        name = type(function).__qualname__
     # ComfyUI names a pack's modules by the whole path of its folder.
     module = _PACKS.sub("", _home(function))
     return f"{name} of {module}" if module else str(name)

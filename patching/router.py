@@ -18,6 +18,7 @@ from .dense_reason import dense_reason
 from .log import log
 from .plans import PlanCache
 from .preferred import SAID_OF, preferred_attention
+from .replaced import named
 from .run import RUN_KEY, RunState
 from .settings import SETTINGS_KEY, AttentionSettings, AttentionSite
 from .sparse_calls import run_sparse
@@ -81,8 +82,7 @@ class AttentionRouter:
         self.dense = DenseCalls()
         self.speed = SpeedCheck()
         # Dense calls take as long as it does.
-        kind: Any = previous if hasattr(previous, "__qualname__") else type(previous)
-        self._neighbour = f"{kind.__module__}.{kind.__qualname__}"
+        self._neighbour = named(previous)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionRouter:
         """Itself: options are copied per run, caches and their locks are shared."""
@@ -149,7 +149,7 @@ class AttentionRouter:
                 watch.stop()
                 forward.failures.succeeded(kind)
                 _say(forward, sparse.notes)
-                ran = _named(sparse)
+                ran = _kernel_named(sparse)
                 forward.calls.append(CallRecord(forward.step, layer, ran, density, None, watch))
                 return sparse.out
         out, ran = self._run_dense(received, call, site, self._default(received, call))
@@ -277,7 +277,7 @@ class AttentionRouter:
         return self.speed.compare(key, asked)
 
 
-def _named(ran: KernelRun) -> str:
+def _kernel_named(ran: KernelRun) -> str:
     return ran.kernel if ran.precision == "native" else f"{ran.kernel} {ran.precision}"
 
 

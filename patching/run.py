@@ -145,7 +145,7 @@ def _say(record: RunRecord, choice: SparseChoice | None) -> None:
             "this sampler starts inside the noise schedule, and a quarter of its own steps is "
             "dense (dense_timesteps -1)"
         )
-    log.log(logging.WARNING if record.is_missing() else logging.INFO, record.summary())
+    log.log(logging.WARNING if record.was_bypassed() else logging.INFO, record.summary())
     level = logging.INFO if choice.verbose else logging.DEBUG
     if log.isEnabledFor(level):
         for line in record.step_lines():
@@ -199,7 +199,7 @@ class OuterSampleWrapper:
         finally:
             options.pop(RUN_KEY, None)
             record.attended_by = run.attended_by()
-            if run.steps.has_begun:
+            if run.steps.has_begun and not record.forwards:
                 record.no_forward = unreadable_reason(network) or _other_way(network)
             self._close(record, choice, out)
         return out

@@ -52,7 +52,7 @@ def test_a_step_in_which_some_calls_came_is_not_named():
     [record(range(10)), record(range(4), ended_early=True), record([0, 1, None], [2])],
     ids=["whole", "stopped", "steps-unknown"],
 )
-def test_nothing_is_said_where_none_is_missing_or_it_is_not_known(made):
+def test_nothing_is_said_where_none_was_bypassed_or_it_is_not_known(made):
     assert NOT_RUN not in made.summary() and TAKEN not in made.summary()
     assert not any("no calls" in line for line in made.step_lines())
 
@@ -69,7 +69,7 @@ def test_nothing_is_said_where_none_is_missing_or_it_is_not_known(made):
     ids=["not-begun", "no-forward", "no-calls", "stopped", "some-calls"],
 )
 def test_a_run_whose_attention_never_came_is_told_from_others(made, missing):
-    assert made.is_missing() == missing
+    assert made.was_bypassed() == missing
 
 
 def test_who_may_have_kept_calls_is_named():

@@ -196,3 +196,15 @@ def test_a_callable_goes_by_its_class():
             pass
 
     assert named(Callable()) == named(Callable) == f"{Callable.__qualname__} of {__name__}"
+
+
+def test_one_that_answers_to_every_attribute_goes_by_its_class_too():
+    class Proxy:
+        def __getattr__(self, name):
+            return self
+
+    assert named(Proxy()) == f"{Proxy.__qualname__} of {__name__}"
+
+
+def test_a_builtin_goes_by_its_own_name():
+    assert named(len) == "len of builtins" and named(None) == "NoneType of builtins"
