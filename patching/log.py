@@ -27,6 +27,6 @@ def one_line(error: BaseException) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as a sentence has room for."""
-    text = repr(value)
+    """A value as a sentence has room for; a path of Windows as people write it."""
+    text = repr(value).replace("\\\\", "\\")
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -13,6 +13,7 @@ from ..third_party import spas_sage_attn
 from .choice import make_choice
 from .install import describe_model
 from .layout import WAN
+from .log import shown
 from .settings import SparseChoice
 
 FOLDER = "sparge"
@@ -46,7 +47,7 @@ def checkpoint_path(name: str) -> str | None:
         ValueError: there is no such file.
     """
     if not isinstance(name, str):
-        raise ValueError(f"sparge_ckpt {name!r}: it is the name of a file, or none")
+        raise ValueError(f"sparge_ckpt {shown(name)}: it is the name of a file, or none")
     if name == NO_CHECKPOINT:
         return None
     if Path(name).is_absolute():
@@ -56,7 +57,7 @@ def checkpoint_path(name: str) -> str | None:
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None:
         raise ValueError(
-            f"sparge_ckpt {name!r}: no such file in models/{FOLDER}; there are "
+            f"sparge_ckpt {shown(name)}: no such file in models/{FOLDER}; there are "
             f"{', '.join(checkpoint_names()) or 'none'}"
         )
     return str(path)

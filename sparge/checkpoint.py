@@ -141,7 +141,7 @@ def load_checkpoint(
         checkpoint = _parse(_read(file), file.name)
         _check_model(checkpoint, num_layers, num_heads, family)
     except ValueError as error:
-        raise ValueError(f"sparge_ckpt {str(file)!r} {error}") from None
+        raise ValueError(f"sparge_ckpt '{file}' {error}") from None
     return checkpoint
 
 

@@ -187,6 +187,7 @@ def test_the_last_sparse_node_of_the_pack_acts_and_says_so(
         ({"preset": "Wan2.1_14b/psa_balancd"}, "did you mean 'Wan2.1_14b/psa_balanced'"),
         ({"preset": "nope"}, "preset 'nope' does not exist"),
         ({"config_file": "nowhere.yaml"}, "config_file 'nowhere.yaml': no such file"),
+        ({"config_file": "C:\\mine\\no.yaml"}, "config_file 'C:\\mine\\no.yaml': no such file"),
         ({"warmup_steps": 101}, "warmup_steps 101: allowed are whole numbers from -1 to 100"),
         ({"warmup_steps": -3}, "warmup_steps -3: allowed are whole numbers from -1 to 100"),
         ({"warmup_steps": "x"}, "warmup_steps 'x': allowed are whole numbers from -1 to 100"),

@@ -93,8 +93,9 @@ def assembled(kernel, capability):
         text=True,
         check=True,
     )
-    registers = re.search(r"Used (\d+) registers", ran.stderr)
-    spilled = re.search(r"(\d+) bytes spill stores", ran.stderr)
+    report = ran.stdout + ran.stderr  # on Windows it is on stdout
+    registers = re.search(r"Used (\d+) registers", report)
+    spilled = re.search(r"(\d+) bytes spill stores", report)
     return int(registers[1]), int(spilled[1])
 
 
