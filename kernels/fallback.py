@@ -13,12 +13,11 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .attention import candidates, check_call
 from .capture import is_captured
-from .first_output import relative_error
+from .first_output import is_sound
 from .memory_errors import OUT_OF_MEMORY, is_out_of_memory, short_error
 from .plan import BlockPlan
 from .registry import KeptPools, Kernel, KernelCall, unavailable_reason
@@ -228,7 +227,7 @@ class KernelFallback:
                 out = chosen.run(replace(call, precision=chosen_precision))
                 choice.had_memory(name)
                 if name not in choice.verified and not is_captured(q.device):
-                    if _is_sound(out, replace(call, precision=chosen_precision), chosen):
+                    if is_sound(out, replace(call, precision=chosen_precision), chosen):
                         choice.verified.add(name)
                     else:
                         choice.put_off[name] += 1
@@ -244,33 +243,3 @@ class KernelFallback:
                     self._set_aside(choice, pair, short_error(error, MAX_REASON))
         reasons = "; ".join(choice.notes + passed_over)
         raise NoKernelServesError(reasons or "no kernel serves this call")
-
-
-def _is_sound(out: Tensor, call: KernelCall, kernel: Kernel) -> bool:
-    """Whether a first output is right; False if that cannot be told: the inputs are not finite,
-    or there is no memory to find out.
-
-    A few syncs per kernel and shape.
-
-    Raises:
-        ArithmeticError: the kernel made a NaN, or is off by more than it may be.
-    """
-    # A sum with a NaN in it is one, and needs no memory; infinities can make one too.
-    if bool(out.sum(dtype=torch.float32).isnan()) and bool(out.isnan().any()):
-        # An infinite logit makes one too, in exact attention as well.
-        if not all(bool(x.isfinite().all()) for x in (call.q, call.k, call.v)):
-            return False
-        raise ArithmeticError("its first output for this shape holds a NaN")
-    allowed = kernel.allowed_error.get(call.precision)
-    if allowed is None:
-        return True
-    try:
-        error = relative_error(call, out)
-    except Exception as problem:  # it says nothing about this kernel
-        return not is_out_of_memory(problem)
-    if error is not None and not error <= allowed:
-        raise ArithmeticError(
-            f"its first output for this shape is off by {error:.2g} (relative L2, at most "
-            f"{allowed:.2g} is allowed)"
-        )
-    return error is not None

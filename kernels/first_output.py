@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .registry import KernelCall
+from .memory_errors import is_out_of_memory
+from .registry import Kernel, KernelCall
 from .torch_gathered import attend_gathered
 
 # Relative L2 error by precision. Rounding of weights and output gives about 3e-3 in bf16, and one
@@ -70,3 +71,33 @@ def relative_error(call: KernelCall, out: Tensor) -> float | None:
         errors.append(float(((got - want).norm() - unavoidable).clamp(min=0) / norm))
     # A NaN must not hide behind a number.
     return next((error for error in errors if error != error), max(errors))
+
+
+def is_sound(out: Tensor, call: KernelCall, kernel: Kernel) -> bool:
+    """Whether a first output is right; False if that cannot be told: the inputs are not finite,
+    or there is no memory to find out.
+
+    A few syncs per kernel and shape.
+
+    Raises:
+        ArithmeticError: the kernel made a NaN, or is off by more than it may be.
+    """
+    # A sum with a NaN in it is one, and needs no memory; infinities can make one too.
+    if bool(out.sum(dtype=torch.float32).isnan()) and bool(out.isnan().any()):
+        # An infinite logit makes one too, in exact attention as well.
+        if not all(bool(x.isfinite().all()) for x in (call.q, call.k, call.v)):
+            return False
+        raise ArithmeticError("its first output for this shape holds a NaN")
+    allowed = kernel.allowed_error.get(call.precision)
+    if allowed is None:
+        return True
+    try:
+        error = relative_error(call, out)
+    except Exception as problem:  # it says nothing about this kernel
+        return not is_out_of_memory(problem)
+    if error is not None and not error <= allowed:
+        raise ArithmeticError(
+            f"its first output for this shape is off by {error:.2g} (relative L2, at most "
+            f"{allowed:.2g} is allowed)"
+        )
+    return error is not None

@@ -152,6 +152,28 @@ class BlockPlan:
             raise ValueError("a query block attends to no key block; every row needs at least one")
         return plan
 
+    @classmethod
+    def full(
+        cls,
+        q_len: int,
+        k_len: int,
+        *,
+        device: torch.device | str,
+        block_m: int = 128,
+        block_n: int = 128,
+    ) -> BlockPlan:
+        """Every key block for every query block: dense attention. All rows share one list.
+
+        No device sync.
+        """
+        if min(q_len, k_len) < 1:
+            raise ValueError(f"a plan needs tokens; got q_len={q_len}, k_len={k_len}")
+        rows, columns = -(-q_len // block_m), -(-k_len // block_n)
+        indices = torch.arange(columns, dtype=torch.int32, device=device)
+        ends = torch.arange(0, columns + 1, columns, dtype=torch.int32, device=device)
+        bounds = ends.expand(1, 1, rows, 2)
+        return cls(block_m, block_n, q_len, k_len, (1,), indices, bounds)
+
     @property
     def num_q_blocks(self) -> int:
         return -(-self.q_len // self.block_m)

@@ -33,6 +33,26 @@ class Loaded(NamedTuple):
     constraints: Constraints | None = None
 
 
+class IsSound(Protocol):
+    """Whether out is the attention of q, k and v; False if that cannot be told. Syncs.
+
+    Raises ArithmeticError, with how far off it is.
+    """
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, out: Tensor
+    ) -> bool: ...
+
+
+def has_no_nan(q: Tensor, k: Tensor, v: Tensor, scale: float | None, out: Tensor) -> bool:
+    """IsSound of libraries that others have tried."""
+    if not bool(torch.isnan(out).any()):
+        return True
+    if all(bool(x.isfinite().all()) for x in (q, k, v)):
+        raise ArithmeticError("its first output for this shape holds a NaN")
+    return False
+
+
 @dataclass(frozen=True, eq=False)
 class DenseBackend:
     """A way to run dense attention.
@@ -42,12 +62,14 @@ class DenseBackend:
         declared: what its current version can be called with.
         load: imports the library; raises whatever the import raises.
         library: None where nothing has to be installed.
+        is_sound: asked about the first output for a shape.
     """
 
     name: str
     declared: Constraints
     load: Callable[[], Loaded]
     library: Library | None = None
+    is_sound: IsSound = has_no_nan
 
     @cached_property
     def _probed(self) -> tuple[Loaded | None, str | None]:

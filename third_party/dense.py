@@ -10,6 +10,7 @@ from . import (
     sage_attn2,
     sage_attn3,
     torch_sdpa,
+    triton_int8,
     xformers,
 )
 from .backend import DenseBackend
@@ -26,6 +27,7 @@ DENSE_BACKENDS: dict[str, DenseBackend] = {
         sage_attn3,
         xformers,
         comfy_kitchen_int8,
+        triton_int8,
     )
 }
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from sparse_video_attention.kernels import BlockPlan, lists
+import torch.nn.functional as F
+from sparse_video_attention.kernels import BlockPlan, block_sparse_attention, lists
 from sparse_video_attention.kernels import plan as plan_module
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -274,3 +275,23 @@ def test_a_plan_that_needs_more_entries_than_an_int32_is_refused():
     levels = torch.ones(1, dtype=torch.int8).expand(2, 16, 8192, 8192)
     with pytest.raises(ValueError, match="use larger blocks"):
         plan_of(levels, packed=False, ragged=0)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (300, 333), (64, 1000)], ids=str)
+@pytest.mark.parametrize("blocks", [(128, 128), (64, 32)], ids=str)
+def test_a_full_plan_is_that_of_a_mask_that_keeps_everything(lengths, blocks):
+    sizes = dict(zip(("q_len", "k_len", "block_m", "block_n"), (*lengths, *blocks), strict=True))
+    plan = BlockPlan.full(**sizes, device="cpu")
+    rows, columns = (-(-n // size) for n, size in zip(lengths, blocks, strict=True))
+    same = BlockPlan.from_mask(torch.ones(rows, columns, dtype=torch.bool), **sizes)
+    assert torch.equal(plan.to_levels(), same.to_levels()) and plan.density() == 1.0
+    q, k, v = (torch.randn(1, 2, n, 64) for n in (lengths[0], lengths[1], lengths[1]))
+    out = block_sparse_attention(q, k, v, plan, kernel="torch")
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v))
+
+
+def test_a_full_plan_has_one_list_for_all_rows():
+    plan = BlockPlan.full(75600, 75600, device="cpu")
+    assert plan.indices.numel() == 591 and plan.bounds.untyped_storage().nbytes() == 8
+    with pytest.raises(ValueError, match="needs tokens; got q_len=0"):
+        BlockPlan.full(0, 5, device="cpu")

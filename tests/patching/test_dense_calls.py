@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sparse_video_attention.kernels.fallback import MAX_PUT_OFF
 from sparse_video_attention.patching import dense_calls
 from sparse_video_attention.patching.attention_call import read_call
 from sparse_video_attention.patching.dense_calls import DenseCalls
+from sparse_video_attention.third_party.backend import has_no_nan
 
 FOUND = "its first output for this shape holds a NaN"
 
@@ -18,6 +20,7 @@ def broken(monkeypatch):
         unavailable=lambda: None,
         refuses=lambda *call: None,
         run=lambda q, k, v, *, scale, mask: torch.full_like(q, torch.nan),
+        is_sound=has_no_nan,
     )
     monkeypatch.setitem(dense_calls.DENSE_BACKENDS, "broken", backend)
     return read_call((torch.ones(1, 64, 32), torch.ones(1, 64, 32), torch.ones(1, 64, 32), 2), {})
@@ -35,3 +38,18 @@ def test_nothing_is_looked_at_while_a_graph_is_captured(broken, monkeypatch):
     assert runs.run("broken", broken).isnan().all()
     monkeypatch.setattr(dense_calls, "is_captured", lambda device: False)
     assert FOUND in runs.run("broken", broken)
+
+
+def test_what_cannot_be_told_is_not_asked_for_ever(broken, monkeypatch):
+    """Infinite inputs have no right answer, and asking waits for the device."""
+    asked = []
+
+    def cannot_tell(*call):
+        asked.append(call)
+        return False
+
+    monkeypatch.setattr(dense_calls.DENSE_BACKENDS["broken"], "is_sound", cannot_tell)
+    runs = DenseCalls()
+    for _ in range(2 * MAX_PUT_OFF):
+        assert runs.run("broken", broken).isnan().all()
+    assert len(asked) == MAX_PUT_OFF

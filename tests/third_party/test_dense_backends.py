@@ -217,6 +217,7 @@ def test_every_backend_is_listed_and_importing_the_pack_imports_none():
             "sage_attn3",
             "xformers",
             "comfy_kitchen_int8",
+            "triton_int8",
         ]
     )
     assert imported == "", ran.stdout + ran.stderr

@@ -1,0 +1,66 @@
+"""This pack's own Triton kernel as a dense library: 8-bit logits, and only Triton to install.
+
+The products of queries and keys are in int8, those with values in 16 bits, as in SageAttention
+(arXiv 2410.02367).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ..kernels.attention import block_sparse_attention
+from ..kernels.capture import is_captured
+from ..kernels.first_output import is_sound
+from ..kernels.plan import BlockPlan
+from ..kernels.registry import KernelCall, kernels, unavailable_reason
+from .backend import DenseBackend, Loaded
+from .constraints import Constraints
+from .library import Library, LibraryUnusable
+
+KERNEL, PRECISION = "triton", "int8"
+
+# A few kilobytes each; a run has one of every length of keys.
+_kept_plan = functools.lru_cache(maxsize=16)(BlockPlan.full)
+
+
+def _plan(q: Tensor, k: Tensor) -> BlockPlan:
+    # What is made while a graph is recorded lives in that graph's memory.
+    make = BlockPlan.full if is_captured(q.device) else _kept_plan
+    return make(q.shape[2], k.shape[2], device=q.device)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, mask: Tensor | None) -> Tensor:
+    return block_sparse_attention(
+        q, k, v, _plan(q, k), scale=scale, kernel=KERNEL, precision=PRECISION
+    )
+
+
+def _is_sound(q: Tensor, k: Tensor, v: Tensor, scale: float | None, out: Tensor) -> bool:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    call = KernelCall(q, k, v, _plan(q, k), scale, PRECISION)
+    return is_sound(out, call, kernels()[KERNEL])
+
+
+def load() -> Loaded:
+    import triton  # noqa: F401
+
+    reason = unavailable_reason(KERNEL)
+    if reason is not None and torch.cuda.is_available():
+        raise LibraryUnusable(reason)
+    return Loaded(attend)
+
+
+BACKEND = DenseBackend(
+    name="triton_int8",
+    declared=Constraints(min_capability=(8, 0), head_dims=(64, 128), is_low_precision=True),
+    load=load,
+    library=Library(
+        package="triton",
+        linux="pip install triton",
+        windows='pip install triton-windows, in the release for your PyTorch ("<3.7" for 2.11)',
+    ),
+    is_sound=_is_sound,
+)
