@@ -24,13 +24,14 @@ from .environment import command_line, default_device, device_name, header, slug
 from .quality_metrics import Distance, find_lpips, psnr, ssim
 from .quality_plot import can_be_drawn, draw
 from .quality_sampling import Miniature, Result, Shot
-from .quality_settings import GRIDS, METHODS, STEPS, settings
+from .quality_settings import GRIDS, INT8_DENSE, METHODS, STEPS, settings
 from .quality_summary import directions, summarise
 from .wan_model import start_comfyui
 
 FAMILIES = ("wan", "cogvideox")
 SIZES = ("9x24x40",)
 FLOOR = "dense in bf16"
+INT8_FLOOR = "dense by triton_int8"
 Row = dict[str, Any]
 
 
@@ -124,7 +125,8 @@ def _measure(
         # Most CPUs emulate bf16: one floor says enough there.
         count = 1 if device == "cpu" else len(shots)
     floors = shots[:count]
-    videos = len(shots) * (len(grid) + 1) + len(floors)
+    int8 = [INT8_DENSE] if floors else []
+    videos = len(shots) * (len(grid) + 1 + len(int8)) + len(floors)
     name = f"{exact.family} {shots[0].size_name}"
     with tqdm(total=videos, desc=name, unit="video") as bar:
         for shot in shots:
@@ -134,6 +136,10 @@ def _measure(
             if shot in floors:
                 floor = rounded.sample(shot, setting=None, **how)
                 write(comparing.row("dense", "floor", FLOOR, floor))
+                bar.update()
+            for setting in int8:
+                floor = exact.sample(shot, setting=setting, **how)
+                write(comparing.row("dense", setting.curve, INT8_FLOOR, floor))
                 bar.update()
             for setting in grid:
                 result = exact.sample(shot, setting=setting, **how)
@@ -269,10 +275,15 @@ def parser() -> argparse.ArgumentParser:
         "--floors",
         type=int,
         metavar="N",
-        help="videos also made dense in bf16 (default: all; on a CPU, where it is slow, one)",
+        help="videos also made dense in bf16 (default: all; on a CPU, where it is slow, one); "
+        "0 for none in 8 bits either",
     )
     result.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=METHODS, help="(default: all)"
+        "--methods",
+        nargs="+",
+        choices=(*METHODS, "dense"),
+        default=METHODS,
+        help="(default: all; dense alone is the floors)",
     )
     result.add_argument(
         "--keep-others",

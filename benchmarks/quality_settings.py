@@ -71,6 +71,15 @@ class Setting:
         return sparge_choice(model, **(published | self.own | self.schedule))
 
 
+# Dense, with queries and keys in 8 bits in every call, as the backend triton_int8 computes it.
+INT8_DENSE = Setting(
+    "sparge",
+    "floor",
+    {"topk": 1.0},
+    {"dense_layers": "", "dense_timesteps": 0, "precision": "int8"},
+)
+
+
 def _radial(full: bool) -> Iterator[Setting]:
     decays = (0.05, 0.1, 0.2, 0.5, 1.0) if full else (0.05, 0.2, 1.0)
     for skipped in ("drop", "pool"):

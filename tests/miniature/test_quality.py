@@ -196,16 +196,27 @@ def test_a_measurement_compares_with_the_dense_video_of_the_same_seed(
     (path,) = quality.run(arguments)
     assert path.name == "quality_wan_4x16x24_2steps.json"
     result = json.loads(path.read_text(encoding="utf-8"))
-    rows = {(r["seed"], r["curve"]): r for r in result["rows"]}
-    assert rows.keys() == {(3, "floor"), (3, "all"), (3, "few"), (4, "all"), (4, "few")}
+    floors = {(r["seed"], r["label"]): r for r in result["rows"] if r["method"] == "dense"}
+    in_bf16, in_int8 = "dense in bf16", "dense by triton_int8"
+    # One in bf16 is enough on a CPU.
+    assert floors.keys() == {(3, in_bf16), (3, in_int8), (4, in_int8)}
+    rows = {(r["seed"], r["curve"]): r for r in result["rows"] if r["method"] != "dense"}
+    assert rows.keys() == {(3, "all"), (3, "few"), (4, "all"), (4, "few")}
     for seed in (3, 4):
+        floor = floors[seed, in_int8]
+        # Every layer, in int8, whole.
+        assert (floor["sparse_calls"], floor["dense_calls"]) == (4, 0)
+        assert floor["density"] == pytest.approx(1.0)
+        assert all("int8" in kernel for kernel in floor["kernels"])
         whole, few = rows[seed, "all"], rows[seed, "few"]
         # Two steps with cond and uncond in one batch; layer 0 is dense.
         assert (whole["sparse_calls"], whole["dense_calls"]) == (2, 2)
         assert whole["density"] == pytest.approx(1.0) and few["density"] < 0.5
         assert whole["psnr_db"] is None or whole["psnr_db"] > 70
         assert few["psnr_db"] < 60 and few["ssim"] < 1
-    assert 20 < rows[3, "floor"]["psnr_db"] < 90
+        exact = math.inf if whole["psnr_db"] is None else whole["psnr_db"]
+        assert few["psnr_db"] + 10 < floors[seed, in_int8]["psnr_db"] < exact
+    assert 20 < floors[3, in_bf16]["psnr_db"] < 90
     assert path.with_suffix(".png").stat().st_size > 0
 
 
