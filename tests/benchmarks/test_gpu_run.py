@@ -5,9 +5,12 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="a script for bash, on Linux")
 
 RUN = Path(__file__).parents[2] / "benchmarks" / "gpu" / "run.sh"
 HOPPER_TESTS = "tests/kernels/test_hopper.py"

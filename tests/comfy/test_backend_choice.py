@@ -141,7 +141,8 @@ def test_a_broken_configuration_is_refused_with_one_sentence(
 def test_a_checkpoints_path_is_taken_as_people_paste_it(
     models, set_backends, backend_node, tmp_path, monkeypatch, quote
 ):
-    monkeypatch.setenv("HOME", str(tmp_path))
+    for home in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(home, str(tmp_path))
     path = tmp_path / "attention.json"
     path.write_text(json.dumps({"sparge": True, "sparge_ckpt": quote.format("~/gone.pt")}))
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "gone.pt"))):

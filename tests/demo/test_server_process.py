@@ -100,8 +100,8 @@ def test_the_server_listens_to_this_machine_only_and_keeps_its_files_in_the_base
         server.start()
         said = server.log_text()
     assert "--listen 127.0.0.1" in said and "--cpu" in said and "--extra" in said
-    base = server.base.as_posix()
-    assert f"--base-directory {base}" in said and f"sqlite:///{base}/user/comfyui.db" in said
+    assert f"--base-directory {server.base}" in said
+    assert f"sqlite:///{server.base.as_posix()}/user/comfyui.db" in said
 
 
 def test_free_ports_are_free():
