@@ -35,7 +35,7 @@ TOOLS = [
     "tqdm",
     "Pillow",
     "playwright",
-    "triton-windows; platform_system == 'Windows'",
+    "triton-windows<3.7; platform_system == 'Windows'",  # for TORCH
 ]
 # Triton's interpreter needs an older NumPy; editable installs of this layout a newer setuptools.
 LIMITS = ["numpy<2.4", "setuptools>=68", "wheel"]

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from . import triton_install
 from .first_output import ALLOWED_ERROR
 from .registry import Kernel, KernelCall, register
 from .triton_launch import HEAD_DIMS, MIN_NVIDIA, architecture, launch_for, settings_for
@@ -35,7 +36,7 @@ def _unavailable() -> str | None:
     try:
         import triton
     except ImportError:
-        return "triton is not installed: pip install triton (on Windows: triton-windows)"
+        return f"triton is not installed: {triton_install.command()}"
     if _interpreted():
         return None
     if not torch.cuda.is_available():

@@ -16,6 +16,7 @@ from ..kernels.capture import is_captured
 from ..kernels.first_output import is_sound
 from ..kernels.plan import BlockPlan
 from ..kernels.registry import KernelCall, kernels, unavailable_reason
+from ..kernels.triton_install import torch_version, windows_requirement
 from .backend import DenseBackend, Loaded
 from .constraints import Constraints
 from .library import Library, LibraryUnusable
@@ -60,7 +61,7 @@ BACKEND = DenseBackend(
     library=Library(
         package="triton",
         linux="pip install triton",
-        windows='pip install triton-windows, in the release for your PyTorch ("<3.7" for 2.11)',
+        windows=f'pip install "{windows_requirement(torch_version())}"',
     ),
     is_sound=_is_sound,
 )
