@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,18 +26,33 @@ def _triton_install() -> ModuleType:
     return module
 
 
+def _installers() -> list[list[str]]:
+    """Ways to install into this Python; environments that uv made have no pip."""
+    is_portable = Path(sys.executable).parent.name == "python_embeded"
+    # The portable build is apart from what the user has installed elsewhere.
+    python = [sys.executable, *(["-s"] if is_portable else [])]
+    ways = [[*python, "-m", "pip", "install"], [*python, "-m", "uv", "pip", "install"]]
+    if uv := shutil.which("uv"):
+        ways.append([uv, "pip", "install", "--python", sys.executable])
+    return ways
+
+
+def _say(text: str) -> None:
+    # At once: what pip prints comes after it.
+    print(f"[sparse_video_attention] {text}", flush=True)
+
+
 def main() -> None:
     known = _triton_install()
-    torch = known.torch_version()
-    if not known.is_wanted(platform.system(), torch):
+    wanted, why = known.what_to_install(platform.system(), known.installed_version("torch"))
+    if wanted is None:
+        _say(f"nothing to install: {why}")
         return
-    wanted = known.windows_requirement(torch)
-    print(f"[sparse_video_attention] installing {wanted} for PyTorch {torch}")
-    for installer in (["pip"], ["uv", "pip"]):
-        ran = subprocess.run([sys.executable, "-m", *installer, "install", wanted])
-        if ran.returncode == 0:
+    _say(f"installing {wanted}: {why}")
+    for way in _installers():
+        if subprocess.run([*way, wanted]).returncode == 0:
             return
-    print(f"[sparse_video_attention] that failed; to try again: {known.command()}")
+    _say(f"that failed; to try again: {known.command()}")
 
 
 if __name__ == "__main__":

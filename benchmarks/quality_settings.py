@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+from sparse_video_attention.kernels import BlockPlan, TokenLayout
 from sparse_video_attention.patching import SparseChoice, make_choice
 from sparse_video_attention.patching.psa_choice import psa_choice
 from sparse_video_attention.patching.sparge_choice import sparge_choice
@@ -25,7 +27,7 @@ class Setting:
     """One way to run a method.
 
     Attributes:
-        method: "radial", "psa" or "sparge".
+        method: "radial", "psa" or "sparge"; "dense" keeps everything.
         curve: settings of one curve differ by one dial alone.
         own: inputs of the method's own.
         schedule: inputs that all methods share.
@@ -50,9 +52,10 @@ class Setting:
         Raises:
             ValueError: an input is not allowed.
         """
-        if self.method == "radial":
+        if self.method in ("radial", "dense"):
+            policy = RadialPolicy(**self.own) if self.method == "radial" else _Everything()
             schedule: dict[str, Any] = {"dense_layers": "0", "min_tokens": 0} | self.schedule
-            return make_choice(model, RadialPolicy(**self.own), **schedule)
+            return make_choice(model, policy, **schedule)
         if self.method == "psa":
             preset = {"preset": "auto", "warmup_steps": -1, "config_file": ""}
             chosen: dict[str, Any] = preset | {"min_tokens": 0} | self.own | self.schedule
@@ -71,12 +74,19 @@ class Setting:
         return sparge_choice(model, **(published | self.own | self.schedule))
 
 
-# Dense, with queries and keys in 8 bits in every call, as the backend triton_int8 computes it.
+@dataclass(frozen=True)
+class _Everything(RadialPolicy):
+    """Dense attention in the blocks of the backend triton_int8."""
+
+    skipped_blocks: str = "drop"
+
+    def static_plan(self, layout: TokenLayout, device: torch.device) -> BlockPlan:
+        return BlockPlan.full(layout.num_tokens, layout.num_tokens, device=device)
+
+
+# Dense, with queries and keys in 8 bits in every call.
 INT8_DENSE = Setting(
-    "sparge",
-    "floor",
-    {"topk": 1.0},
-    {"dense_layers": "", "dense_timesteps": 0, "precision": "int8"},
+    "dense", "floor", schedule={"dense_layers": "", "dense_timesteps": 0, "precision": "int8"}
 )
 
 

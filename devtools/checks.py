@@ -15,7 +15,7 @@ from .server import link_folder
 
 # Each holds ComfyUI and torch: about a gigabyte.
 MOST_PROCESSES = 4
-TYPED_BESIDE = ("dev.py", "devtools", "demo", "miniature")
+TYPED_BESIDE = ("dev.py", "install.py", "devtools", "demo", "miniature")
 
 
 def _package_view(environment: Environment) -> Path:

@@ -14,50 +14,88 @@ import re
 import sys
 from pathlib import Path
 
-# Releases of PyTorch, and the first Triton that is too new for them: torch's wheels for Linux name
-# theirs. torch.compile breaks with another.
-TOO_NEW = {
-    (2, 6): "3.3",
-    (2, 7): "3.4",
-    (2, 8): "3.5",
-    (2, 9): "3.6",
-    (2, 10): "3.7",
-    (2, 11): "3.7",
-    (2, 12): "3.8",
-    (2, 13): "3.8",
-    (2, 14): "3.9",
-    (2, 15): "3.10",
+# Releases of PyTorch, and the Triton that torch's wheels for Linux name, without its last part.
+# torch.compile breaks with another.
+FITTING = {
+    (2, 4): (3, 1),
+    (2, 5): (3, 1),
+    (2, 6): (3, 2),
+    (2, 7): (3, 3),
+    (2, 8): (3, 4),
+    (2, 9): (3, 5),
+    (2, 10): (3, 6),
+    (2, 11): (3, 6),
+    (2, 12): (3, 7),
+    (2, 13): (3, 7),
+    (2, 14): (3, 8),
+    (2, 15): (3, 9),
 }
 
 
-def torch_version() -> str:
-    """As installed, such as "2.11.0+cu130"; "" without PyTorch."""
+def installed_version(package: str) -> str:
+    """Such as "2.11.0+cu130"; "" where it is not installed, or cannot be told."""
     try:
-        return importlib.metadata.version("torch")
+        return importlib.metadata.version(package) or ""
     except importlib.metadata.PackageNotFoundError:
         return ""
 
 
-def windows_requirement(torch: str) -> str:
-    """What pip is to install on Windows for a release of PyTorch."""
-    found = re.match(r"(\d+)\.(\d+)", torch)
-    release = (int(found[1]), int(found[2])) if found else (0, 0)
-    limit = TOO_NEW.get(release)
-    return "triton-windows" if limit is None else f"triton-windows<{limit}"
+def _release(version: str) -> tuple[int, int]:
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
-def is_wanted(system: str, torch: str) -> bool:
-    """Whether this machine lacks a Triton that would be of use: Windows with a GPU's PyTorch."""
-    has_gpu = "+cu" in torch or "+rocm" in torch
-    return system == "Windows" and has_gpu and importlib.util.find_spec("triton") is None
+def requirement(package: str, torch: str) -> str | None:
+    """What pip is to install for a release of PyTorch, None where that is not known.
+
+    Args:
+        package: "triton", or "triton-windows".
+    """
+    fitting = FITTING.get(_release(torch))
+    if fitting is None:
+        return None
+    major, minor = fitting
+    return f"{package}>={major}.{minor},<{major}.{minor + 1}"
+
+
+def pip_install(package: str) -> str:
+    """The command for this machine's PyTorch."""
+    return f'pip install "{requirement(package, installed_version("torch")) or package}"'
+
+
+def what_to_install(system: str, torch: str) -> tuple[str | None, str]:
+    """A requirement that this machine lacks, or None; and why.
+
+    Args:
+        system: as platform.system() has it.
+        torch: version of PyTorch.
+    """
+    if system != "Windows":
+        return None, "PyTorch brings the Triton that it needs"
+    if "+cu" not in torch and "+rocm" not in torch:
+        return None, f"PyTorch {torch or 'is not there, or'} is not for a GPU that Triton knows"
+    wanted = requirement("triton-windows", torch)
+    there = installed_version("triton-windows")
+    if there and wanted is not None and _release(there) != FITTING[_release(torch)]:
+        return None, (
+            f"triton-windows {there} is there and left as it is, but made for another PyTorch "
+            f"than {torch}; if something that uses it fails: {command()}"
+        )
+    spec = importlib.util.find_spec("triton")
+    if spec is not None and spec.origin is not None:
+        return None, "Triton is there"
+    if wanted is None:
+        return None, f"which Triton goes with PyTorch {torch} is not known here: {command()}"
+    return wanted, f"it is the one for PyTorch {torch}"
 
 
 def command() -> str:
     """What a person does to get Triton for this Python."""
+    torch = installed_version("torch")
     if platform.system() != "Windows":
-        if "+rocm" in torch_version():
+        if "+rocm" in torch:
             return "install PyTorch for ROCm anew, it brings Triton"
-        return "pip install triton"
+        return pip_install("triton")
     folder = Path(sys.executable).parent.name
     python = r"python_embeded\python.exe" if folder == "python_embeded" else "python"
-    return f'{python} -m pip install "{windows_requirement(torch_version())}"'
+    return f"{python} -m {pip_install('triton-windows')}"

@@ -61,9 +61,7 @@ class DenseCalls:
             out = backend.run(q, k, v, scale=call.scale, mask=mask)
             if key not in self._verified and not is_captured(q.device):
                 # One sync per backend and shape, on its first output only.
-                if not backend.is_sound(q, k, v, call.scale, out):
-                    self._unsure[key] += 1
-                if self._unsure[key] in (0, MAX_PUT_OFF):
+                if backend.is_sound(q, k, v, call.scale, out) or self._was_put_off(key):
                     self._remember(self._verified, key, "")
             return call.as_asked(out)
         except Exception as error:  # whatever a library raises, the run goes on
@@ -71,6 +69,14 @@ class DenseCalls:
             if not is_out_of_memory(error):
                 self._remember(self._failed, key, reason)
             return reason
+
+    def _was_put_off(self, key: Hashable) -> bool:
+        """Whether it could not be told often enough for nobody to try any more."""
+        with self._lock:
+            if len(self._unsure) >= MAX_SHAPES:
+                self._unsure.clear()
+            self._unsure[key] += 1
+            return self._unsure[key] >= MAX_PUT_OFF
 
     def _remember(self, where: dict[Hashable, str], key: Hashable, text: str) -> None:
         with self._lock:

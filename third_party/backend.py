@@ -62,7 +62,8 @@ class DenseBackend:
         declared: what its current version can be called with.
         load: imports the library; raises whatever the import raises.
         library: None where nothing has to be installed.
-        is_sound: asked about the first output for a shape.
+        is_sound: for the nodes to ask about their first output for a shape.
+        unfit: () -> None, or why what is installed cannot run here, beyond the constraints.
     """
 
     name: str
@@ -70,6 +71,7 @@ class DenseBackend:
     load: Callable[[], Loaded]
     library: Library | None = None
     is_sound: IsSound = has_no_nan
+    unfit: Callable[[], str | None] = lambda: None
 
     @cached_property
     def _probed(self) -> tuple[Loaded | None, str | None]:
@@ -87,7 +89,7 @@ class DenseBackend:
     def _unavailable(self) -> tuple[str | None, str | None]:
         """(the whole reason, what decides in it)."""
         _, broken = self._probed
-        no_device = self.constraints.machine_reason()
+        no_device = self.constraints.machine_reason() or (None if broken else self.unfit())
         if self.library is None:
             return no_device, no_device
         # Where the machine can never run it nothing is to be installed.

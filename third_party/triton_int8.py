@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 
-import torch
 from torch import Tensor
 
 from ..kernels.attention import block_sparse_attention
@@ -16,10 +15,10 @@ from ..kernels.capture import is_captured
 from ..kernels.first_output import is_sound
 from ..kernels.plan import BlockPlan
 from ..kernels.registry import KernelCall, kernels, unavailable_reason
-from ..kernels.triton_install import torch_version, windows_requirement
+from ..kernels.triton_install import pip_install
 from .backend import DenseBackend, Loaded
 from .constraints import Constraints
-from .library import Library, LibraryUnusable
+from .library import Library
 
 KERNEL, PRECISION = "triton", "int8"
 
@@ -48,9 +47,6 @@ def _is_sound(q: Tensor, k: Tensor, v: Tensor, scale: float | None, out: Tensor)
 def load() -> Loaded:
     import triton  # noqa: F401
 
-    reason = unavailable_reason(KERNEL)
-    if reason is not None and torch.cuda.is_available():
-        raise LibraryUnusable(reason)
     return Loaded(attend)
 
 
@@ -60,8 +56,9 @@ BACKEND = DenseBackend(
     load=load,
     library=Library(
         package="triton",
-        linux="pip install triton",
-        windows=f'pip install "{windows_requirement(torch_version())}"',
+        linux=pip_install("triton"),
+        windows=pip_install("triton-windows"),
     ),
     is_sound=_is_sound,
+    unfit=lambda: unavailable_reason(KERNEL),
 )

@@ -171,7 +171,10 @@ def test_backends_and_their_installation_are_those_of_the_adapters(language):
     assert list(rows) == list(DENSE_BACKENDS)
     for name, backend in DENSE_BACKENDS.items():
         commands = re.findall(r"`(pip install [^`]*)`", rows[name])
-        if backend.library is None:
+        if name == "triton_int8":
+            # Which release, the PyTorch of a machine says.
+            assert commands == [] and "`install.py`" in rows[name]
+        elif backend.library is None:
             assert commands == []
         elif "pip install " in backend.library.linux and "clone" not in backend.library.linux:
             assert commands != []

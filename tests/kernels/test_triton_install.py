@@ -1,146 +1,185 @@
 """Triton for a machine that has none: the release that fits its PyTorch."""
 
 import importlib.util
+import json
+import os
 import platform
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sparse_video_attention.kernels import triton_install
-from sparse_video_attention.kernels.triton_install import command, is_wanted, windows_requirement
+from sparse_video_attention.kernels.triton_install import command, requirement, what_to_install
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def script():
-    """install.py, as a module."""
-    spec = importlib.util.spec_from_file_location("pack_install", ROOT / "install.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def windows(monkeypatch):
-    """A Windows with this PyTorch and without Triton; lists what is run there, which fails."""
-    ran = []
-
-    def on(torch, *, codes=(0,)):
-        answers = iter(codes)
-        monkeypatch.setattr(platform, "system", lambda: "Windows")
-        monkeypatch.setattr(importlib.metadata, "version", lambda name: torch)
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-
-        def run(command):
-            ran.append(command)
-            return subprocess.CompletedProcess(command, next(answers))
-
-        monkeypatch.setattr(subprocess, "run", run)
-        return ran
-
-    return on
 
 
 @pytest.mark.parametrize(
     ("torch", "wanted"),
     [
-        ("2.6.0+cu124", "triton-windows<3.3"),
-        ("2.8.0+cu129", "triton-windows<3.5"),
-        ("2.11.0+cu130", "triton-windows<3.7"),
-        ("2.15.0", "triton-windows<3.10"),
-        ("2.99.0+cu150", "triton-windows"),
-        ("", "triton-windows"),
-        ("nightly", "triton-windows"),
+        ("2.5.1+cu124", "triton-windows>=3.1,<3.2"),
+        ("2.6.0+cu124", "triton-windows>=3.2,<3.3"),
+        ("2.8.0+cu129", "triton-windows>=3.4,<3.5"),
+        ("2.11.0+cu130", "triton-windows>=3.6,<3.7"),
+        ("2.15.0", "triton-windows>=3.9,<3.10"),
+        ("2.99.0+cu150", None),
+        ("1.13.1", None),
+        ("", None),
+        ("nightly", None),
     ],
 )
 def test_a_release_of_pytorch_has_its_triton(torch, wanted):
-    assert windows_requirement(torch) == wanted
+    assert requirement("triton-windows", torch) == wanted
 
 
-def test_the_release_that_is_installed_here_fits_the_table():
+def test_the_release_that_is_installed_here_fits():
     """PyTorch's wheel for Linux says which Triton it was made with."""
     import torch
     import triton
+    from packaging.requirements import Requirement
 
-    def parts(version):
-        return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    wanted = Requirement(requirement("triton", torch.__version__))
+    assert wanted.specifier.contains(triton.__version__)
 
-    limit = windows_requirement(torch.__version__).partition("<")[2]
-    assert parts(triton.__version__) < parts(limit)
-    major, minor = parts(limit)
-    assert parts(triton.__version__) == (major, minor - 1)
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(system, torch, triton-windows or "", where the module is or None)."""
+
+    def be(system, torch, triton="", origin=None):
+        versions = {"torch": torch, "triton-windows": triton}
+        monkeypatch.setattr(platform, "system", lambda: system)
+        monkeypatch.setattr(triton_install, "installed_version", versions.get)
+        spec = SimpleNamespace(origin=origin) if origin != "" else None
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+        return system, torch
+
+    return be
+
+
+@pytest.mark.parametrize("torch", ["2.11.0+cu130", "2.11.0+rocm7.2"])
+# A folder without a file in it, as removing a package can leave, is a module to Python.
+@pytest.mark.parametrize("origin", ["", None], ids=["none", "empty folder"])
+def test_windows_with_a_gpu_and_without_triton_gets_what_fits(torch, origin, machine):
+    wanted, why = what_to_install(*machine("Windows", torch, origin=origin))
+    assert wanted == "triton-windows>=3.6,<3.7" and why == f"it is the one for PyTorch {torch}"
 
 
 @pytest.mark.parametrize(
-    ("system", "torch", "wanted"),
+    ("system", "torch", "triton", "origin", "why"),
     [
-        ("Windows", "2.11.0+cu130", True),
-        ("Windows", "2.11.0+rocm7.2", True),
-        ("Windows", "2.11.0+cpu", False),
-        ("Windows", "", False),
-        ("Linux", "2.11.0+cu130", False),
-        ("Linux", "2.11.0+rocm7.2", False),
-        ("Darwin", "2.11.0", False),
+        ("Linux", "2.11.0+cu130", "", "", "PyTorch brings the Triton"),
+        ("Linux", "2.11.0+rocm7.2", "", "", "PyTorch brings the Triton"),
+        ("Darwin", "2.11.0", "", "", "PyTorch brings the Triton"),
+        ("Windows", "2.11.0+cpu", "", "", "PyTorch 2.11.0+cpu is not for a GPU"),
+        ("Windows", "", "", "", "PyTorch is not there, or is not for a GPU"),
+        ("Windows", "2.11.0+cu130", "3.6.0.post26", "triton.py", "Triton is there"),
+        ("Windows", "2.11.0+cu130", "", "triton.py", "Triton is there"),
+        ("Windows", "2.99.0+cu150", "", "", "goes with PyTorch 2.99.0+cu150 is not known here"),
+        ("Windows", "2.8.0+cu129", "3.6.0", "triton.py", "triton-windows 3.6.0 is there and left"),
     ],
 )
-def test_it_is_wanted_on_windows_with_a_gpu_alone(system, torch, wanted, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert is_wanted(system, torch) is wanted
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    assert not is_wanted(system, torch)
+def test_all_else_is_left_alone_and_says_why(system, torch, triton, origin, why, machine):
+    wanted, said = what_to_install(*machine(system, torch, triton, origin))
+    assert wanted is None and why in said
 
 
-def test_install_brings_what_fits_with_this_python(script, windows, monkeypatch, capsys):
-    ran = windows("2.8.0+cu129")
-    _without_reloading(script, monkeypatch)
-    script.main()
-    assert ran == [[sys.executable, "-m", "pip", "install", "triton-windows<3.5"]]
-    assert "installing triton-windows<3.5 for PyTorch 2.8.0+cu129" in capsys.readouterr().out
+def test_a_triton_for_another_pytorch_is_told_with_the_right_one(machine):
+    _, said = what_to_install(*machine("Windows", "2.8.0+cu129", "3.6.0.post26", "triton.py"))
+    assert said.endswith('fails: python -m pip install "triton-windows>=3.4,<3.5"')
 
 
-def test_install_tries_uv_and_a_failure_ends_in_a_command_to_type(
-    script, windows, monkeypatch, capsys
-):
-    ran = windows("2.8.0+cu129", codes=(1, 1))
-    _without_reloading(script, monkeypatch)
-    script.main()
-    assert [command[2:4] for command in ran] == [["pip", "install"], ["uv", "pip"]]
-    said = capsys.readouterr().out
-    assert 'that failed; to try again: python -m pip install "triton-windows<3.5"' in said
-
-
-def _without_reloading(script, monkeypatch):
-    # What loads it by its path is replaced on this Windows.
-    monkeypatch.setattr(script, "_triton_install", lambda: triton_install)
-
-
-def test_the_portable_builds_python_is_named(windows, monkeypatch):
-    windows("2.11.0+cu130")
+def test_the_portable_builds_python_is_named(machine, monkeypatch):
+    machine("Windows", "2.11.0+cu130")
     monkeypatch.setattr(sys, "executable", str(Path("ComfyUI", "python_embeded", "python.exe")))
-    assert command() == r'python_embeded\python.exe -m pip install "triton-windows<3.7"'
+    assert command() == r'python_embeded\python.exe -m pip install "triton-windows>=3.6,<3.7"'
 
 
-def test_on_linux_a_missing_triton_is_that_of_its_pytorch(monkeypatch):
-    monkeypatch.setattr(platform, "system", lambda: "Linux")
-    monkeypatch.setattr(triton_install, "torch_version", lambda: "2.11.0+cu130")
-    assert command() == "pip install triton"
-    monkeypatch.setattr(triton_install, "torch_version", lambda: "2.11.0+rocm7.2")
+def test_on_linux_a_missing_triton_is_that_of_its_pytorch(machine):
+    machine("Linux", "2.11.0+cu130")
+    assert command() == 'pip install "triton>=3.6,<3.7"'
+    machine("Linux", "2.99.0")
+    assert command() == 'pip install "triton"'
+    machine("Linux", "2.11.0+rocm7.2")
     assert command() == "install PyTorch for ROCm anew, it brings Triton"
 
 
-def test_here_install_does_nothing_and_needs_nothing_of_the_pack(tmp_path):
-    """As ComfyUI-Manager runs it, from another folder, in a folder that is no module's name."""
-    folder = tmp_path / "sparse-video-attention 1"
-    (folder / "kernels").mkdir(parents=True)
+def test_metadata_that_says_nothing_is_no_error(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: None)
+    assert triton_install.installed_version("torch") == ""
+
+
+# Runs install.py as on a Windows, its installers being stand-ins that write down their arguments.
+DRIVER = """
+import platform, runpy, sys
+platform.system = lambda: {system!r}
+runpy.run_path({script!r}, run_name="__main__")
+"""
+INSTALLER = """
+import json, os, sys
+with open(os.environ["CALLS"], "a") as calls:
+    calls.write(json.dumps([{name!r}, *sys.argv[1:]]) + "\\n")
+sys.exit({code})
+"""
+
+
+@pytest.fixture
+def run_install(tmp_path):
+    """run_install(system, pip=its exit code, uv=...): (calls of installers, what was printed)."""
+    pack = tmp_path / "sparse-video-attention 1"
+    packages, calls = tmp_path / "packages", tmp_path / "calls"
     for name in ("install.py", "kernels/triton_install.py"):
-        (folder / name).write_bytes((ROOT / name).read_bytes())
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", str(folder / "install.py")], capture_output=True, text=True
+        (pack / name).parent.mkdir(parents=True, exist_ok=True)
+        (pack / name).write_bytes((ROOT / name).read_bytes())
+    torch = packages / "torch-2.8.0+cu129.dist-info" / "METADATA"
+    torch.parent.mkdir(parents=True)
+    torch.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.8.0+cu129\n")
+
+    def run(system, **codes):
+        calls.write_text("")
+        for name, code in codes.items():
+            (packages / f"{name}.py").write_text(INSTALLER.format(name=name, code=code))
+        driver = DRIVER.format(system=system, script=str(pack / "install.py"))
+        # -S: without what is installed here, Triton among it.
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", driver],
+            env=os.environ | {"PYTHONPATH": str(packages), "CALLS": str(calls), "PATH": ""},
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        return [json.loads(line) for line in calls.read_text().splitlines()], done.stdout
+
+    return run
+
+
+def test_install_brings_what_fits(run_install):
+    calls, said = run_install("Windows", pip=0, uv=0)
+    assert calls == [["pip", "install", "triton-windows>=3.4,<3.5"]]
+    assert "installing triton-windows>=3.4,<3.5: it is the one for PyTorch 2.8.0+cu129" in said
+
+
+def test_without_pip_uv_installs(run_install):
+    calls, said = run_install("Windows", pip=1, uv=0)
+    assert calls[1:] == [["uv", "pip", "install", "triton-windows>=3.4,<3.5"]]
+    assert "failed" not in said
+
+
+def test_a_failure_is_no_error_and_ends_in_a_command_to_type(run_install):
+    calls, said = run_install("Windows", pip=1, uv=2)
+    assert len(calls) == 2
+    assert said.endswith(
+        'that failed; to try again: python -m pip install "triton-windows>=3.4,<3.5"\n'
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_on_linux_install_installs_nothing(run_install):
+    calls, said = run_install("Linux", pip=0)
+    assert calls == [] and "nothing to install: PyTorch brings the Triton that it needs" in said
 
 
 def test_nothing_is_left_to_pip_alone():
@@ -152,8 +191,9 @@ def test_nothing_is_left_to_pip_alone():
 
 def test_the_readme_says_the_same():
     text = (ROOT / "third_party" / "README.md").read_text(encoding="utf-8")
-    found = re.findall(r'"(triton-windows<[\d.]+)"` for torch ([\d., and]+)', text)
-    pairs = [(torch, wanted) for wanted, all_ in found for torch in re.findall(r"\d\.\d+", all_)]
-    assert len(pairs) >= 5
-    for torch, wanted in pairs:
-        assert windows_requirement(torch) == wanted, torch
+    rows = re.findall(r"^\| (2\.\d+(?:, 2\.\d+)*) \| `\"triton-windows(\S+)\"` \|$", text, re.M)
+    said = {torch: wanted for all_, wanted in rows for torch in all_.split(", ")}
+    assert said == {
+        f"{major}.{minor}": requirement("triton-windows", f"{major}.{minor}.0")[14:]
+        for major, minor in triton_install.FITTING
+    }

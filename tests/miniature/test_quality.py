@@ -197,7 +197,7 @@ def test_a_measurement_compares_with_the_dense_video_of_the_same_seed(
     assert path.name == "quality_wan_4x16x24_2steps.json"
     result = json.loads(path.read_text(encoding="utf-8"))
     floors = {(r["seed"], r["label"]): r for r in result["rows"] if r["method"] == "dense"}
-    in_bf16, in_int8 = "dense in bf16", "dense by triton_int8"
+    in_bf16, in_int8 = "dense in bf16", "dense, logits in int8"
     # One in bf16 is enough on a CPU.
     assert floors.keys() == {(3, in_bf16), (3, in_int8), (4, in_int8)}
     rows = {(r["seed"], r["curve"]): r for r in result["rows"] if r["method"] != "dense"}

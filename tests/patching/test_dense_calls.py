@@ -53,3 +53,18 @@ def test_what_cannot_be_told_is_not_asked_for_ever(broken, monkeypatch):
     for _ in range(2 * MAX_PUT_OFF):
         assert runs.run("broken", broken).isnan().all()
     assert len(asked) == MAX_PUT_OFF
+
+
+def test_what_can_be_told_later_is_settled_then(broken, monkeypatch):
+    """Memory may be short for the first look alone."""
+    asked = []
+
+    def tell_the_second_time(*call):
+        asked.append(call)
+        return len(asked) > 1
+
+    monkeypatch.setattr(dense_calls.DENSE_BACKENDS["broken"], "is_sound", tell_the_second_time)
+    runs = DenseCalls()
+    for _ in range(5):
+        runs.run("broken", broken)
+    assert len(asked) == 2

@@ -9,6 +9,8 @@ import pytest
 import torch
 from sparse_video_attention.kernels import first_output
 from sparse_video_attention.kernels.registry import kernels
+from sparse_video_attention.patching.attention_call import read_call
+from sparse_video_attention.patching.dense_calls import DenseCalls
 from sparse_video_attention.third_party import DENSE_BACKENDS, triton_int8
 
 from .conftest import exact
@@ -37,9 +39,13 @@ def relative_error(out, truth):
 @pytest.mark.parametrize(
     ("batch", "tokens", "keys"), [(2, 129, 129), (1, 300, 333), (2, 200, 77), (1, 63, 1)], ids=str
 )
-@pytest.mark.parametrize("memory", ["tokens", "heads"])
-def test_it_is_attention_but_for_8_bits(interpreter, head_dim, batch, tokens, keys, memory, qkv):
-    q, k, v = (x.half() for x in qkv(memory, batch, 3, tokens, keys, head_dim))
+@pytest.mark.parametrize(
+    ("memory", "dtype"), [("tokens", torch.float16), ("heads", torch.bfloat16)], ids=str
+)
+def test_it_is_attention_but_for_8_bits(
+    interpreter, head_dim, batch, tokens, keys, memory, dtype, qkv
+):
+    q, k, v = (x.to(dtype) for x in qkv(memory, batch, 3, tokens, keys, head_dim))
     out = interpreter.call(ATTEND, q, k, v, scale=None, mask=None)
     assert out.dtype == q.dtype and out.shape == q.shape
     error = relative_error(out, exact(q, k, v))
@@ -85,11 +91,30 @@ def test_without_triton_it_says_how_to_get_it(monkeypatch):
     assert "triton" in reason and BACKEND.library.install_hint() in reason
 
 
-def test_what_the_kernel_says_against_a_gpu_is_said(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def test_what_the_kernel_says_against_a_gpu_is_said_without_advice_to_install(monkeypatch):
+    on_cpu = replace(BACKEND.declared, device_types=("cpu",), min_capability=None)
     monkeypatch.setattr(triton_int8, "unavailable_reason", lambda name: f"{name} cannot, because")
-    loaded, reason = BACKEND.library.probe(triton_int8.load)
-    assert loaded is None and reason == "triton cannot, because"
+    assert replace(BACKEND, declared=on_cpu).unavailable() == "triton cannot, because"
+    monkeypatch.setattr(triton_int8, "unavailable_reason", lambda name: None)
+    assert replace(BACKEND, declared=on_cpu).unavailable() is None
+
+
+def test_a_wrong_first_output_is_passed_over_by_the_nodes(monkeypatch, qkv):
+    on_cpu = replace(BACKEND.declared, device_types=("cpu",), min_capability=None)
+    monkeypatch.setattr(triton_int8, "unavailable_reason", lambda name: None)
+    off = []
+
+    def kernel(q, k, v, plan, **how):
+        assert how == {"scale": None, "kernel": "triton", "precision": "int8"}
+        return exact(q, k, v).to(q.dtype) + sum(off)
+
+    monkeypatch.setattr(triton_int8, "block_sparse_attention", kernel)
+    monkeypatch.setitem(DENSE_BACKENDS, "triton_int8", replace(BACKEND, declared=on_cpu))
+    q, k, v = (x.transpose(1, 2).flatten(2) for x in qkv("tokens", 2, 3, 300, 77, 64))
+    right = DenseCalls().run("triton_int8", read_call((q, k, v, 3), {}))
+    assert right.shape == q.shape
+    off.append(1.0)
+    assert "is off by" in DenseCalls().run("triton_int8", read_call((q, k, v, 3), {}))
 
 
 def test_it_is_for_gpus_and_calls_that_the_kernel_takes(qkv):
@@ -100,4 +125,5 @@ def test_it_is_for_gpus_and_calls_that_the_kernel_takes(qkv):
     assert "not float32" in on_cpu.check(q.float(), k.float(), v.float())
     assert "head dim 64 or 128, not 32" in on_cpu.check(*(x.half()[..., :32] for x in (q, k, v)))
     assert "does not allow low precision" in on_cpu.check(q, k, v, low_precision_allowed=False)
+    assert "q, k and v have dtypes" in on_cpu.check(q.half(), k, v)
     assert "it runs on cuda, not on cpu" in BACKEND.declared.check(q.half(), k.half(), v.half())
