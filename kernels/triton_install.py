@@ -40,6 +40,20 @@ def installed_version(package: str) -> str:
         return ""
 
 
+def is_for_gpu(torch: str) -> bool:
+    """Whether this PyTorch is for NVIDIA or AMD. Versions of conda and of sources do not say it."""
+    if "+cu" in torch or "+rocm" in torch:
+        return True
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    try:
+        facts = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    return re.search(r"^(cuda|hip)\b.*=\s*['\"]\d", facts, re.MULTILINE) is not None
+
+
 def _release(version: str) -> tuple[int, int]:
     found = re.match(r"(\d+)\.(\d+)", version)
     return (int(found[1]), int(found[2])) if found else (0, 0)
@@ -72,7 +86,7 @@ def what_to_install(system: str, torch: str) -> tuple[str | None, str]:
     """
     if system != "Windows":
         return None, "PyTorch brings the Triton that it needs"
-    if "+cu" not in torch and "+rocm" not in torch:
+    if not is_for_gpu(torch):
         return None, f"PyTorch {torch or 'is not there, or'} is not for a GPU that Triton knows"
     wanted = requirement("triton-windows", torch)
     there = installed_version("triton-windows")

@@ -54,7 +54,8 @@ def machine(monkeypatch):
         monkeypatch.setattr(platform, "system", lambda: system)
         monkeypatch.setattr(triton_install, "installed_version", versions.get)
         spec = SimpleNamespace(origin=origin) if origin != "" else None
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+        found = {"triton": spec}.get
+        monkeypatch.setattr(importlib.util, "find_spec", found)
         return system, torch
 
     return be
@@ -105,6 +106,27 @@ def test_on_linux_a_missing_triton_is_that_of_its_pytorch(machine):
     assert command() == 'pip install "triton"'
     machine("Linux", "2.11.0+rocm7.2")
     assert command() == "install PyTorch for ROCm anew, it brings Triton"
+
+
+@pytest.mark.parametrize(
+    ("facts", "is_for_gpu"),
+    [
+        ("cuda: Optional[str] = '12.9'\nhip: Optional[str] = None\n", True),
+        ("cuda: Optional[str] = None\nhip: Optional[str] = '7.2.0'\n", True),
+        ("cuda: Optional[str] = None\nhip: Optional[str] = None\n", False),
+        ("debug = False\ncuda = '13.0'\n", True),
+        ("git_version = '1'\n", False),
+    ],
+)
+def test_where_a_version_does_not_say_it_pytorch_itself_does(
+    facts, is_for_gpu, tmp_path, monkeypatch
+):
+    (tmp_path / "version.py").write_text(facts)
+    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    assert triton_install.is_for_gpu("2.8.0") is is_for_gpu
+    (tmp_path / "version.py").unlink()
+    assert not triton_install.is_for_gpu("2.8.0")
 
 
 def test_metadata_that_says_nothing_is_no_error(monkeypatch):
