@@ -96,7 +96,8 @@ def _sol_attn(call: KernelCall) -> Tensor:
 DENSE = (
     _forced_sdpa("sdpa_cudnn", "CUDNN_ATTENTION"),
     _forced_sdpa("sdpa_flash", "FLASH_ATTENTION"),
-    *(_library(backend) for backend in DENSE_BACKENDS.values()),
+    # Less the pack's own kernel, which takes part as "triton int8": at density 1 it is the same.
+    *(_library(found) for name, found in DENSE_BACKENDS.items() if name != "triton_int8"),
 )
 OWN_CHOICE = (Contender("sol_attn", "own", _sol_attn_unavailable, _sol_attn_refuses, _sol_attn),)
 

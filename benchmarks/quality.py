@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from .eight_bit import int8_twin
 from .environment import command_line, default_device, device_name, header, slug
 from .quality_metrics import Distance, find_lpips, psnr, ssim
 from .quality_plot import can_be_drawn, draw
+from .quality_rows import Row, keep_others, row_writer, weights_facts
 from .quality_sampling import Miniature, Result, Shot
 from .quality_settings import GRIDS, INT8_DENSE, METHODS, STEPS, settings
 from .quality_summary import directions, summarise
@@ -32,7 +30,6 @@ FAMILIES = ("wan", "cogvideox")
 SIZES = ("9x24x40",)
 FLOOR = "dense in bf16"
 INT8_FLOOR = "dense, logits in int8"
-Row = dict[str, Any]
 
 
 def parse_size(text: str) -> tuple[int, int, int]:
@@ -125,7 +122,8 @@ def _measure(
         # Most CPUs emulate bf16: one floor says enough there.
         count = 1 if device == "cpu" else len(shots)
     floors = shots[:count]
-    int8 = [INT8_DENSE] if floors else []
+    # By the twin that a CPU has: a GPU's own kernels do not take fp32.
+    int8 = [INT8_DENSE] if floors and device == "cpu" else []
     videos = len(shots) * (len(grid) + 1 + len(int8)) + len(floors)
     name = f"{exact.family} {shots[0].size_name}"
     with tqdm(total=videos, desc=name, unit="video") as bar:
@@ -139,9 +137,7 @@ def _measure(
                 bar.update()
             for setting in int8:
                 floor = exact.sample(shot, setting=setting, **how)
-                # A GPU's kernels take no fp32, and run in the model's own type then.
-                if all("int8" in kernel for kernel in floor.kernels):
-                    write(comparing.row("dense", setting.curve, INT8_FLOOR, floor))
+                write(comparing.row("dense", setting.curve, INT8_FLOOR, floor))
                 bar.update()
             for setting in grid:
                 result = exact.sample(shot, setting=setting, **how)
@@ -171,6 +167,8 @@ def run(arguments: argparse.Namespace) -> list[Path]:
         parse_size(size)
     if arguments.floors is not None and arguments.floors < 0:
         raise ValueError(f"floors {arguments.floors}: allowed are whole numbers from 0 on")
+    if arguments.floors == 0 and "dense" in arguments.methods:
+        raise ValueError("floors 0: method dense is the floors; give it whole numbers from 1 on")
     found = {family: find_weights(family, arguments.weights) for family in arguments.families}
     present = {family: path for family, path in found.items() if path is not None}
     if not present:
@@ -207,53 +205,13 @@ def run(arguments: argparse.Namespace) -> list[Path]:
                 dense = [] if arguments.floors == 0 else ["dense"]
                 keep_others(result, path, [*arguments.methods, *dense])
             with int8_twin() if device.type == "cpu" else nullcontext():
-                _measure(arguments, pair, shots, _writer(result, path))
+                _measure(arguments, pair, shots, row_writer(result, path))
             _print_summary(result["rows"])
             print(f"wrote {path}")
             if can_be_drawn(result):
                 print(f"wrote {draw(result, path.with_suffix('.png'))}")
             written.append(path)
     return written
-
-
-def keep_others(result: dict[str, Any], path: Path, methods: Collection[str]) -> None:
-    """Take over an earlier file's rows of methods that are not measured now.
-
-    Args:
-        result: about to be written to `path`, still without rows.
-        methods: those measured now; "dense" for the floors.
-
-    Raises:
-        ValueError: there is no earlier file, or it is of other weights, steps or guidance.
-    """
-    if not path.is_file():
-        raise ValueError(f"there are no earlier rows to keep: no file {path}")
-    earlier = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("weights", "steps", "guidance"):
-        if earlier[name] != result[name]:
-            raise ValueError(
-                f"the rows of {path.name} cannot be kept: {name} was {earlier[name]} and is "
-                f"{result[name]}"
-            )
-    result["rows"] = [row for row in earlier["rows"] if row["method"] not in methods]
-    commands = [*earlier["command"].split(" && "), result["command"]]
-    result["command"] = " && ".join(dict.fromkeys(commands))
-
-
-def weights_facts(weights: Path) -> dict[str, Any]:
-    """Which weights a measurement was made with."""
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    return {"name": weights.name, "sha256": digest}
-
-
-def _writer(result: dict[str, Any], path: Path) -> Callable[[Row], None]:
-    def write(row: Row) -> None:
-        # After every video: a long run that is cut short leaves what it has.
-        result["rows"].append(row)
-        result["directions"] = [asdict(d) for d in directions(summarise(result["rows"]))]
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-    return write
 
 
 def parser() -> argparse.ArgumentParser:

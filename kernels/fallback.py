@@ -17,16 +17,13 @@ from torch import Tensor
 
 from .attention import candidates, check_call
 from .capture import is_captured
-from .first_output import is_sound
+from .first_output import MAX_PUT_OFF, is_sound
 from .memory_errors import OUT_OF_MEMORY, is_out_of_memory, short_error
 from .plan import BlockPlan
 from .registry import KeptPools, Kernel, KernelCall, unavailable_reason
 
 MAX_SHAPES = 64
 MAX_REASON = 200
-# First outputs that could not be judged, for want of memory or with infinite inputs, before
-# nobody tries any more.
-MAX_PUT_OFF = 8
 # Running out of memory takes time too: what does so again and again is tried ever less often.
 MAX_REST = 63
 

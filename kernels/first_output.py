@@ -20,6 +20,10 @@ from .torch_gathered import attend_gathered
 # thousands of times larger than others, give 0.025 and 0.1.
 ALLOWED_ERROR = {"native": 2e-2, "int8": 0.1, "fp8": 0.25}
 
+# First outputs that could not be judged, for want of memory or with infinite inputs, before
+# nobody tries any more.
+MAX_PUT_OFF = 8
+
 
 def _sampled_rows(num_q_blocks: int) -> list[int]:
     """The first query block, a middle one, and the last, which may be ragged."""

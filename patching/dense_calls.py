@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from torch import Tensor
 
 from ..kernels.capture import is_captured
-from ..kernels.fallback import MAX_PUT_OFF
+from ..kernels.first_output import MAX_PUT_OFF
 from ..kernels.memory_errors import is_out_of_memory
 from ..third_party import DENSE_BACKENDS
 from .attention_call import AttentionCall

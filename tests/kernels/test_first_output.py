@@ -136,7 +136,7 @@ def test_nothing_is_looked_at_while_a_graph_is_captured(stand, monkeypatch):
     kernel, runs, call = stand(native=2e-2), KernelFallback(), a_call()
     kernel.answer = lambda call: torch.zeros_like(call.q)
     monkeypatch.setattr(fallback, "is_captured", lambda device: True)
-    for _ in range(fallback.MAX_PUT_OFF + 1):
+    for _ in range(first_output.MAX_PUT_OFF + 1):
         assert run(runs, call).kernel == "stand"
     monkeypatch.setattr(fallback, "is_captured", lambda device: False)
     assert run(runs, call).kernel == "torch"

@@ -12,6 +12,7 @@ from sparse_video_attention.kernels import BlockPlan, block_sparse_attention
 from benchmarks import quality
 from benchmarks.eight_bit import int8_twin
 from benchmarks.quality_metrics import psnr, ssim
+from benchmarks.quality_rows import keep_others
 from benchmarks.quality_settings import GRIDS, Setting, settings
 from benchmarks.quality_summary import directions, summarise
 from miniature.wan import WanMiniature
@@ -167,6 +168,10 @@ class TestArguments:
         with pytest.raises(ValueError, match=why):
             quality.find_weights("wan", [text])
 
+    def test_floors_asked_for_and_none_is_no_measurement(self):
+        with pytest.raises(SystemExit, match="floors 0: method dense is the floors"):
+            quality.main(["--methods", "dense", "--floors", "0"])
+
     def test_without_trained_weights_it_says_how_to_get_some(self, monkeypatch, tmp_path):
         monkeypatch.setattr(quality, "weights_path", lambda family: tmp_path / "none")
         with pytest.raises(SystemExit, match="no trained weights in miniature/weights; train"):
@@ -237,14 +242,14 @@ class TestKeepingOthers:
     def test_rows_of_other_methods_stay_and_both_commands_are_said(self, tmp_path):
         self.earlier(tmp_path / "quality.json")
         result = self.now()
-        quality.keep_others(result, tmp_path / "quality.json", ["psa"])
+        keep_others(result, tmp_path / "quality.json", ["psa"])
         assert [kept["method"] for kept in result["rows"]] == ["radial", "dense"]
         assert result["command"] == "first && second"
 
     def test_floors_measured_again_do_not_stand_twice(self, tmp_path):
         self.earlier(tmp_path / "quality.json", command="first && second")
         result = self.now()
-        quality.keep_others(result, tmp_path / "quality.json", ["psa", "dense"])
+        keep_others(result, tmp_path / "quality.json", ["psa", "dense"])
         assert [kept["method"] for kept in result["rows"]] == ["radial"]
         assert result["command"] == "first && second"
 
@@ -260,8 +265,8 @@ class TestKeepingOthers:
     def test_rows_of_something_else_are_refused(self, changed, why, tmp_path):
         self.earlier(tmp_path / "quality.json", **changed)
         with pytest.raises(ValueError, match=f"quality.json cannot be kept: {why}"):
-            quality.keep_others(self.now(), tmp_path / "quality.json", ["psa"])
+            keep_others(self.now(), tmp_path / "quality.json", ["psa"])
 
     def test_no_rows_to_keep_is_said(self, tmp_path):
         with pytest.raises(ValueError, match="no earlier rows to keep: no file"):
-            quality.keep_others(self.now(), tmp_path / "quality.json", ["psa"])
+            keep_others(self.now(), tmp_path / "quality.json", ["psa"])

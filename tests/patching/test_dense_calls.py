@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sparse_video_attention.kernels.fallback import MAX_PUT_OFF
+from sparse_video_attention.kernels.first_output import MAX_PUT_OFF
 from sparse_video_attention.patching import dense_calls
 from sparse_video_attention.patching.attention_call import read_call
 from sparse_video_attention.patching.dense_calls import DenseCalls
