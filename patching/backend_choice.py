@@ -14,6 +14,7 @@ from ..third_party import DENSE_BACKENDS
 from ..third_party.routing import ENVIRONMENT_VARIABLE, IMPLEMENTATIONS
 from .choice import make_choice
 from .config_file import find_config_file, plain_path
+from .fastest_dense import FASTEST
 from .install import describe_model
 from .lightx2v import LightX2VConfig, read_lightx2v
 from .log import log, shown
@@ -33,7 +34,7 @@ BUNDLED_CONFIGS = Path(__file__).resolve().parent.parent / "workflows" / "config
 def type_names(site: AttentionSite) -> list[str]:
     """What a site's input offers, whether it can run on this machine or not."""
     sparse = SPARSE_TYPES if site is AttentionSite.SELF else ()
-    return [AUTO, *DENSE_BACKENDS, *sparse]
+    return [AUTO, FASTEST, *DENSE_BACKENDS, *sparse]
 
 
 def check_type(site: AttentionSite, name: str) -> str:
@@ -89,7 +90,8 @@ def _unavailable(asked: Iterable[tuple[AttentionSite, str]], on_unavailable: str
     """
     places: dict[str, list[str]] = {}
     for site, name in asked:
-        places.setdefault(name, []).append(site.value)
+        if name != FASTEST:
+            places.setdefault(name, []).append(site.value)
     said = {}
     for name, sites in places.items():
         backend = DENSE_BACKENDS[name]
@@ -115,8 +117,8 @@ def _from_environment() -> str | None:
     if not name:
         return None
     backend = IMPLEMENTATIONS.get(name, name)
-    if backend not in DENSE_BACKENDS:
-        known = ", ".join(dict.fromkeys([*IMPLEMENTATIONS, *DENSE_BACKENDS]))
+    if backend not in (FASTEST, *DENSE_BACKENDS):
+        known = ", ".join(dict.fromkeys([*IMPLEMENTATIONS, FASTEST, *DENSE_BACKENDS]))
         raise ValueError(f"{ENVIRONMENT_VARIABLE} {name!r}: allowed are {known}")
     return backend
 

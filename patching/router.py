@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,14 +16,16 @@ from .call_record import CallRecord
 from .dense_calls import DenseCalls
 from .dense_default import BY_DEFAULT, faster_default
 from .dense_reason import dense_reason
+from .fastest_dense import FASTEST, NOT_TIMED, DenseWay, FastestDense, kind_of
 from .log import log
 from .plans import PlanCache
 from .preferred import SAID_OF, preferred_attention
 from .replaced import named
 from .run import RUN_KEY, RunState
 from .settings import SETTINGS_KEY, AttentionSettings, AttentionSite
-from .sparse_calls import run_sparse
-from .speed import Asked, Fastest, SpeedCheck, can_be_timed, machine_of
+from .sparse_calls import run_sparse, to_compare
+from .speed import Fastest, SpeedCheck
+from .timed_ways import can_be_timed, machine_of
 from .timing import Stopwatch
 
 if TYPE_CHECKING:
@@ -72,7 +75,7 @@ class AttentionRouter:
 
     Attributes:
         previous: the override found when patching; it gets every call that is not taken.
-        plans, kernels, dense, speed: caches that live as long as the patched MODEL.
+        plans, kernels, dense, speed, fastest: caches that live as long as the patched MODEL.
     """
 
     def __init__(self, previous: Override | None) -> None:
@@ -81,6 +84,7 @@ class AttentionRouter:
         self.kernels = KernelFallback()
         self.dense = DenseCalls()
         self.speed = SpeedCheck()
+        self.fastest = FastestDense()
         # Dense calls take as long as it does.
         self._neighbour = named(previous)
 
@@ -96,7 +100,7 @@ class AttentionRouter:
         """A router with these caches that hands calls on to another override."""
         router = AttentionRouter(override)
         router.plans, router.kernels, router.dense = self.plans, self.kernels, self.dense
-        router.speed = self.speed
+        router.speed, router.fastest = self.speed, self.fastest
         return router
 
     # A compiled graph would freeze the decision of the first layer for all: hosts drop the
@@ -197,23 +201,42 @@ class AttentionRouter:
             if run is not None and chosen is None:
                 said = getattr(preferred, "__name__", type(preferred).__name__)
                 run.record.count_backend(SAID_OF[site], f"{said} (the checkpoint's)")
-        name = chosen or default
+        # What the person chose goes by the input's name.
+        where = "self-attention" if chosen is None or site is None else site.value
+        whose = "ComfyUI's" if preferred is None else "the checkpoint's"
+        name, said = chosen or default, chosen or f"{default} ({BY_DEFAULT})"
+        if chosen == FASTEST and site is not None:
+            way = self._fastest(received, call)
+            name, said = way.backend, f"{way.backend or f'{whose} choice'} ({way.why})"
+            if run is not None:
+                # Cross-attention is a small part, and image models have many sizes of it.
+                if way.note and site is AttentionSite.SELF:
+                    run.record.note(way.note)
+                if name is None:
+                    run.record.count_backend(where, said)
         if name is None or site is None:
             return self._hand_on(received), "dense"
         out = self.dense.run(name, call)
-        # What the person chose goes by the input's name.
-        said = name if chosen else f"{name} ({BY_DEFAULT})"
-        where = site.value if chosen else "self-attention"
         if isinstance(out, Tensor):
             if run is not None:
                 run.record.count_backend(where, said)
             return out, name
         if run is not None:
-            whose = "ComfyUI's" if preferred is None else "the checkpoint's"
             run.record.count_backend(where, f"{whose} choice ({name}: {out})")
             if run.record.first_time(f"{name}: {out}"):
                 log.warning(f"{where} {said} is passed over: {out}")
         return self._hand_on(received), "dense"
+
+    def _fastest(self, received: Received, call: AttentionCall) -> DenseWay:
+        """Who computes a call whose backend is left to timing."""
+        key = kind_of(call), self._neighbour
+        found = self.fastest.found(key)
+        if found is not None or not can_be_timed(call.q.device):
+            return found or NOT_TIMED
+        # An override of another pack may keep count of its calls.
+        func, args, kwargs = received
+        own = functools.partial(func, *args, **kwargs) if self.previous is None else None
+        return self.fastest.compare(key, call, self.dense, own)
 
     def _default(self, received: Received, call: AttentionCall) -> str | None:
         """This pack's own choice for self-attention, where nobody else has one."""
@@ -246,14 +269,8 @@ class AttentionRouter:
         key: Hashable,
     ) -> Fastest:
         """Before the first sparse call of its kind on a GPU: what is fastest for such calls."""
-        choice = forward.choice
-        assert choice is not None and forward.tokens is not None
-        if "auto" not in (choice.kernel, choice.precision) or not can_be_timed(call.q.device):
+        if not can_be_timed(call.q.device):
             return Fastest()
-
-        def sparse(way: Fastest) -> KernelRun:
-            return run_sparse(self.kernels, call, forward, layer, plan, way)[0]
-
         # Whoever runs dense calls of this site, but not for the run's record.
         options = {name: x for name, x in call.transformer_options.items() if name != RUN_KEY}
         unrecorded = call._replace(transformer_options=options)
@@ -262,19 +279,8 @@ class AttentionRouter:
             default = self._default(received, call)
             return self._run_dense(received, unrecorded, site, default)[0]
 
-        # An override of another pack may keep count of its calls, frames keep more or less, and
-        # a policy of somebody's own may not say.
-        steady = getattr(choice.policy, "density_is_fixed", False)
-        asked = Asked(
-            sparse,
-            dense,
-            tokens=call.q_len,
-            may_be_dense=choice.kernel == "auto",
-            dense_is_a_rival=steady
-            and self.previous is None
-            and not forward.tokens.is_one_frame(call.q_len, call.k_len),
-        )
-        return self.speed.compare(key, asked)
+        asked = to_compare(self.kernels, call, forward, layer, plan, dense, self.previous is None)
+        return self.speed.compare(key, asked) if asked is not None else Fastest()
 
 
 def _kernel_named(ran: KernelRun) -> str:

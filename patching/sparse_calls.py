@@ -1,7 +1,8 @@
-"""Sparse calls: a policy's plan, in the policy's order, on a kernel."""
+"""Sparse calls: a plan of a policy, in its order, on a kernel; and what to time them against."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from ..kernels import BlockPlan
 from ..kernels.fallback import KernelFallback, KernelRun
 from .attention_call import AttentionCall
-from .speed import Fastest
+from .speed import Asked, Fastest
 
 if TYPE_CHECKING:
     from .forward_state import ForwardState
@@ -60,3 +61,40 @@ def run_sparse(
     if order is not None:
         out = order.restore(out.transpose(1, 2)).transpose(1, 2)
     return ran._replace(out=call.as_asked(out)), density
+
+
+def to_compare(
+    kernels: KernelFallback,
+    call: AttentionCall,
+    forward: ForwardState,
+    layer: int,
+    plan: BlockPlan | None,
+    dense: Callable[[], Tensor],
+    is_last: bool,
+) -> Asked | None:
+    """What is to be timed for calls of this kind, None where the person left nothing open.
+
+    Args:
+        dense: computes the call as dense attention would run.
+        is_last: no override of another pack gets the calls that stay dense.
+    """
+    choice = forward.choice
+    assert choice is not None and forward.tokens is not None
+    if "auto" not in (choice.kernel, choice.precision):
+        return None
+
+    def sparse(way: Fastest) -> KernelRun:
+        return run_sparse(kernels, call, forward, layer, plan, way)[0]
+
+    # An override of another pack may keep count of its calls, frames keep more or less, and a
+    # policy of somebody's own may not say.
+    steady = getattr(choice.policy, "density_is_fixed", False)
+    return Asked(
+        sparse,
+        dense,
+        tokens=call.q_len,
+        may_be_dense=choice.kernel == "auto",
+        dense_is_a_rival=steady
+        and is_last
+        and not forward.tokens.is_one_frame(call.q_len, call.k_len),
+    )

@@ -1,7 +1,9 @@
 """SetAttentionBackend in a real ComfyUI: what a name, a file or the environment chooses."""
 
+import itertools
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +85,41 @@ def test_the_environment_variable_counts_where_nothing_is_chosen(
     monkeypatch.setenv("DIFFSYNTH_ATTENTION_IMPLEMENTATION", "nope")
     with pytest.raises(ValueError, match="DIFFSYNTH_ATTENTION_IMPLEMENTATION"):
         chosen()
+
+
+@pytest.mark.core
+def test_fastest_is_comfyuis_own_where_nothing_is_timed(models, set_backends, sample, run_lines):
+    model = models("wan")
+    patched = set_backends(model, **dict.fromkeys(SITES, "fastest"), on_unavailable="error")
+    assert torch.equal(sample(patched), sample(model))
+    line = run_lines()[-1]
+    assert line.count("ComfyUI's choice (nothing is timed on this device)") == 2, line
+    assert "falls back" not in line, line
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("family", ["wan", "cogvideox"])
+def test_fastest_runs_what_was_timed_fastest(
+    models, set_backends, sample, run_lines, monkeypatch, fake_backend, family
+):
+    """In a real run, by a clock on which every call takes a second, and xformers' half of one."""
+    from sparse_video_attention.patching import router, timed_ways
+
+    calls, seconds = fake_backend("xformers"), itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: next(seconds) - len(calls) / 2)
+    monkeypatch.setattr(router, "can_be_timed", lambda device: True)
+    monkeypatch.setattr(timed_ways, "time", clock)
+    patched = set_backends(models(family), self_attn_1_type="fastest")
+    first = sample(patched)
+    line = run_lines()[-1]
+    timed = "ComfyUI's own 1000.0 ms, torch_sdpa 1000.0 ms, xformers 500.0 ms"
+    assert f"tokens were timed once: {timed}" in line, line
+    ran = int(re.search(r"self_attn_1_type xformers \(the fastest here\) x (\d+);", line)[1])
+    assert len(calls) == 3 + ran
+    assert torch.equal(sample(patched), first)
+    assert len(calls) == 3 + 2 * ran, "what was found is kept"
+    whole = sample(models(family))
+    assert (first - whole).norm() < 1e-4 * whole.norm()
 
 
 GUIDE_SPARGE = """{

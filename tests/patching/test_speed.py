@@ -5,7 +5,7 @@ import torch
 from sparse_video_attention.kernels import BlockPlan, TokenLayout, registry
 from sparse_video_attention.kernels.reference import reference_attention
 from sparse_video_attention.patching import router as router_module
-from sparse_video_attention.patching import speed
+from sparse_video_attention.patching import timed_ways
 from sparse_video_attention.patching.forward_state import ForwardState
 from sparse_video_attention.patching.layout import ForwardTokens
 from sparse_video_attention.patching.record import RunRecord
@@ -181,11 +181,11 @@ def test_what_else_times_depend_on(runs, machine, monkeypatch):
 def test_two_cards_of_one_kind_get_one_answer(monkeypatch):
     names = {0: "card", 1: "card", 2: "another card"}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device.index])
-    speed.machine_of.cache_clear()
-    kinds = [speed.machine_of(torch.device("cuda", index)) for index in names]
+    timed_ways.machine_of.cache_clear()
+    kinds = [timed_ways.machine_of(torch.device("cuda", index)) for index in names]
     assert kinds == ["card", "card", "another card"]
-    speed.machine_of.cache_clear()
-    assert speed.machine_of(torch.device("mps")) == "mps"
+    timed_ways.machine_of.cache_clear()
+    assert timed_ways.machine_of(torch.device("mps")) == "mps"
 
 
 def test_what_was_asked_for_by_name_is_not_questioned(runs, machine):
@@ -198,17 +198,17 @@ def test_what_was_asked_for_by_name_is_not_questioned(runs, machine):
 
 
 def test_on_cpus_nothing_is_timed(runs, machine, monkeypatch):
-    monkeypatch.setattr(router_module, "can_be_timed", speed.can_be_timed)
+    monkeypatch.setattr(router_module, "can_be_timed", timed_ways.can_be_timed)
     assert [runs.call() for _ in range(2)] == ["torch", "torch"]
     assert machine.ran == ["torch"] * 2
 
 
 def test_while_a_graph_is_captured_nothing_is_timed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not speed.can_be_timed(torch.device("cuda"))
+    assert not timed_ways.can_be_timed(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert speed.can_be_timed(torch.device("cuda"))
-    assert speed.can_be_timed(torch.device("mps"))
+    assert timed_ways.can_be_timed(torch.device("cuda"))
+    assert timed_ways.can_be_timed(torch.device("mps"))
 
 
 @pytest.mark.gpu

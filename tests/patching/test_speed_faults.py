@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from sparse_video_attention.kernels.fallback import KernelFallback, KernelRun
-from sparse_video_attention.patching import speed
+from sparse_video_attention.patching import speed, timed_once
 
 from .timed_machine import INT8
 
@@ -164,11 +164,11 @@ def test_two_threads_time_once():
 
 
 def test_not_more_than_so_many_kinds_are_remembered(runs, machine, monkeypatch):
-    monkeypatch.setattr(speed, "MAX_SHAPES", 3)
+    monkeypatch.setattr(timed_once, "MAX_SHAPES", 3)
     machine.has_kernel("native")
     for tokens in range(64, 64 * 6, 64):
         runs.call(tokens)
-    assert len(runs.router.speed._found) <= 3
+    assert len(runs.router.speed._once._found) <= 3
 
 
 def test_a_sparse_call_that_fails_is_told_as_without_a_comparison(runs, machine):

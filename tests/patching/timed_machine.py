@@ -6,7 +6,7 @@ import torch
 from sparse_video_attention.kernels import BlockPlan, TokenLayout, registry
 from sparse_video_attention.kernels.registry import Kernel, register
 from sparse_video_attention.patching import router as router_module
-from sparse_video_attention.patching import speed
+from sparse_video_attention.patching import timed_ways
 from sparse_video_attention.patching.forward_state import ForwardState
 from sparse_video_attention.patching.layout import ForwardTokens
 from sparse_video_attention.patching.record import RunRecord
@@ -37,8 +37,8 @@ class Machine:
             registry, "_KERNELS", {"torch": self._slowed(self.torch_kernel, "torch")}
         )
         monkeypatch.setattr(router_module, "can_be_timed", lambda device: True)
-        monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: self.now))
-        monkeypatch.setattr(speed, "INT8_MAX_ERROR", INT8 - NATIVE + 0.01)
+        monkeypatch.setattr(timed_ways, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(timed_ways, "INT8_MAX_ERROR", INT8 - NATIVE + 0.01)
 
     def _slowed(self, kernel, name):
         def run(call):

@@ -1,0 +1,86 @@
+"""What was found by timing, once for a kind of call, however many threads ask."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from .log import log, one_line
+
+MAX_SHAPES = 64
+# Calls in which something could not be timed for want of memory, before it is left out.
+MAX_TRIES = 4
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Finding(Generic[T]):
+    """What was found.
+
+    Attributes:
+        told: for the log, if it is kept.
+        lacked_memory: something could not be timed, and may be the fastest where there is room.
+    """
+
+    what: T
+    told: str = ""
+    lacked_memory: bool = False
+
+
+class TimedOnce(Generic[T]):
+    """Remembers findings by kind of call. Safe to share between threads.
+
+    Args:
+        unknown: what holds where nothing was found.
+    """
+
+    def __init__(self, unknown: T) -> None:
+        self._unknown = unknown
+        self._found: dict[Hashable, T] = {}
+        self._short_of_memory: Counter[Hashable] = Counter()
+        # Another pack's override, timed as dense attention, may call attention anew.
+        self._timing = threading.RLock()
+        self._inside = False
+
+    def found(self, key: Hashable) -> T | None:
+        """What was found for calls of a kind, None if none was timed."""
+        return self._found.get(key)
+
+    def find(self, key: Hashable, look: Callable[[], Finding[T] | None]) -> T:
+        """Look, once, and keep what was found. Raises nothing.
+
+        Args:
+            key: of what the times depend on.
+            look: waits for the device; None to look again at the next call.
+        """
+        # Another thread may be timing the same on its card.
+        with self._timing:
+            known = self._found.get(key)
+            if known is not None:
+                return known
+            if self._inside:
+                return self._unknown
+            self._inside = True
+            try:
+                finding = look()
+            except Exception as error:  # a sampling run must not end for this
+                log.warning(f"nothing was timed: {one_line(error)}")
+                finding = Finding(self._unknown)
+            finally:
+                self._inside = False
+            if finding is None:
+                return self._unknown
+            if finding.lacked_memory:
+                self._short_of_memory[key] += 1
+                if self._short_of_memory[key] < MAX_TRIES:
+                    return self._unknown
+            if len(self._found) >= MAX_SHAPES:
+                self._found.clear()
+            self._found[key] = finding.what
+            if finding.told:
+                log.info(finding.told)
+            return finding.what

@@ -1,0 +1,260 @@
+""" "fastest": the dense backend that was timed to be fastest here, for each kind of call."""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sparse_video_attention.patching import dense_calls, fastest_dense, timed_ways
+from sparse_video_attention.patching import router as router_module
+from sparse_video_attention.patching.record import RunRecord
+from sparse_video_attention.patching.router import AttentionRouter
+from sparse_video_attention.patching.run import RUN_KEY, RunState
+from sparse_video_attention.patching.settings import (
+    SETTINGS_KEY,
+    AttentionSettings,
+    AttentionSite,
+    DenseChoice,
+)
+from sparse_video_attention.third_party.backend import has_no_nan
+
+EXACT = 1.0
+FASTEST = DenseChoice(tuple((site, "fastest") for site in AttentionSite))
+
+
+class Libraries:
+    """A clock that only attention moves, ComfyUI's attention, and libraries with outputs that
+    tell who ran. Times are in seconds."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.ran, self.took, self.known = 0.0, [], {"comfyui": 0.040}, {}
+        monkeypatch.setattr(router_module, "can_be_timed", lambda device: True)
+        monkeypatch.setattr(timed_ways, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        for module in (dense_calls, fastest_dense):
+            monkeypatch.setattr(module, "DENSE_BACKENDS", self.known)
+        self.has("torch_sdpa", 0.038)
+
+    def has(self, name, took, *, out=EXACT, low=False, unavailable=None, refuses=None):
+        self.took[name] = took
+
+        def run(q, k, v, *, scale, mask):
+            self._tick(name)
+            return torch.full_like(q, out)
+
+        self.known[name] = SimpleNamespace(
+            unavailable=lambda: unavailable,
+            refuses=lambda *call: refuses,
+            run=run,
+            is_sound=has_no_nan,
+            constraints=SimpleNamespace(is_low_precision=low),
+        )
+
+    def _tick(self, name):
+        self.ran.append(name)
+        took = self.took[name]
+        took = took.pop(0) if isinstance(took, list) and len(took) > 1 else took
+        took = took[0] if isinstance(took, list) else took
+        if isinstance(took, Exception):
+            raise took
+        self.now += took
+
+    def comfyui(self, q, k, v, heads, **kwargs):
+        self._tick("comfyui")
+        return torch.full_like(q, EXACT)
+
+
+@pytest.fixture
+def libraries(monkeypatch):
+    return Libraries(monkeypatch)
+
+
+@pytest.fixture
+def ask(libraries):
+    """Who ran a call of a router with everything at "fastest", by the record and the clock."""
+    router = AttentionRouter(None)
+    record = RunRecord("")
+
+    def run(tokens=64, keys=None, *, router=router, dtype=torch.float32, dense=FASTEST):
+        options = {
+            RUN_KEY: RunState(record, None),
+            SETTINGS_KEY: AttentionSettings(dense=dense),
+            router_module.OVERRIDE_KEY: router,
+        }
+        q = torch.zeros(1, tokens, 64, dtype=dtype)
+        k = q if keys is None else torch.zeros(1, keys, 64, dtype=dtype)
+        router(libraries.comfyui, q, k, k, 2, transformer_options=options)
+        return libraries.ran[-1]
+
+    run.router, run.record = router, record
+    return run
+
+
+def test_the_fastest_is_found_once_and_serves(libraries, ask, caplog):
+    libraries.has("flash", 0.030)
+    libraries.has("slow", 0.050)
+    with caplog.at_level("INFO", logger="sparse_video_attention"):
+        assert [ask() for _ in range(3)] == ["flash"] * 3
+    said = "ComfyUI's own 40.0 ms, torch_sdpa 38.0 ms, flash 30.0 ms, slow 50.0 ms"
+    told = f"dense calls of 64 tokens were timed once: {said}"
+    assert caplog.text.count(told) == 1 and "WARNING" not in caplog.text
+    # Each three times for its time, then the three calls.
+    assert len(libraries.ran) == 4 * 3 + 3
+    assert ask.record.backend_calls == {("self_attn_1_type", "flash (the fastest here)"): 3}
+    ask.record.finish()
+    assert told in ask.record.summary()
+
+
+@pytest.mark.parametrize(("took", "serves"), [(0.0382, "comfyui"), (0.0380, "torch_sdpa")])
+def test_comfyuis_own_choice_stays_unless_another_is_clearly_faster(libraries, ask, took, serves):
+    libraries.took["torch_sdpa"] = took
+    assert [ask() for _ in range(2)] == [serves] * 2
+    if serves == "comfyui":
+        chosen = ("self_attn_1_type", "ComfyUI's choice (the fastest here)")
+        assert ask.record.backend_calls == {chosen: 2}
+
+
+@pytest.mark.parametrize(
+    ("took", "out", "serves"),
+    [
+        (0.0346, EXACT, "torch_sdpa"),
+        (0.0345, EXACT, "eight_bits"),
+        (0.0100, EXACT + 0.049, "eight_bits"),
+        (0.0100, EXACT + 0.051, "torch_sdpa"),
+    ],
+)
+def test_8_bits_have_to_be_a_tenth_faster_and_near(libraries, ask, took, out, serves):
+    libraries.has("eight_bits", took, out=out, low=True)
+    assert [ask() for _ in range(2)] == [serves] * 2
+
+
+def test_nearness_is_asked_of_exact_attention_not_of_comfyuis(libraries, ask, monkeypatch):
+    """ComfyUI's own may be a library of 8 bits, by --use-sage-attention."""
+
+    def sage(q, k, v, heads, **kwargs):
+        libraries._tick("comfyui")
+        return torch.full_like(q, 2 * EXACT)
+
+    monkeypatch.setattr(libraries, "comfyui", sage)
+    libraries.took |= {"comfyui": 0.020}
+    libraries.has("eight_bits", 0.010, low=True)
+    assert ask() == "eight_bits"
+
+
+def test_every_kind_of_call_has_its_own(libraries, ask):
+    libraries.has("flash", 0.030)
+    assert ask() == "flash"
+    libraries.took["flash"] = 0.050
+    assert ask() == "flash"
+    assert ask(128) == "torch_sdpa" and ask(64, 77) == "torch_sdpa"
+    assert ask(dtype=torch.bfloat16) == "torch_sdpa"
+    assert ask(64) == "flash"
+    sites = {site for site, _ in ask.record.backend_calls}
+    assert sites == {"self_attn_1_type", "cross_attn_1_type"}
+
+
+def test_what_cannot_run_is_not_asked(libraries, ask, caplog):
+    libraries.has("missing", 0.001, unavailable="missing is not installed")
+    libraries.has("picky", 0.001, refuses="it takes head_dim 128")
+    libraries.has("broken", RuntimeError("wrong wheel"))
+    libraries.has("flash", 0.030)
+    with caplog.at_level("INFO", logger="sparse_video_attention"):
+        assert [ask() for _ in range(2)] == ["flash"] * 2
+    assert set(libraries.ran) == {"comfyui", "torch_sdpa", "broken", "flash"}
+    assert libraries.ran.count("broken") == 1 and "missing" not in caplog.text
+    assert "picky was not timed: it takes head_dim 128" in caplog.text
+    assert "broken was not timed: RuntimeError: wrong wheel" in caplog.text
+    assert "WARNING" not in caplog.text
+
+
+def test_one_that_fails_later_is_passed_over(libraries, ask, caplog):
+    libraries.has("flash", 0.030)
+    assert ask() == "flash"
+    libraries.took["flash"] = RuntimeError("lost the device")
+    assert [ask() for _ in range(2)] == ["comfyui"] * 2
+    assert "flash (the fastest here) is passed over: RuntimeError: lost" in caplog.text
+
+
+def test_want_of_memory_is_no_verdict(libraries, ask):
+    """The first call of a run may come while much else is loaded."""
+    short = torch.OutOfMemoryError("CUDA out of memory")
+    libraries.has("flash", [short, short, 0.030])
+    assert [ask() for _ in range(2)] == ["comfyui"] * 2
+    assert [ask() for _ in range(2)] == ["flash"] * 2
+
+
+def test_what_never_has_the_memory_is_left_out(libraries, ask):
+    libraries.has("flash", 0.030)
+    libraries.has("hungry", torch.OutOfMemoryError("CUDA out of memory"))
+    assert [ask() for _ in range(6)] == ["comfyui"] * 3 + ["flash"] * 3
+
+
+def test_nothing_is_timed_on_a_cpu(libraries, ask, monkeypatch):
+    monkeypatch.setattr(router_module, "can_be_timed", timed_ways.can_be_timed)
+    assert [ask() for _ in range(2)] == ["comfyui"] * 2
+    assert libraries.ran == ["comfyui"] * 2
+    said = "ComfyUI's choice (nothing is timed on this device)"
+    assert ask.record.backend_calls == {("self_attn_1_type", said): 2}
+
+
+def test_another_packs_override_is_not_called_for_a_comparison(libraries, ask):
+    """It may keep count of its calls. What is chosen here comes before it, as by name."""
+    asked = []
+
+    def override(func, *args, **kwargs):
+        asked.append(args)
+        return func(*args, **kwargs)
+
+    above = ask.router.on_top_of(override)
+    assert ask(router=above) == "torch_sdpa" and not asked
+    assert "comfyui" not in libraries.ran
+    # By itself, the same call is another matter.
+    libraries.took["comfyui"] = 0.001
+    assert ask() == "comfyui"
+
+
+def test_two_threads_time_once(libraries, ask):
+    """Conditionings that MultiGPU CFG Split gives to two cards of one kind."""
+    libraries.has("flash", 0.030)
+    started = threading.Barrier(2)
+
+    def run():
+        started.wait()
+        ask()
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(libraries.ran) == 3 * 3 + 2
+
+
+def test_a_name_is_not_timed(libraries, ask):
+    by_name = DenseChoice(((AttentionSite.SELF, "torch_sdpa"),))
+    assert ask(dense=by_name) == "torch_sdpa" and libraries.ran == ["torch_sdpa"]
+    assert ask.record.backend_calls == {("self_attn_1_type", "torch_sdpa"): 1}
+
+
+def test_outputs_are_compared_as_the_caller_wants_them(libraries):
+    """[B, H, N, D] in and out: samples are of tokens, whatever the shape."""
+    libraries.has("eight_bits", 0.001, out=EXACT + 0.04, low=True)
+    call = SimpleNamespace(q=torch.zeros(1, 2, 200, 32), k=torch.zeros(1, 2, 200, 32))
+    router = AttentionRouter(None)
+    options = {SETTINGS_KEY: AttentionSettings(dense=FASTEST), router_module.OVERRIDE_KEY: router}
+    how = {"skip_reshape": True, "skip_output_reshape": True, "transformer_options": options}
+    out = router(libraries.comfyui, call.q, call.k, call.k, 2, **how)
+    assert libraries.ran[-1] == "eight_bits" and out.shape == call.q.shape
+
+
+def test_sparse_calls_are_held_against_the_fastest(libraries, runs, machine):
+    """By the clock of both: a kernel of 30 ms serves until a library takes 20."""
+    machine.has_kernel("native")
+    libraries._tick = machine._tick
+    machine.took |= libraries.took | {"flash": 0.035}
+    libraries.has("flash", 0.035)
+    assert runs.call(dense=FASTEST) == "fast"
+    machine.took["flash"] = 0.020
+    assert runs.call(128, dense=FASTEST) == "flash"
+    line = runs.line()
+    assert "dense attention is faster here: 20.0 ms a call, 30.0 ms sparse by fast" in line
+    assert "flash (the fastest here) x 1" in line, "timing is not what the run did"
