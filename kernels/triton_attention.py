@@ -31,7 +31,7 @@ def attention_kernel(
     Out,
     ScratchK,
     ScratchV,
-    Fp8V,
+    StoredV,
     QScale,
     KScale,
     VScale,
@@ -69,6 +69,7 @@ def attention_kernel(
     QUANTIZED: tl.constexpr,
     FP8: tl.constexpr,
     FP16_SUMS: tl.constexpr,
+    STORED_FP16: tl.constexpr,
     RESUMED: tl.constexpr,
 ):
     """Grid (query blocks, heads of this launch); first_head counts heads over the whole batch.
@@ -78,10 +79,12 @@ def attention_kernel(
     ScratchV is the same for values, without level 1.
     QUANTIZED: Q is int8 [heads of this launch, q_len, HEAD_DIM] with QScale [heads of this launch,
         q_len]; ScratchK is int8 with KScale [heads of this launch, NUM_LEVELS, num_k_blocks].
-    FP8 (with QUANTIZED): level 1 of the values is Fp8V, e4m3 [heads of this launch, HEAD_DIM,
+    FP8 (with QUANTIZED): level 1 of the values is StoredV, e4m3 [heads of this launch, HEAD_DIM,
         num_k_blocks * BLOCK_N]; these and ScratchV are to be multiplied by VScale [heads of this
         launch, HEAD_DIM].
     FP16_SUMS (with fp16 values, not with FP8): see softmax_step.
+    STORED_FP16 (with FP16_SUMS): level 1 of the values is StoredV, fp16 [heads of this launch,
+        num_k_blocks * BLOCK_N, HEAD_DIM], and so is ScratchV; VScale as with FP8.
     RESUMED (with neither): Out holds the attention to other keys, and LogSums, fp32 [heads of the
         whole batch, q_len], log2 of the sums of their weights (-inf: none); one softmax of both.
     LEVELS: the sum of the plan's levels, which are powers of two. scale: times log2(e).
@@ -111,7 +114,7 @@ def attention_kernel(
     V += b * stride_vb + h * stride_vh
     ScratchK += local_head * scratch_k_rows * HEAD_DIM
     ScratchV += local_head * scratch_v_rows * HEAD_DIM
-    Fp8V += local_head * num_k_blocks * BLOCK_N * HEAD_DIM
+    StoredV += local_head * num_k_blocks * BLOCK_N * HEAD_DIM
     KScale += local_head * num_k_blocks * NUM_LEVELS
     Bounds += b * stride_bounds_b + h * stride_bounds_h + block_m * stride_bounds_m
 
@@ -135,8 +138,10 @@ def attention_kernel(
                 else:
                     k_row += num_k_blocks * (BLOCK_N >> LOG_LEVEL)
                 if LOG_LEVEL == 0 and FP8:
-                    level_v = Fp8V
+                    level_v = StoredV
                     row_stride_v = num_k_blocks * BLOCK_N
+                elif LOG_LEVEL == 0 and STORED_FP16:
+                    level_v = StoredV
                 elif LOG_LEVEL == 0:
                     level_v = V
                     row_stride_v = stride_vn
@@ -178,6 +183,6 @@ def attention_kernel(
 
     # A row without entries is 0, not 0 / 0; a NaN stays one.
     acc = tl.where(row_sum[:, None] != 0, acc / row_sum[:, None], 0.0)
-    if FP8:
+    if FP8 or STORED_FP16:
         acc *= tl.load(VScale + local_head * HEAD_DIM + dims)[None, :]
     tl.store(out, acc.to(Out.dtype.element_ty), mask=in_q)

@@ -56,7 +56,8 @@ def _attend_by_groups(call: KernelCall, out: Tensor, log_sums: Tensor | None) ->
     launch = launch_for(architecture(call.q.device), head_dim, call.precision, call.plan.block_m)
     assert launch is not None, "the kernel refuses what has no settings"
     kept = Scratch.kept(call)
-    scratch = Scratch(call) if kept is None else kept
+    fp16_sums = launch.fp16_sums and log_sums is None
+    scratch = Scratch(call, fp16_values=fp16_sums) if kept is None else kept
     # Triton launches on the current device, whatever the tensors are on.
     on_device = torch.cuda.device(call.q.device) if call.q.is_cuda else contextlib.nullcontext()
     with on_device:
@@ -86,7 +87,7 @@ def _attend(
         q, q_strides = call.q, strides(call.q)
     bounds = plan.bounds if plan.bounds.stride(3) == 1 else plan.bounds.contiguous()
     attention_kernel[plan.num_q_blocks, count](
-        *(q, k, v, out, scratch.k, scratch.v, scratch.fp8_v),
+        *(q, k, v, out, scratch.k, scratch.v, scratch.stored_v),
         *(scratch.q_scale, scratch.k_scale, scratch.v_scale),
         # Any pointer to floats will do where it is not read.
         scratch.v_scale if log_sums is None else log_sums,
@@ -105,7 +106,8 @@ def _attend(
         HEAD_DIM=k.shape[3],
         QUANTIZED=scratch.quantized,
         FP8=scratch.fp8,
-        FP16_SUMS=launch.fp16_sums and v.dtype == torch.float16 and log_sums is None,
+        FP16_SUMS=launch.fp16_sums and log_sums is None,
+        STORED_FP16=scratch.stored_fp16,
         RESUMED=log_sums is not None,
         **options(launch),
     )

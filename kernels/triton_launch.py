@@ -22,8 +22,8 @@ FP16_SUMS_KEYS = 64
 class Launch:
     """Keys per tile, and Triton's options. maxnreg is for NVIDIA only; 0 leaves it to ptxas.
 
-    fp16_sums: weights times values add up in fp16 within a tile, where the values are fp16. For
-        at most FP16_SUMS_KEYS keys.
+    fp16_sums: weights times values, as fp16, add up in fp16 within a tile. For at most
+        FP16_SUMS_KEYS keys, and for int8.
     """
 
     tile_n: int

@@ -1,4 +1,4 @@
-"""Triton kernels: queries and keys to int8, values to fp8, and the pooled levels, in one pass.
+"""Triton kernels: queries and keys to int8, values to fp8 or fp16, pooled levels, in one pass.
 
 The mean key is taken off every key, pooled or not: it moves all logits of a query by the same
 amount, which softmax ignores, and outlier channels lose their offset (arXiv 2410.02367). One
@@ -170,6 +170,18 @@ def _quantize_keys(
 
 
 @triton.jit
+def _store_fp16(
+    x, scale, out, stride_n, tokens_left, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """Store the values at x over scale as fp16."""
+    dims = tl.arange(0, HEAD_DIM)[None, :]
+    tokens = tl.arange(0, BLOCK_N)[:, None]
+    at = x + tokens.to(tl.int64) * stride_n + dims
+    values = tl.load(at, mask=tokens < tokens_left, other=0.0).to(tl.float32) / scale
+    tl.store(out + tokens * HEAD_DIM + dims, values.to(tl.float16))
+
+
+@triton.jit
 def _quantize_values(
     x,
     scale,
@@ -199,7 +211,7 @@ def quantize_blocks_kernel(
     KMean,
     ScratchK,
     ScratchV,
-    Fp8V,
+    StoredV,
     KScale,
     VScale,
     stride_kb,
@@ -218,6 +230,7 @@ def quantize_blocks_kernel(
     BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     FP8: tl.constexpr,
+    STORED_FP16: tl.constexpr,
 ):
     """Grid (key blocks, heads of this launch). Layout of the results: see attention_kernel.
 
@@ -241,12 +254,18 @@ def quantize_blocks_kernel(
         block, num_k_blocks, tokens_left, LEVELS, BLOCK_N, HEAD_DIM,
     )  # fmt: skip
     v_scale = 1.0
-    if FP8:
+    if FP8 or STORED_FP16:
         v_scale = tl.load(VScale + local_head * HEAD_DIM + dims)[None, :]
-        if LEVELS & 1:
-            Fp8V += local_head * num_k_blocks * BLOCK_N * HEAD_DIM + first
+    if LEVELS & 1:
+        StoredV += local_head * num_k_blocks * BLOCK_N * HEAD_DIM
+        if FP8:
             _quantize_values(
-                V, v_scale, Fp8V, stride_vn, num_k_blocks * BLOCK_N, tokens_left, BLOCK_N, HEAD_DIM
+                V, v_scale, StoredV + first, stride_vn,
+                num_k_blocks * BLOCK_N, tokens_left, BLOCK_N, HEAD_DIM,
+            )  # fmt: skip
+        if STORED_FP16:
+            _store_fp16(
+                V, v_scale, StoredV + first * HEAD_DIM, stride_vn, tokens_left, BLOCK_N, HEAD_DIM
             )
     if LEVELS > 1:
         pool_block(

@@ -26,6 +26,9 @@ MAX_GRID_Y = 65535
 # Tokens per partial sum of the mean key.
 CHUNK_TOKENS = 1024
 FP8_MAX = 448.0
+# Of values that are stored as fp16: a power of two, so that bf16 loses nothing, and as large as
+# sums of 64 weights of 1/64 allow (triton_launch.FP16_SUMS_KEYS).
+FP16_VALUES_MAX = 2.0**15
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:
@@ -59,21 +62,26 @@ class Scratch:
     attention_kernel for what is in them; one that the call does not need has no elements.
     """
 
-    def __init__(self, call: KernelCall) -> None:
+    def __init__(self, call: KernelCall, *, fp16_values: bool = False) -> None:
+        """fp16_values: in int8, values that are not fp16 are stored as such."""
         plan, k = call.plan, call.k
         self.plan = plan
         self.quantized = call.precision in ("int8", "fp8")
         self.fp8 = call.precision == "fp8"
+        self.stored_fp16 = fp16_values and call.precision == "int8" and k.dtype != torch.float16
         heads, head_dim = k.shape[0] * k.shape[1], k.shape[3]
         level_rows = [plan.num_k_blocks * plan.block_n // level for level in plan.levels]
         level_1 = level_rows[0] if plan.levels[0] == 1 else 0
         self.v_rows = sum(level_rows) - level_1
         self.k_rows = sum(level_rows) if self.quantized else self.v_rows
-        fp8_rows = level_1 if self.fp8 else 0
+        stored_rows = level_1 if self.fp8 or self.stored_fp16 else 0
         q_rows = plan.q_len if self.quantized else 0
 
         k_dtype = torch.int8 if self.quantized else k.dtype
-        per_head = self.v_rows * k.element_size() + self.k_rows * k_dtype.itemsize + fp8_rows
+        v_dtype = torch.float16 if self.stored_fp16 else k.dtype
+        stored_dtype = torch.float8_e4m3fn if self.fp8 else v_dtype
+        per_head = self.v_rows * v_dtype.itemsize + self.k_rows * k_dtype.itemsize
+        per_head += stored_rows * stored_dtype.itemsize
         per_head = max(1, (per_head + q_rows) * head_dim + q_rows * torch.float32.itemsize)
         limit = scratch_limit(k.device)
         if plan.levels == (1,):
@@ -88,8 +96,9 @@ class Scratch:
 
         self.q = empty(q_rows, head_dim, dtype=torch.int8)
         self.k = empty(self.k_rows, head_dim, dtype=k_dtype)
-        self.v = empty(self.v_rows, head_dim, dtype=k.dtype)
-        self.fp8_v = empty(head_dim, fp8_rows, dtype=torch.float8_e4m3fn if self.fp8 else k.dtype)
+        self.v = empty(self.v_rows, head_dim, dtype=v_dtype)
+        # Both ways are as large; fp8 is stored by channel.
+        self.stored_v = empty(stored_rows, head_dim, dtype=stored_dtype)
         self.q_scale = empty(q_rows)
         self.k_scale = empty(len(plan.levels) if self.quantized else 0, plan.num_k_blocks)
         self.v_scale = empty(0)
@@ -127,29 +136,34 @@ class Scratch:
         plan, heads, head_dim = self.plan, k.shape[1], k.shape[3]
         chunks = -(-plan.k_len // CHUNK_TOKENS)
         k_sums = k.new_empty(count, chunks, head_dim, dtype=torch.float32)
-        v_largest = k.new_empty(count if self.fp8 else 0, chunks, head_dim, dtype=torch.float32)
+        scaled = self.fp8 or self.stored_fp16
+        v_largest = k.new_empty(count if scaled else 0, chunks, head_dim, dtype=torch.float32)
         statistics_kernel[chunks, count](
             *(k, v, k_sums, v_largest, *strides(k), *strides(v)),
             *(first, heads, plan.k_len, CHUNK_TOKENS),
             HEAD_DIM=head_dim,
-            VALUES=self.fp8,
+            VALUES=scaled,
             **warps(4),
         )
         k_mean = k_sums.sum(1) / plan.k_len
         if self.fp8:
             self.v_scale = v_largest.amax(1).clamp_(min=1e-30) / FP8_MAX
+        elif self.stored_fp16:
+            largest = v_largest.amax(1).clamp_(min=1e-30) / FP16_VALUES_MAX
+            self.v_scale = largest.log2_().ceil_().exp2_()
         quantize_queries_kernel[-(-plan.q_len // 64), count](
             *(q, self.q, self.q_scale, *strides(q), first, heads, plan.q_len),
             HEAD_DIM=head_dim,
             **warps(4),
         )
         quantize_blocks_kernel[plan.num_k_blocks, count](
-            *(k, v, k_mean, self.k, self.v, self.fp8_v, self.k_scale, self.v_scale),
+            *(k, v, k_mean, self.k, self.v, self.stored_v, self.k_scale, self.v_scale),
             *(*strides(k), *strides(v), first, heads, plan.k_len, self.k_rows, self.v_rows),
             LEVELS=sum(plan.levels),
             NUM_LEVELS=len(plan.levels),
             BLOCK_N=plan.block_n,
             HEAD_DIM=head_dim,
             FP8=self.fp8,
+            STORED_FP16=self.stored_fp16,
             **warps(warps_per_block(plan.block_n, head_dim)),
         )

@@ -1,5 +1,6 @@
 """The Triton kernels compile for every architecture with the settings that calls will use."""
 
+import dataclasses
 import os
 import re
 
@@ -106,7 +107,10 @@ def test_attention_fits_the_multiprocessor(tmp_path, arch, head_dim, precision, 
 PRODUCTS = {
     8: {
         "native": ["mma.sync.aligned.m16n8k16.row.col.f32.bf16"],
-        "int8": ["mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8", ".f32.bf16"],
+        "int8": [
+            "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8",
+            r"m16n8k16\.row\.col\.(f32\.bf16|f16\.f16)",
+        ],
         "fp8": ["m16n8k32.row.col.satfinite.s32.s8.s8", "m16n8k32.row.col.f32.e4m3.e4m3"],
     },
     9: {
@@ -167,22 +171,25 @@ def test_fp8_products_are_added_up_in_fp32():
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("arch", [86, 89, 120])
 def test_cards_for_people_add_up_fp16_values_in_fp16(tmp_path, arch, head_dim, block_m, levels):
-    """In int8, at no register more; values of bf16 never."""
+    """In int8, whatever the model's dtype, and at no more memory for registers."""
     launch = triton_launch.launch_for(arch, head_dim, "int8", block_m)
-    sums = {
-        "fp16": "m16n8k16.row.col.f16.f16.f16.f16",
-        "bf16": "m16n8k16.row.col.f32.bf16.bf16.f32",
-    }
-    stacks = []
-    for dtype, product in sums.items():
+    in_fp32 = dataclasses.replace(launch, fp16_sums=False)
+
+    def products_and_stack(settings, dtype):
         kernel = attention_source(
-            launch, head_dim=head_dim, precision="int8", levels=levels, block_m=block_m, dtype=dtype
-        )
-        compiled = compile_for_nvidia(kernel, arch, **triton_launch.options(launch))
+            settings,
+            head_dim=head_dim, precision="int8", levels=levels, block_m=block_m, dtype=dtype,
+        )  # fmt: skip
+        compiled = compile_for_nvidia(kernel, arch, **triton_launch.options(settings))
         found = set(re.findall(r"m16n8k16\.row\.col\.[.\w]+", compiled.asm["ptx"]))
-        assert found == {product}
-        stacks.append(resources(compiled, tmp_path)[1])
-    assert stacks[0] <= stacks[1]
+        return found, resources(compiled, tmp_path)[1]
+
+    sums_of_bf16, most = products_and_stack(in_fp32, "bf16")
+    assert sums_of_bf16 == {"m16n8k16.row.col.f32.bf16.bf16.f32"}
+    for dtype in ("fp16", "bf16"):
+        found, stack = products_and_stack(launch, dtype)
+        assert found == {"m16n8k16.row.col.f16.f16.f16.f16"}
+        assert stack <= most
 
 
 @pytest.mark.parametrize("arch, head_dim, most", [(90, 128, 375), (90, 64, 290), (80, 128, 520)])

@@ -146,10 +146,14 @@ def fp16_sums(triton_attention, monkeypatch):
     return attention
 
 
+SUM_DTYPES = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", SUM_DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_sums_in_fp16_are_as_close_as_int8_is(triton_attention, fp16_sums, case):
+def test_sums_in_fp16_are_as_close_as_int8_is(triton_attention, fp16_sums, case, dtype):
     batch, heads, q_len, k_len, head_dim, block_n, levels, remainder = case
-    q, k, v = (x.half() for x in hard_inputs(batch, heads, q_len, k_len, head_dim))
+    q, k, v = (x.to(dtype) for x in hard_inputs(batch, heads, q_len, k_len, head_dim))
     plan = full_plan(q_len, k_len, block_n, levels, remainder)
     want = reference_attention(q.double(), k.double(), v.double(), plan)
     got, in_fp32 = fp16_sums(q, k, v, plan), triton_attention(q, k, v, plan, precision="int8")
@@ -157,27 +161,41 @@ def test_sums_in_fp16_are_as_close_as_int8_is(triton_attention, fp16_sums, case)
     if q_len > 1:
         # The smallest channels too, a millionth of the largest.
         for channel in (0, head_dim // 2, head_dim - 1):
-            assert relative_error(got[..., channel], in_fp32[..., channel]) < 5e-3
+            apart = relative_error(got[..., channel], in_fp32[..., channel])
+            assert apart < (5e-3 if dtype == torch.float16 else 1e-2)
         assert not torch.equal(got, in_fp32)
 
 
+def test_values_that_become_fp16_lose_nothing_but_what_it_adds_up(triton_attention, fp16_sums):
+    """One key of all the weight: its value comes out as it was, whatever the channel's size."""
+    generator = torch.Generator().manual_seed(7)
+    q, k = torch.zeros(1, 1, 64, 64).bfloat16(), torch.zeros(1, 1, 130, 64).bfloat16()
+    q[..., 0], k[..., 0] = 100, -100
+    k[:, :, 129, 0] = 100
+    size = torch.logspace(-25, 25, 64)
+    v = (torch.randn(1, 1, 130, 64, generator=generator) * size).bfloat16()
+    out = fp16_sums(q, k, v, full_plan(64, 130, 64))
+    assert torch.equal(out, v[:, :, 129:].expand_as(out))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_broken_value_is_not_hidden(fp16_sums, bad):
+    q, k, v = (x.bfloat16() for x in hard_inputs(1, 1, 64, 130, 64))
+    v[0, 0, 100, 5] = bad
+    out = fp16_sums(q, k, v, full_plan(64, 130, 64))
+    assert not out[..., 5].isfinite().any()
+    assert out[..., :5].isfinite().all() and out[..., 6:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", SUM_DTYPES, ids=str)
 @pytest.mark.parametrize("largest", [6e4, 0.01])
-def test_sums_in_fp16_stay_in_its_range(fp16_sums, largest):
+def test_sums_in_fp16_stay_in_its_range(fp16_sums, largest, dtype):
     """64 equal weights of 1 and the largest values that fp16 has; and small ones."""
-    q, k = torch.zeros(1, 1, 64, 64).half(), torch.zeros(1, 1, 500, 64).half()
-    v = torch.full((1, 1, 500, 64), largest).half()
+    q, k = torch.zeros(1, 1, 64, 64).to(dtype), torch.zeros(1, 1, 500, 64).to(dtype)
+    v = torch.full((1, 1, 500, 64), largest).to(dtype)
     v[..., 32:] *= -1
     out = fp16_sums(q, k, v, full_plan(64, 500, 128, (1, 8)))
-    torch.testing.assert_close(out, v[:, :, :64], rtol=2e-3, atol=0)
-
-
-def test_sums_in_fp16_are_for_fp16_values(triton_attention, fp16_sums):
-    q, k, v = hard_inputs(1, 1, 64, 200, 64)
-    for dtype in (torch.bfloat16, torch.float32)[: 1 if triton_attention.on_gpu else 2]:
-        inputs = tuple(x.to(dtype) for x in (q, k, v))
-        plan = full_plan(64, 200, 64)
-        plain = triton_attention(*inputs, plan, precision="int8")
-        assert torch.equal(fp16_sums(*inputs, plan), plain)
+    torch.testing.assert_close(out, v[:, :, :64], rtol=4e-3, atol=0)
 
 
 def test_only_settings_with_small_tiles_have_sums_in_fp16():

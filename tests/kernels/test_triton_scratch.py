@@ -21,7 +21,7 @@ SHAPES = {
 }
 
 
-def scratch_for(shape, precision, levels, batch=1):
+def scratch_for(shape, precision, levels, batch=1, **how):
     heads, head_dim, tokens = shape
     # Tensors without memory: only their sizes count here.
     q = torch.empty(batch, heads, tokens, head_dim, dtype=torch.bfloat16, device="meta")
@@ -29,7 +29,7 @@ def scratch_for(shape, precision, levels, batch=1):
     indices = torch.empty(blocks * blocks, dtype=torch.int32, device="meta")
     bounds = torch.empty(1, 1, blocks, len(levels) + 1, dtype=torch.int32, device="meta")
     plan = BlockPlan(128, 128, tokens, tokens, levels, indices, bounds)
-    scratch = Scratch(KernelCall(q, q, q, plan, 0.1, precision))
+    scratch = Scratch(KernelCall(q, q, q, plan, 0.1, precision), **how)
     tensors = [value for value in vars(scratch).values() if isinstance(value, torch.Tensor)]
     return scratch, sum(x.nbytes for x in tensors), 4 * q.nbytes
 
@@ -39,6 +39,17 @@ def scratch_for(shape, precision, levels, batch=1):
 def test_binary_plans_need_a_tenth_of_the_inputs_and_the_output(shape, precision, share):
     _, used, inputs_and_output = scratch_for(shape, precision, (1,))
     assert used <= share * inputs_and_output
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_values_stored_as_fp16_need_no_more(shape):
+    """They take smaller groups of heads."""
+    scratch, used, inputs_and_output = scratch_for(shape, "int8", (1,), fp16_values=True)
+    assert used <= 0.1 * inputs_and_output and scratch.stored_v.numel()
+    scratch, used, _ = scratch_for(shape, "int8", (1, 2, 4, 8), fp16_values=True)
+    assert 0 < used <= 256 * 2**20
+    for precision in ("native", "fp8"):
+        assert not scratch_for(shape, precision, (1,), fp16_values=True)[0].stored_fp16
 
 
 @pytest.mark.parametrize("precision", ["native", "int8", "fp8"])
