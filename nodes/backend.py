@@ -65,8 +65,8 @@ class SetAttentionBackend(io.ComfyNode):
                         options=type_names(site),
                         default="auto",
                         optional=True,
-                        tooltip=f"{_SITES[site.value]} auto is what ComfyUI would use, or an "
-                        "earlier node of this kind chose; fastest times all that is installed, "
+                        tooltip=f"{_SITES[site.value]} auto is what an earlier node of this kind "
+                        "chose, else what ComfyUI would use; fastest times all that is installed, "
                         "once on your GPU, and takes the quickest.",
                     )
                     for site in AttentionSite
@@ -87,7 +87,8 @@ class SetAttentionBackend(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "What happens where a library is missing or does not fit this machine: "
-                        "fallback uses ComfyUI's own choice and says why, error stops the graph."
+                        "fallback uses an earlier node's choice, else ComfyUI's own, and says why; "
+                        "error stops the graph."
                     ),
                 ),
             ],

@@ -59,8 +59,8 @@ def dense_layers_input(default: str = "0", *, advanced: bool = False) -> io.Stri
         **(ADVANCED if advanced else {}),
         tooltip=(
             "Transformer layers that keep full attention. Numbers and ranges, counted from 0: "
-            '"0", "0-2, 39", "-1" for the last layer; empty for none. As published, the first '
-            "layer is the one to keep."
+            '"0", "0-2, 39", "-1" for the last layer; empty for none. As published, '
+            f"{'the first layer is the one to keep' if default else 'none is kept'}."
         ),
     )
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..radial_attn import RadialPolicy
 from ..third_party import DENSE_BACKENDS
@@ -80,7 +80,15 @@ def _sparse(model: Any, name: str, sparge_ckpt: str) -> SparseChoice:
     return _sparge(model, sparge_ckpt or "none")
 
 
-def _unavailable(asked: Iterable[tuple[AttentionSite, str]], on_unavailable: str) -> dict[str, str]:
+class _Asked(NamedTuple):
+    """A backend for a place. by: the file or variable that names it, "" for the node's input."""
+
+    site: AttentionSite
+    name: str
+    by: str
+
+
+def _unavailable(asked: Iterable[_Asked], on_unavailable: str) -> dict[str, str]:
     """What a run's line says of each backend that cannot run here, once for all its places.
 
     The log gets what to do about it as well.
@@ -88,22 +96,23 @@ def _unavailable(asked: Iterable[tuple[AttentionSite, str]], on_unavailable: str
     Raises:
         ValueError: there is one, and on_unavailable is "error".
     """
-    places: dict[str, list[str]] = {}
-    for site, name in asked:
+    places: dict[tuple[str, str], list[str]] = {}
+    for site, name, by in asked:
         if name != FASTEST:
-            places.setdefault(name, []).append(site.value)
-    said = {}
-    for name, sites in places.items():
+            places.setdefault((name, by), []).append(site.value)
+    said: dict[str, str] = {}
+    for (name, by), sites in places.items():
         backend = DENSE_BACKENDS[name]
         reason = backend.unavailable()
         if reason is None:
             continue
-        where = ", ".join(sites)
+        where = ", ".join(sites) + (f" ({by})" if by else "")
         if on_unavailable == "error":
             raise ValueError(f"{where} {name!r} cannot run here: {reason}")
         falls_back = f"{name} for {where} falls back to {OTHER_CHOICE}"
         log.warning(f"{falls_back}: {reason}")
-        said[name] = f"{falls_back}: {backend.unavailable_in_short()}"
+        more = f"{said[name]}; " if name in said else ""
+        said[name] = f"{more}{falls_back}: {backend.unavailable_in_short()}"
     return said
 
 
@@ -172,56 +181,62 @@ def backend_settings(
         AttentionSite.CROSS_TEXT: cross_attn_1_type,
         AttentionSite.CROSS_IMAGE: cross_attn_2_type,
     }
-    types = {site: check_type(site, name) for site, name in given.items()}
-    sparge_ckpt = ""
+    inputs = {site: check_type(site, name) for site, name in given.items()}
+    types, sparse, sparge_ckpt, by = inputs, None, "", ""
     read = read_config(config_file)
     if read is not None:
-        config, file_name = read
-        if config.ignored:
-            log.info(f"{file_name}: keys not about attention are ignored: {config.ignored}")
-        types = {
-            site: config.types.get(site.value, AUTO) if name == AUTO else name
-            for site, name in types.items()
-        }
+        config, by = read
+        types, sparse = _with_config(inputs, config, by)
         sparge_ckpt = config.sparge_ckpt
-        if config.sparge and self_attn_1_type == AUTO:
-            # The dense type beside it serves the calls that stay dense.
-            dense = types[AttentionSite.SELF]
-            if dense in SPARSE_TYPES and dense != "sparge_attn":
-                raise ValueError(
-                    f"config_file {file_name!r}: self_attn_1_type {dense!r} and sparge are two "
-                    "sparse methods for one place; leave out one of them"
-                )
-            return _settings(model, types, dense, "sparge_attn", sparge_ckpt, on_unavailable)
-        if sparge_ckpt and types[AttentionSite.SELF] != "sparge_attn":
-            log.warning(
-                f"{file_name}: sparge_ckpt is not used, since self_attn_1_type is "
-                f"{types[AttentionSite.SELF]!r}; sparge true in the file, or sparge_attn as "
-                "self_attn_1_type, takes it"
-            )
     own = types[AttentionSite.SELF]
-    sparse = own if own in SPARSE_TYPES else None
-    return _settings(model, types, AUTO if sparse else own, sparse, sparge_ckpt, on_unavailable)
-
-
-def _settings(
-    model: Any,
-    types: dict[AttentionSite, str],
-    dense_self: str,
-    sparse: str | None,
-    sparge_ckpt: str,
-    on_unavailable: str,
-) -> AttentionSettings:
-    wanted = types | {AttentionSite.SELF: AUTO if dense_self in SPARSE_TYPES else dense_self}
+    sparse = sparse or (own if own in SPARSE_TYPES else None)
+    wanted = types | {AttentionSite.SELF: AUTO if own in SPARSE_TYPES else own}
     if sparse is None and set(wanted.values()) == {AUTO}:
-        wanted = dict.fromkeys(wanted, _from_environment() or AUTO)
-    asked = [(site, name) for site, name in wanted.items() if name != AUTO]
+        wanted, by = dict.fromkeys(wanted, _from_environment() or AUTO), ENVIRONMENT_VARIABLE
+    asked = [
+        _Asked(site, name, by if inputs[site] == AUTO else "")
+        for site, name in wanted.items()
+        if name != AUTO
+    ]
+    if asked and by == ENVIRONMENT_VARIABLE:
+        log.info(f"{by} chooses {asked[0].name} for {', '.join(site.value for site in wanted)}")
     unable = _unavailable(asked, on_unavailable)
-    able = tuple((site, name) for site, name in asked if name not in unable)
+    able = tuple((site, name) for site, name, _ in asked if name not in unable)
     return AttentionSettings(
         sparse=None if sparse is None else _sparse(model, sparse, sparge_ckpt),
         dense=DenseChoice(able, tuple(unable.values())),
     )
+
+
+def _with_config(
+    inputs: dict[AttentionSite, str], config: LightX2VConfig, file_name: str
+) -> tuple[dict[AttentionSite, str], str | None]:
+    """(the types of inputs and, where those are auto, of a file; the sparse method by its sparge).
+
+    Raises:
+        ValueError: the file names two sparse methods for one place.
+    """
+    if config.ignored:
+        log.info(f"{file_name}: keys not about attention are ignored: {config.ignored}")
+    types = {
+        site: config.types.get(site.value, AUTO) if name == AUTO else name
+        for site, name in inputs.items()
+    }
+    own = types[AttentionSite.SELF]
+    if config.sparge and inputs[AttentionSite.SELF] == AUTO:
+        # The dense type beside it serves the calls that stay dense.
+        if own in SPARSE_TYPES and own != "sparge_attn":
+            raise ValueError(
+                f"config_file {file_name!r}: self_attn_1_type {own!r} and sparge are two "
+                "sparse methods for one place; leave out one of them"
+            )
+        return types, "sparge_attn"
+    if config.sparge_ckpt and own != "sparge_attn":
+        log.warning(
+            f"{file_name}: sparge_ckpt is not used, since self_attn_1_type is {own!r}; sparge "
+            "true in the file, or sparge_attn as self_attn_1_type, takes it"
+        )
+    return types, None
 
 
 def environment_stamp() -> str:

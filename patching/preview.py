@@ -24,6 +24,11 @@ from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice, StaticPolic
 # What ComfyUI's text encoders of these models give at least.
 WAN_TEXT, COGVIDEOX_TEXT = 512, 226
 NO_METHOD = "No sparse method is on this model: all attention is dense."
+# Pairs of blocks whose plan is made only to be looked at: 720,896 tokens in blocks of 128 took
+# 1.6 GB and 4 s of a CPU, and both grow with the square.
+MAX_BLOCK_PAIRS = 2**25
+# What context windows cut, by the axis of a latent video [B, C, T, H, W].
+AXES = {2: "frames", 3: "rows", 4: "columns"}
 
 
 class Preview(NamedTuple):
@@ -57,7 +62,7 @@ def attention_preview(model: Any, samples: dict[str, Any], steps: int) -> Previe
         return _told(reason, density=1.0, speedup=1.0)
     family, _ = describe_model(model)
     net = model.model.diffusion_model
-    video = _video_like(model, samples)
+    video, cut = _in_windows(model, _video_like(model, samples))
     text_tokens = WAN_TEXT if family == WAN else COGVIDEOX_TEXT
     context = torch.empty(1, text_tokens, 1, device="meta")
     tokens = read_tokens(net, (video, None, context), {})
@@ -65,19 +70,23 @@ def attention_preview(model: Any, samples: dict[str, Any], steps: int) -> Previe
     if isinstance(tokens, str):
         return _told(method, f"All attention stays dense: {tokens}.", density=1.0, speedup=1.0)
     layout = tokens.layout
-    head = f"{method}, {layout} = {layout.num_tokens} tokens"
+    head = (f"{method}, {layout} = {layout.num_tokens} tokens", *cut)
     dense = layout_reason(choice, tokens)
     if dense is not None:
-        return _told(head, f"All attention stays dense: {dense}.", density=1.0, speedup=1.0)
+        return _told(*head, f"All attention stays dense: {dense}.", density=1.0, speedup=1.0)
     steps_text, sparse_steps = _steps(model, choice, steps)
-    known = choice.policy.forecast(layout)
+    known = _too_large(choice, layout) or choice.policy.forecast(layout)
     if isinstance(known, str):
         unknown = f"Density and gain are not known before a run: {known}."
-        return _told(head, steps_text, unknown, density=math.nan, speedup=math.nan)
+        return _told(*head, steps_text, unknown, density=math.nan, speedup=math.nan)
     plan, meaning = known
-    gain = _gain(net, family, choice, layout.num_tokens, text_tokens, plan, sparse_steps / steps)
-    density = f"Density of sparse calls: {plan.density():.3f} ({meaning})."
-    sentences = (head, density, *_where_guided(net, choice, layout), steps_text, gain.text)
+    # What a method adds by what it sees in a call comes on top.
+    least, most = ("", "") if _is_fixed(choice) else ("at least ", "at most ")
+    gain = _gain(
+        net, family, choice, layout.num_tokens, text_tokens, plan, sparse_steps / steps, most
+    )
+    density = f"Density of sparse calls: {least}{plan.density():.3f} ({meaning})."
+    sentences = (*head, density, *_where_guided(net, choice, layout), steps_text, gain.text)
     in_frames = choice.policy.is_static and choice.policy.order(layout) is None
     picture = image_tensor(lambda: plan_picture(plan, layout, *sentences, in_frames=in_frames))
     # Where all steps or layers are dense there is no sparse call.
@@ -128,6 +137,37 @@ def _video_like(model: Any, samples: dict[str, Any]) -> Tensor:
     return torch.empty(latent.shape, device="meta")
 
 
+def _in_windows(model: Any, video: Tensor) -> tuple[Tensor, tuple[str, ...]]:
+    """(what one forward of the model gets of a video, what there is to say about it)."""
+    handler = getattr(model, "model_options", {}).get("context_handler")
+    axis, length = getattr(handler, "dim", None), getattr(handler, "context_length", None)
+    if axis not in AXES or type(length) is not int or not 0 < length < video.shape[axis]:
+        return video, ()
+    # Newer hosts put one frame more before every window but the first.
+    more = 1 if axis == 2 and getattr(handler, "causal_window_fix", False) else 0
+    whole, name = video.shape[axis], AXES[axis]
+    length = min(length + more, whole)
+    shape = list(video.shape)
+    shape[axis] = length
+    said = f"Context windows: every forward has {length} of the video's {whole} {name}"
+    said += ", the first window one less." if more else "."
+    return torch.empty(shape, device="meta"), (said,)
+
+
+def _is_fixed(choice: SparseChoice) -> bool:
+    """Whether every call keeps what was foretold; a policy of somebody's own may not say."""
+    return getattr(choice.policy, "density_is_fixed", True)
+
+
+def _too_large(choice: SparseChoice, layout: TokenLayout) -> str | None:
+    """Why a plan is not made only to be looked at, or None."""
+    sizes = [getattr(choice.policy, name, 128) for name in ("block_m", "block_n")]
+    rows, columns = (-(-layout.num_tokens // size) for size in sizes)
+    if rows * columns <= MAX_BLOCK_PAIRS:
+        return None
+    return f"{rows} x {columns} blocks are too many to draw"
+
+
 def _steps(model: Any, choice: SparseChoice, steps: int) -> tuple[str, int]:
     """(which of a sampler's steps are dense, in words; how many are not)."""
     from comfy.samplers import calculate_sigmas
@@ -159,8 +199,9 @@ def _gain(
     text_tokens: int,
     plan: BlockPlan,
     sparse_steps: float,
+    at_most: str,
 ) -> _Gain:
-    """sparse_steps: their share, 0 to 1."""
+    """sparse_steps: their share, 0 to 1. at_most: said of the gain."""
     work = layer_operations(net, family, tokens, text_tokens)
     sparse_layers, layers = layer_calls(net, choice.schedule)
     saved = sparse_steps * sparse_layers / layers * (1 - plan.density())
@@ -169,8 +210,8 @@ def _gain(
     return _Gain(
         speedup,
         f"{sparse_layers} of {layers} layers may run sparse. Attention is {share:.0%} of a dense "
-        f"step's operations; {1 - saved:.0%} of it are left: {speedup:.2f}x as fast, if all "
-        "operations take equally long.",
+        f"step's operations; {1 - saved:.0%} of it are left: {at_most}{speedup:.2f}x as "
+        "fast, if all operations take equally long.",
     )
 
 

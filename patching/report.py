@@ -17,11 +17,12 @@ UNPATCHED = (
 )
 NOT_SAMPLED = (
     "No run of this model is known: connect samples to the sampler that uses it. If it is, its "
-    "result came from ComfyUI's cache; with another seed it runs again."
+    "result came from ComfyUI's cache (with another seed it runs again), or it had no step to run."
 )
 ANOTHER = (
-    "The latest run of this model; these samples are not what it returned: another node changed "
-    "them, or they are a sampler's denoised_output, in place of its output."
+    "These samples are of no run of this model that is known: they come from before the sampler, "
+    "from one that uses another model (the unpatched one?) or had no step to run, from its "
+    "denoised_output, or a node changed them. What follows is this model's latest run."
 )
 
 

@@ -140,10 +140,19 @@ def _say(record: RunRecord, choice: SparseChoice | None) -> None:
             f"{record.total_steps} or more, so a quarter of them is dense "
             f"({schedule.first_dense_steps(record.total_steps)})"
         )
-    if record.starts_inside and schedule.dense_timesteps < 0 and record.sparse().calls:
+    own = "warmup_steps" if schedule.fits_warmup else "dense_timesteps"
+    if schedule.counts_its_own and record.starts_inside and record.sparse().calls:
+        many = schedule.first_dense_steps(record.total_steps)
         record.note(
-            "this sampler starts inside the noise schedule, and a quarter of its own steps is "
-            "dense (dense_timesteps -1)"
+            f"this sampler starts inside the noise schedule, and its first {many} of "
+            f"{record.total_steps} steps are dense all the same ({own} -1)"
+        )
+    last = min(schedule.last_dense_timesteps, record.total_steps)
+    not_run, _ = record.steps_without_calls()
+    if last and not_run.issuperset(range(record.total_steps - last, record.total_steps)):
+        record.note(
+            f"last_dense_timesteps {schedule.last_dense_timesteps} had no effect: the model did "
+            "not run in the last steps"
         )
     log.log(logging.WARNING if record.was_bypassed() else logging.INFO, record.summary())
     level = logging.INFO if choice.verbose else logging.DEBUG

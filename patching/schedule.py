@@ -138,6 +138,11 @@ class Schedule:
     def bounded_by_noise(self) -> bool:
         return self.start_percent > 0.0 or self.end_percent < 1.0
 
+    @property
+    def counts_its_own(self) -> bool:
+        """Whether the first dense steps are this pack's or a preset's choice, not the person's."""
+        return self.dense_timesteps < 0 or self.fits_warmup
+
     def first_dense_steps(self, total_steps: int) -> int:
         if self.dense_timesteps < 0 or self.warmup_is_too_long(total_steps):
             return max(1, total_steps // 4)

@@ -175,9 +175,10 @@ class SpargePolicy:
         )
 
     def forecast(self, layout: TokenLayout) -> tuple[BlockPlan, str] | str:
-        """With topk every row keeps as many blocks at least; thresholds ask q and k."""
-        if self.checkpoint is not None or self.cdfthreshd is not None:
-            which = "cdfthreshd" if self.checkpoint is None else self.checkpoint.name
+        """With topk every row keeps as many blocks; thresholds ask q and k."""
+        if not self.density_is_fixed:
+            which = "cdfthreshd" if self.cdfthreshd is not None else "simthreshd1"
+            which = which if self.checkpoint is None else self.checkpoint.name
             return f"how many blocks a call keeps depends on its queries and keys ({which})"
         rows, columns = (-(-layout.num_tokens // size) for size in (self.block_m, self.block_n))
         kept = torch.zeros(1, 1, rows, columns, dtype=torch.bool)
@@ -187,10 +188,8 @@ class SpargePolicy:
             kept[..., -1, :] = True
         if layout.num_tokens % self.block_n:
             kept[..., -1] = True
-        return self._with_text(kept, layout, packed=True), (
-            "key blocks by score, the highest first: which these are, every call finds out; blocks "
-            "whose tokens are unlike each other are kept as well"
-        )
+        said = "key blocks by score, the highest first: which these are, every call finds out"
+        return self._with_text(kept, layout, packed=True), said
 
     def _tuned(self, checkpoint: SpargeCheckpoint, layer: int, q: Tensor) -> Tensor:
         """fp32 [2, H] on q's device: simthreshd1 and cdfthreshd of a layer."""

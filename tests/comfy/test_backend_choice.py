@@ -22,18 +22,36 @@ def backend_node(comfyui):
     return SetAttentionBackend
 
 
+ENVIRONMENT = "DIFFSYNTH_ATTENTION_IMPLEMENTATION"
+
+
 @pytest.mark.parametrize("on_unavailable", ["fallback", "error"])
 def test_a_library_the_environment_names_is_treated_as_an_input(
     models, set_backends, monkeypatch, run_lines, on_unavailable
 ):
+    """And said to be the environment's: the inputs read auto."""
     monkeypatch.setenv("DIFFSYNTH_ATTENTION_IMPLEMENTATION", "flash_attention_3")
     if on_unavailable == "error":
-        with pytest.raises(ValueError, match="'flash_attn3' cannot run here"):
+        said = rf"cross_attn_2_type \({ENVIRONMENT}\) 'flash_attn3' cannot run here"
+        with pytest.raises(ValueError, match=said):
             set_backends(models("wan"), on_unavailable=on_unavailable)
     else:
         set_backends(models("wan"))
         (said,) = (s for s in run_lines() if "falls back to an earlier node's choice" in s)
-        assert f"flash_attn3 for {', '.join(SITES)} falls back" in said
+        assert f"flash_attn3 for {', '.join(SITES)} ({ENVIRONMENT}) falls back" in said
+        assert any(f"{ENVIRONMENT} chooses flash_attn3 for {SITES[0]}" in s for s in run_lines())
+
+
+def test_what_a_file_names_is_said_to_be_the_files(models, set_backends, run_lines):
+    model = models("wan")
+    with pytest.raises(
+        ValueError, match=r"cross_attn_2_type \(wan_i2v.json\) 'flash_attn3' cannot"
+    ):
+        set_backends(model, config_file="wan_i2v.json", on_unavailable="error")
+    set_backends(model, config_file="wan_i2v.json", cross_attn_1_type="flash_attn3")
+    lines = run_lines()
+    assert any("flash_attn3 for cross_attn_1_type falls back" in line for line in lines)
+    assert any("flash_attn3 for cross_attn_2_type (wan_i2v.json) falls" in line for line in lines)
 
 
 @pytest.mark.core
@@ -207,7 +225,7 @@ def test_the_guides_configurations_work_by_name(models, set_backends, run_lines)
     ]
     assert options["sparse_video_attention"].sparse.policy.name == "sparge"
     assert any(
-        "flash_attn3 for cross_attn_1_type, cross_attn_2_type falls back" in line
+        f"flash_attn3 for {', '.join(SITES)} (wan_t2v_sparge.json) falls back" in line
         for line in run_lines()
     )
 

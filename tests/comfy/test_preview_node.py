@@ -114,6 +114,53 @@ def test_what_is_said_is_what_a_run_does(name, steps, models, preview, sample):
         assert gain == density == 1
 
 
+@pytest.mark.parametrize("fix", [True, False], ids=["a-frame-in-front", "plain"])
+@pytest.mark.parametrize("name", ["PatchRadialAttention", "PatchSpargeAttention"])
+def test_context_windows_have_the_mask_of_a_window(name, fix, models, preview, sample):
+    """Whichever side of the sparse node they are put on."""
+    from comfy_extras.nodes_context_windows import WanContextWindowsManualNode as Windows
+
+    shape = (1, 16, 9, 16, 20)
+    model = patch(models("wan"), name, min_tokens=0, dense_layers="", dense_timesteps=0)
+    # 17 frames are 5 latent ones.
+    model = Windows.execute(model, 17, 4, "standard_static", 1, False, "pyramid", False).result[0]
+    handler = model.model_options["context_handler"]
+    has_fix = getattr(handler, "causal_window_fix", None) is not None
+    if has_fix:
+        handler.causal_window_fix = fix
+    frames = 6 if has_fix and fix else 5
+    _, density, _, text = preview(model, shape, steps=1)
+    assert f"every forward has {frames} of the video's 9 frames" in text
+    assert f"{frames}x8x10 = {frames * 80} tokens" in text
+    sample(model, shape=shape, steps=1, scheduler="simple")
+    record = run_history(model).latest
+    assert any(layout.startswith(f"{frames}x8x10") for layout in record.layouts)
+    if len(record.layouts) == 1:
+        assert density == pytest.approx(record.sparse().density, abs=1e-6)
+    # As many frames as a window, or fewer, are not split.
+    assert "Context windows" not in preview(model, (1, 16, 5, 16, 20))[3]
+
+
+def test_what_is_too_large_to_draw_is_said(models, preview, monkeypatch):
+    """4096x4096 pixels and 321 frames are 28,000 blocks in a row: 800 million pairs."""
+    model = patch(models("wan"), "PatchRadialAttention")
+    huge = torch.zeros(1, 16, 1, 1, 1).expand(1, 16, 81, 512, 512)
+    picture, density, gain, text = preview(model, {"samples": huge})
+    assert math.isnan(density) and math.isnan(gain) and picture.size
+    assert "41472 x 41472 blocks are too many to draw" in text and "steps stay dense" in text
+
+
+def test_what_a_cap_adds_is_on_top(models, preview):
+    """PSA's similarity cap only refines: what is known is a bound, and said to be one."""
+    model = patch(models("wan"), "PatchPSA", preset="CogVideo_5b/psa_balanced")
+    capped = model.model_options["transformer_options"]["sparse_video_attention"].sparse.policy
+    _, _, _, text = preview(model, WAN_480P)
+    bounds = text.count("sparse calls: at least") + text.count("are left: at most")
+    assert bounds == (0 if capped.density_is_fixed else 2)
+    radial = patch(models("wan"), "PatchRadialAttention")
+    assert "at least" not in preview(radial, WAN_480P)[3]
+
+
 @pytest.mark.core
 def test_the_gain_is_that_of_the_operations(models, preview):
     model = patch(models("wan"), "PatchRadialAttention", dense_layers="0", dense_timesteps=3)
@@ -154,8 +201,9 @@ def test_cogvideox_layers_are_counted_with_their_weights(models, preview):
     [
         ("PatchPSA", {"preset": "Wan2.1_1.3b/psa_balanced"}, "(thresholdbound)"),
         ("PatchSpargeAttention", {"cdfthreshd": 0.9}, "(cdfthreshd)"),
+        ("PatchSpargeAttention", {"simthreshd1": 0.0}, "(simthreshd1)"),
     ],
-    ids=["psa", "sparge"],
+    ids=["psa", "sparge", "unlike-blocks"],
 )
 def test_what_only_a_run_tells_is_not_guessed(name, inputs, why, models, preview):
     _, density, gain, text = preview(patch(models("wan"), name, **inputs), WAN_480P)

@@ -52,7 +52,20 @@ def test_of_two_runs_of_a_model_each_latent_has_its_own_report(model, install_ba
     for steps, latent in latents.items():
         assert f"of {steps} steps" in report(patched, {"samples": latent})[2].splitlines()[0]
     said = report(patched, {"samples": latents[2] * 2})[2].splitlines()
-    assert said[0].startswith("The latest run of this model") and "of 3 steps" in said[1]
+    assert said[0].startswith("These samples are of no run of this model that is known")
+    assert "of 3 steps" in said[1]
+
+
+def test_samples_from_before_the_sampler_are_of_no_run(model, install_band, sample, report):
+    """Nor are those of a sampler without a step to run, or on the unpatched model."""
+    patched = install_band(model)
+    empty = {"samples": torch.zeros(1, 16, 3, 12, 16)}
+    assert "or it had no step to run" in report(patched, empty)[2]
+    sample(patched, steps=2)
+    for others in (empty, {"samples": sample(model, steps=2)}):
+        first, line, *_ = report(patched, others)[2].splitlines()
+        assert "before the sampler" in first and "the unpatched one?" in first
+        assert first.endswith("What follows is this model's latest run.") and "of 2 steps" in line
 
 
 def test_the_latest_run_may_have_been_cut_short(model, install_band, sample, report):
@@ -73,7 +86,7 @@ def test_a_node_further_up_the_chain_knows_the_run_too(
     patched = install_band(model)
     latent = sample(set_backends(patched, cross_attn_1_type="torch_sdpa"))
     text = report(patched, {"samples": latent})[2]
-    assert "band (reach 1)" in text and "not what it returned" not in text
+    assert text.startswith("band (reach 1)")
 
 
 def test_dense_backends_alone_have_a_report(model, set_backends, sample, report, fake_backend):

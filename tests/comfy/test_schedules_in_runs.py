@@ -5,6 +5,7 @@ level where one step ends and the next starts, as the next.
 """
 
 import pytest
+from sparse_video_attention.patching import run_history
 
 from .schedule_runs import LATENT, UP_AND_DOWN, Run
 
@@ -59,6 +60,9 @@ def test_dense_steps_of_each_kind_of_sampler(model, install_band, sample, comfyu
     expected = [step_by_noise(sigma, schedule.tolist()) for sigma in run.sigmas]
     assert run.steps == expected
     assert set(expected) >= {0, 2, 3, 4}
+    # These two stop a step before the last noise level.
+    in_vain = "last_dense_timesteps 1 had no effect: the model did not run in the last steps"
+    assert (in_vain in run_history(run.model).latest.notes) == (max(expected) < steps - last)
     for step, reason in zip(expected, run.reasons, strict=True):
         if step < first:
             assert reason == f"first {first} of {steps} steps"

@@ -52,8 +52,8 @@ def advanced(comfy_nodes, conditioning):
     return sample
 
 
-def empty():
-    return {"samples": torch.zeros(LATENT)}
+def empty(shape=LATENT):
+    return {"samples": torch.zeros(shape)}
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,26 @@ def test_two_samplers_that_split_a_schedule_count_their_own_steps(
     assert not notes[0]
     assert bool(notes[1]) == (low["dense_timesteps"] == -1)
     if notes[1]:
-        assert "starts inside the noise schedule, and a quarter of its own" in notes[1][0]
+        said = "starts inside the noise schedule, and its first 1 of 4 steps are dense all the same"
+        assert f"{said} (dense_timesteps -1)" in notes[1][0]
+
+
+@pytest.mark.parametrize(("warmup_steps", "said"), [(-1, True), (1, False)])
+def test_a_preset_s_warm_up_that_comes_again_is_said(
+    models, comfy_nodes, advanced, warmup_steps, said
+):
+    from sparse_video_attention.nodes.psa import PatchPSA
+
+    def run():
+        how = {"preset": "Wan2.1_1.3b/psa_topk", "warmup_steps": warmup_steps, "min_tokens": 0}
+        return Run(PatchPSA.execute(models("wan"), **how).result[0])
+
+    first, second = run(), run()
+    half_way = advanced(first, empty((1, 16, 6, 16, 20)), steps=8, end=4, leftover=True)
+    advanced(second, half_way, steps=8, start=4, first=False)
+    again = "its first 1 of 4 steps are dense all the same (warmup_steps -1)"
+    notes = ["; ".join(run_history(each.model).latest.notes) for each in (first, second)]
+    assert again not in notes[0] and (again in notes[1]) == said
 
 
 @pytest.mark.parametrize(
