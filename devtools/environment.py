@@ -38,7 +38,7 @@ TOOLS = [
     "triton-windows<3.7; platform_system == 'Windows'",  # for TORCH
 ]
 # Triton's interpreter needs an older NumPy; editable installs of this layout a newer setuptools.
-LIMITS = ["numpy<2.4", "setuptools>=68", "wheel"]
+LIMITS = ["numpy<2.4", "setuptools>=77", "wheel"]
 
 
 @dataclass(frozen=True)
