@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .twins import Twins
+from .twins import TORCH_ONLY, Twins
 
 # Which devices the twin failed on: as lasting as the compiler that is installed.
 _TWINS = Twins()
@@ -43,14 +43,31 @@ def packed_lists(levels: Tensor, kept: tuple[int, ...]) -> tuple[Tensor, Tensor]
     return columns.to(torch.int32), bounds.to(torch.int32)
 
 
-def strided_lists(levels: Tensor, kept: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _are_wrong(made: tuple[Tensor, Tensor], levels: Tensor, kept: tuple[int, ...]) -> str | None:
+    """What is wrong with the lists of the first head, by torch's."""
+    part, num_k_blocks = levels[:1, :1], levels.shape[-1]
+    want, want_bounds = strided_lists(part, kept, TORCH_ONLY)
+    indices, bounds = made[0][: want.numel()], made[1][:1, :1]
+    if not torch.equal(bounds, want_bounds):
+        return "the bounds of its first lists are wrong"
+    lengths = (bounds[..., -1] - bounds[..., 0]).flatten()[:, None]
+    listed = torch.arange(num_k_blocks, device=levels.device) < lengths
+    there, right = (x.view(-1, num_k_blocks)[listed] for x in (indices, want))
+    return None if torch.equal(there, right) else "its first lists are wrong"
+
+
+def strided_lists(
+    levels: Tensor, kept: tuple[int, ...], twins: Twins | None = None
+) -> tuple[Tensor, Tensor]:
     """Every row in its own num_k_blocks entries; no device sync. Returns as packed_lists."""
     if levels.is_cuda and _has_triton():
-        made = _TWINS.run(
+        made = (twins or _TWINS).run(
             f"{__package__}.triton_lists",
             levels,
             lambda twin: None,
             lambda twin: twin.strided_lists(levels, kept),
+            lambda made: _are_wrong(made, levels, kept),
+            (levels.shape[-1], kept),
         )
         if made is not None:
             return made

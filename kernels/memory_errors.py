@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import torch
 
-# Triton and cuBLAS raise RuntimeErrors of their own.
-_SAYINGS = ("out of memory", "cublas_status_alloc_failed")
+# Triton, cuBLAS and hipBLAS raise RuntimeErrors of their own.
+_SAYINGS = ("out of memory", "blas_status_alloc_failed")
+# One type under two names; the shorter came with torch 2.5.
+_ERRORS = (torch.cuda.OutOfMemoryError, MemoryError)
 
 OUT_OF_MEMORY = "ran out of memory"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of whatever library says so."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, _ERRORS):
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(saying in text for saying in _SAYINGS)

@@ -18,10 +18,11 @@ from .triton_statistics import statistics_kernel
 
 # Upper limits of the scratch memory of a call, unless one head needs more: in bytes or, if that is
 # more, as a share of the GPU's memory, since most of a GPU idles while a group's last programs
-# end; and for plans without pooled levels as a share of q, k, v and the output.
+# end; and for plans without pooled levels as a share of q, k, v and the output, of which small
+# calls have so little that their groups would not fill a GPU.
 SCRATCH_BYTES = 256 * 2**20
 GPU_SHARE = 0.01
-BINARY_SHARE = 0.1
+BINARY_SHARE, BINARY_BYTES = 0.1, 64 * 2**20
 MAX_GRID_Y = 65535
 # Tokens per partial sum of the mean key.
 CHUNK_TOKENS = 1024
@@ -86,7 +87,7 @@ class Scratch:
         limit = scratch_limit(k.device)
         if plan.levels == (1,):
             inputs_and_output = 2 * (call.q.numel() + k.numel()) * k.element_size()
-            limit = min(limit, int(BINARY_SHARE * inputs_and_output))
+            limit = min(limit, max(BINARY_BYTES, int(BINARY_SHARE * inputs_and_output)))
         most = max(1, min(heads, MAX_GRID_Y, limit // per_head))
         # Groups of equal size: a small last one would leave most of a GPU idle.
         self.group = -(-heads // -(-heads // most))

@@ -8,21 +8,34 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from .capture import is_captured
 from .memory_errors import is_out_of_memory
-from .triton_launch import architecture
+from .triton_launch import architecture, settings_for
 
 LOGGER = logging.getLogger("sparse_video_attention")
-# Tensor cores that take bf16.
-MIN_CAPABILITY = (8, 0)
-
+# How far a twin's first result may be from torch's: relative L2 of numbers, and the share of
+# decisions that differ, since sums in another order move what lies on a bound.
+MAX_ERROR, MAX_OTHERWISE = 0.05, 0.02
 
 T = TypeVar("T")
+
+
+def how_far(found: Tensor, want: Tensor) -> str | None:
+    """What is wrong with a twin's result, or None. Syncs. NaN is equal to NaN."""
+    if found.is_floating_point():
+        found, want = found.float(), want.float()
+        both = found.isnan() & want.isnan()
+        found, want = found.masked_fill(both, 0), want.masked_fill(both, 0)
+        error = float((found - want).norm() / want.norm().clamp(min=1e-30))
+        return None if error <= MAX_ERROR else f"its first result is off by {error:.2g}"
+    share = float((found != want).float().mean())
+    return None if share <= MAX_OTHERWISE else f"{share:.0%} of its first result are wrong"
 
 
 def _compiles_nothing(device: torch.device) -> bool:
@@ -37,10 +50,16 @@ class Twins:
 
     A policy keeps one, so that a failure is paid for once and forgotten with the MODEL. Safe to
     share between threads.
+
+    Args:
+        checks: hold the first result of every kind against torch's, as the attention kernels'
+            first outputs are: twins meet GPUs and compilers that they were never run on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, checks: bool = True) -> None:
         self._failed: dict[tuple[str, torch.device], str] = {}
+        self._checks = checks
+        self._checked: set[Hashable] = set()
 
     def failures(self) -> dict[tuple[str, torch.device], str]:
         """Why a twin is not used any more, by (name, device)."""
@@ -52,25 +71,29 @@ class Twins:
         x: Tensor,
         refuses: Callable[[Any], str | None],
         run: Callable[[Any], T],
+        wrong: Callable[[T], str | None],
+        kind: Hashable,
     ) -> T | None:
         """run(module) on x's device, or None where the torch function has to serve the call.
 
         Args:
             module: its whole name; imported here, since it imports Triton.
             refuses: (module) -> None, or why it cannot serve this call.
+            wrong: (result) -> None, or what is wrong with it, by torch's for a part; syncs.
+            kind: what is compiled anew for; of every kind the first result is looked at.
         """
         if not x.is_cuda or (module, x.device) in self._failed:
             return None
         try:
-            if torch.cuda.get_device_capability(x.device) < MIN_CAPABILITY:
-                return None
-            if _compiles_nothing(x.device):
+            if settings_for(architecture(x.device)) is None or _compiles_nothing(x.device):
                 return None
             twin = importlib.import_module(module)
             if refuses(twin) is not None:
                 return None
             with torch.cuda.device(x.device):
-                return run(twin)
+                found = run(twin)
+                self._check((module, x.device, kind), x.device, found, wrong)
+                return found
         except Exception as error:  # a compiler can raise anything; the torch function needs none
             if is_out_of_memory(error):
                 raise
@@ -83,3 +106,29 @@ class Twins:
                     reason,
                 )
             return None
+
+    def _check(
+        self, key: Hashable, device: torch.device, found: T, wrong: Callable[[T], str | None]
+    ) -> None:
+        """Raise ArithmeticError for a first result that is wrong."""
+        if not self._checks or key in self._checked or is_captured(device):
+            return
+        try:
+            reason = wrong(found)
+        except Exception as error:  # it says nothing about the twin
+            if is_out_of_memory(error):
+                return
+            reason = None
+        self._checked.add(key)
+        if reason is not None:
+            raise ArithmeticError(reason)
+
+
+class TorchOnly(Twins):
+    """Leaves everything to the torch functions."""
+
+    def run(self, *call: Any, **how: Any) -> None:
+        return None
+
+
+TORCH_ONLY = TorchOnly()

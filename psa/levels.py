@@ -11,13 +11,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.twins import Twins
+from ..kernels.twins import TORCH_ONLY, Twins, how_far
 
 # The order in which levels take blocks: every preset is expanded to all of them.
 LEVEL_ORDER = (1, 2, 4, 8, 0)
 MIN_LEVEL1_SHARE = 0.06
 CUMULATIVE_SLACK = 1e-6
 # Ranked entries held at once (8 bytes each, and about as much again beside them).
+# Of a twin's first result, about so many rows are looked at.
+CHECKED_ROWS = 64
 CHUNK_ENTRIES = {"cpu": 2**19, "cuda": 2**24}
 
 Ratios = Mapping[int, Sequence[float]] | Mapping[str, Sequence[float]]
@@ -168,13 +170,29 @@ def assign_levels(
     """
     check_level_request(mask_ratios, mask_mode, block_n, tile_n)
     num_k_blocks = importance.shape[-1]
-    found = (twins or Twins()).run(
+
+    def wrong(found: Tensor) -> str | None:
+        rows, levels = importance.flatten(0, -2), found.flatten(0, -2)
+        every = max(1, len(rows) // CHECKED_ROWS)
+        want = assign_levels(
+            rows[::every],
+            mask_ratios,
+            mask_mode=mask_mode,
+            block_n=block_n,
+            tile_n=tile_n,
+            twins=TORCH_ONLY,
+        )
+        return how_far(levels[::every], want)
+
+    found = (twins or Twins(checks=False)).run(
         f"{__package__}.triton_levels",
         importance,
         lambda twin: twin.refuses(num_k_blocks),
         lambda twin: twin.levels(
             importance, mask_ratios, mask_mode=mask_mode, block_n=block_n, tile_n=tile_n
         ),
+        wrong,
+        (num_k_blocks, mask_mode, block_n, tile_n),
     )
     if found is not None:
         return found

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..kernels.twins import Twins
+from ..kernels.twins import TORCH_ONLY, Twins, how_far
 
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
 
@@ -58,11 +58,17 @@ def similarity_cap(
             "k is [batch, heads, tokens, head_dim] and block_n a multiple of 8; got shape "
             f"{list(k.shape)} and block_n={block_n}"
         )
-    found = (twins or Twins()).run(
+
+    def in_torch(head: Tensor) -> Tensor:
+        return similarity_cap(head, block_n=block_n, x2=x2, x4=x4, x8=x8, twins=TORCH_ONLY)
+
+    found = (twins or Twins(checks=False)).run(
         f"{__package__}.triton_similarity",
         k,
         lambda twin: twin.refuses(k, block_n),
         lambda twin: twin.cap(k, block_n=block_n, x2=x2, x4=x4, x8=x8),
+        lambda found: how_far(found[:1, :1], in_torch(k[:1, :1])),
+        (k.shape[3], k.dtype, block_n),
     )
     if found is not None:
         return found

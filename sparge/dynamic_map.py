@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.autocast import without_autocast
-from ..kernels.twins import Twins
+from ..kernels.twins import TORCH_ONLY, Twins, how_far
 from .statistics import block_statistics
 from .thresholds import Counts, Threshold, check_threshold, on_device, per_head, topk_counts
 
@@ -73,7 +73,7 @@ def block_map(
             check_threshold(name, value, 0.0, 1.0, heads)
 
     mean_key = k.mean(dim=2, keepdim=True, dtype=torch.float32) if subtract_key_mean else None
-    twins = twins or Twins()
+    twins = twins or Twins(checks=False)
     of_q = block_statistics(q, block_q, twins=twins)
     of_k = block_statistics(k, block_k, mean_key, twins)
     similar = per_head(simthreshd1, q.device)
@@ -107,6 +107,17 @@ def _keep_rows(
     twins: Twins,
 ) -> None:
     """Fill the rows of `kept` [B, H, M, N] from `first` on that scores [B, H, rows, N] are for."""
+    chunk = slice(first, first + scores.shape[2])
+
+    def wrong(done: bool) -> str | None:
+        """By what torch keeps of the first head."""
+        count = counts if counts is None or isinstance(counts, int) else counts[:1]
+        most = limit[:, :1] if isinstance(limit, Tensor) else limit
+        want = torch.empty_like(kept[:1, :1])
+        of_head = scores[:1, :1].clone(), q_alike[:1, :1], k_alike[:1, :1]
+        _keep_rows(want, *of_head, first, count, most, attention_sink, TORCH_ONLY)
+        return how_far(kept[:1, :1, chunk], want[:, :, chunk]) if done else None
+
     done = twins.run(
         f"{__package__}.triton_select",
         scores,
@@ -121,6 +132,8 @@ def _keep_rows(
             limit=limit,
             attention_sink=attention_sink,
         ),
+        wrong,
+        (scores.shape[-1], scores.dtype, counts is None),
     )
     if done:
         return
@@ -131,7 +144,6 @@ def _keep_rows(
     else:
         assert limit is not None
         chosen = _highest_mass(scores, limit)
-    chunk = slice(first, first + scores.shape[2])
     chosen |= k_apart
     kept[:, :, chunk] = chosen | ~q_alike[:, :, chunk, None]
     if attention_sink:

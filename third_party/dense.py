@@ -9,6 +9,7 @@ from . import (
     flash_attn4,
     sage_attn2,
     sage_attn3,
+    torch_cudnn,
     torch_sdpa,
     triton_int8,
     xformers,
@@ -20,6 +21,7 @@ DENSE_BACKENDS: dict[str, DenseBackend] = {
     module.BACKEND.name: module.BACKEND
     for module in (
         torch_sdpa,
+        torch_cudnn,
         flash_attn2,
         flash_attn3,
         flash_attn4,

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.memory_errors import is_out_of_memory
 from .backend import DenseBackend, Loaded
 from .constraints import Constraints
 
 
 @functools.cache
-def _takes_priority() -> bool:
+def takes_priority() -> bool:
     """Whether this torch lets the order of its kernels be set (2.6 and newer)."""
     from torch.nn.attention import sdpa_kernel
 
@@ -30,13 +31,13 @@ _ordering = threading.Lock()
 
 
 @contextmanager
-def _kernel_order(device: torch.device) -> Iterator[None]:
-    """cuDNN first, which is the fastest on Hopper by far; then torch's own default order.
+def kernel_order(*order: str) -> Iterator[None]:
+    """torch's kernels in an order, by their names in SDPBackend; none leaves it as it is.
 
     Where somebody has switched one off all stays as it is: torch would put the order back without
     it.
     """
-    if device.type != "cuda" or not _takes_priority():
+    if not order or not takes_priority():
         yield
         return
     from torch.backends import cuda
@@ -49,21 +50,43 @@ def _kernel_order(device: torch.device) -> Iterator[None]:
             and cuda.mem_efficient_sdp_enabled()
             and cuda.math_sdp_enabled()
         )
-        order = [
-            SDPBackend.CUDNN_ATTENTION,
-            SDPBackend.FLASH_ATTENTION,
-            SDPBackend.EFFICIENT_ATTENTION,
-            SDPBackend.MATH,
-        ]
-        with sdpa_kernel(order, set_priority=True) if all_on else nullcontext():
+        kernels = [getattr(SDPBackend, name) for name in order]
+        with sdpa_kernel(kernels, set_priority=True) if all_on else nullcontext():
             yield
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, mask: Tensor | None) -> Tensor:
+CUDNN = "CUDNN_ATTENTION"
+WITHOUT_CUDNN = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+
+
+@functools.cache
+def _order(device: torch.device) -> tuple[str, ...]:
+    """cuDNN first where it was measured to be the fastest by far: Hopper. On other GPUs torch's
+    own order, since people measured cuDNN slower than flash on some and faster on others."""
+    if device.type != "cuda" or torch.version.hip:
+        return ()
+    is_hopper = torch.cuda.get_device_capability(device)[0] == 9
+    return (CUDNN, *WITHOUT_CUDNN) if is_hopper else ()
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None, *order: str
+) -> Tensor:
     # enable_gqa is new in torch 2.5: passed only where it means something.
     grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-    with _kernel_order(q.device):
+    with kernel_order(*order):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, **grouped)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, mask: Tensor | None) -> Tensor:
+    try:
+        return _sdpa(q, k, v, scale, mask, *_order(q.device))
+    except RuntimeError as error:
+        # cuDNN can find out as late as here that it has no engine for a call, and torch then goes
+        # on to no other kernel.
+        if not q.is_cuda or is_out_of_memory(error):
+            raise
+        return _sdpa(q, k, v, scale, mask, *WITHOUT_CUDNN)
 
 
 BACKEND = DenseBackend(

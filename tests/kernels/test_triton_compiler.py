@@ -74,7 +74,12 @@ def test_twins_do_not_find_it_out_one_by_one(compiles, calls, caplog):
     x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
     for name in ("triton_map", "triton_select"):
         found = twins.Twins().run(
-            f"sparse_video_attention.sparge.{name}", x, lambda twin: None, lambda twin: "served"
+            f"sparse_video_attention.sparge.{name}",
+            x,
+            lambda twin: None,
+            lambda twin: "served",
+            lambda found: None,
+            "kind",
         )
         assert found is None
     assert compiles == [NOBODYS]

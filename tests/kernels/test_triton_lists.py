@@ -92,6 +92,34 @@ class LooksLikeCuda(torch.Tensor):
     is_cuda = True
 
 
+@pytest.mark.parametrize("off", [(), (0, 5), (1, 7)], ids=["right", "an-entry", "a-bound"])
+def test_first_lists_are_held_against_torch(monkeypatch, caplog, off):
+    """Wrong entries would have the attention kernel read outside of k and v."""
+    levels = random_levels(1, 2, 4, 6, values=(0, 1))
+    truth = strided_lists(levels, (1,))
+
+    def twin(levels, kept):
+        indices, bounds = (
+            part.clone() for part in strided_lists(levels.as_subclass(torch.Tensor), kept)
+        )
+        # What is not listed may be anything.
+        indices[bounds[0, 0, 0, 1] :][: levels.shape[-1] - bounds[0, 0, 0, 1]] = 99
+        if off:
+            (indices, bounds)[off[0]].flatten()[0] += off[1]
+        return indices, bounds
+
+    monkeypatch.setattr(triton_lists_module, "strided_lists", twin)
+    monkeypatch.setattr(lists, "_has_triton", lambda: True)
+    monkeypatch.setattr(lists, "_TWINS", Twins())
+    monkeypatch.setattr(f"{Twins.__module__}.architecture", lambda device: 80)
+    monkeypatch.setattr(f"{Twins.__module__}._compiles_nothing", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    indices, bounds = strided_lists(levels.as_subclass(LooksLikeCuda), (1,))
+    assert torch.equal(bounds, truth[1])
+    assert (bool(off)) == ("lists" in caplog.text and "wrong" in caplog.text), caplog.text
+    assert (99 in indices.tolist()) == (not off)
+
+
 def test_where_triton_cannot_compile_torch_makes_the_lists(monkeypatch):
     levels = random_levels(1, 2, 4, 6, values=(0, 1))
     tries = []
@@ -103,7 +131,6 @@ def test_where_triton_cannot_compile_torch_makes_the_lists(monkeypatch):
     monkeypatch.setattr(triton_lists_module, "strided_lists", fail)
     monkeypatch.setattr(lists, "_has_triton", lambda: True)
     monkeypatch.setattr(lists, "_TWINS", Twins())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(f"{Twins.__module__}.architecture", lambda device: 80)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     for _ in range(3):

@@ -85,6 +85,20 @@ def round_to_fp8_as_gpus_do():
     interpreter._convert_float = converted
 
 
+def masks_are_bool():
+    """Triton 3.9 spreads one comparison over a block as integers, and takes no such mask."""
+    from triton.runtime import interpreter
+
+    builder = type(interpreter.interpreter_builder)
+    load = builder.create_masked_load
+
+    def with_bool(self, pointers, mask, *others):
+        mask = interpreter.TensorHandle(mask.data.astype(bool), mask.dtype)
+        return load(self, pointers, mask, *others)
+
+    builder.create_masked_load = with_bool
+
+
 def _find(name):
     module, attribute = name.split(":")
     return importlib.import_module(module), attribute
@@ -109,6 +123,7 @@ def _serve():
     sys.stdout = sys.stderr
     poison_new_tensors(setattr)
     round_to_fp8_as_gpus_do()
+    masks_are_bool()
     while True:
         try:
             request = _receive(requests)

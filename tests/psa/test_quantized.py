@@ -117,7 +117,7 @@ def test_the_twin_is_asked_for_what_is_fast(fast, monkeypatch):
     monkeypatch.setattr(importance, "scores_in_8_bits", lambda device: fast)
     refused, asked = Mock(), Mock()
     twins = Mock()
-    twins.run = lambda module, x, refuses, run: refuses(refused) and run(asked)
+    twins.run = lambda module, x, refuses, run, *check: refuses(refused) and run(asked)
     q, k = random_qk()
     got = token_importance(q, k, **BLOCKS, scale=0.125, queries=SIXTEENTH, twins=twins)
     assert got is asked.sampled_importance.return_value

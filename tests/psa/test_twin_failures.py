@@ -6,31 +6,39 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sparse_video_attention.kernels import TokenLayout
-from sparse_video_attention.kernels.twins import Twins
+from sparse_video_attention.kernels.twins import TORCH_ONLY, Twins
 from sparse_video_attention.psa import PsaPolicy
+from sparse_video_attention.psa.importance import block_importance, token_importance
+from sparse_video_attention.psa.levels import assign_levels
 from sparse_video_attention.psa.preset import SimThresholds
+from sparse_video_attention.psa.similarity import similarity_cap
+from sparse_video_attention.sparge.statistics import block_statistics
 
 SAMPLING, LEVELS = (f"sparse_video_attention.psa.{name}" for name in ("sampling", "levels"))
+
+
+def ask(twins, module, x, run, *, refuses=lambda twin: None, wrong=lambda found: None, kind=""):
+    return twins.run(module, x, refuses, run, wrong, kind)
 
 
 @pytest.fixture
 def pretend_cuda(monkeypatch):
     """A stand-in for a CUDA tensor, on a machine that looks as if it had one."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(f"{Twins.__module__}.architecture", lambda device: 90)
     return SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
 
 
 def test_cpu_tensors_do_not_import_triton():
-    assert Twins().run("no_such_module", torch.zeros(1), None, None) is None
+    assert ask(Twins(), "no_such_module", torch.zeros(1), None) is None
 
 
 def test_twin_serves_what_it_does_not_refuse(pretend_cuda):
     result = torch.ones(1)
     run = lambda twin: result  # noqa: E731
-    assert Twins().run(SAMPLING, pretend_cuda, lambda twin: None, run) is result
-    assert Twins().run(SAMPLING, pretend_cuda, lambda twin: "too long", run) is None
+    assert ask(Twins(), SAMPLING, pretend_cuda, run) is result
+    assert ask(Twins(), SAMPLING, pretend_cuda, run, refuses=lambda twin: "too long") is None
 
 
 def test_failing_twin_is_set_aside_on_its_device_and_named_once(pretend_cuda, caplog):
@@ -42,18 +50,18 @@ def test_failing_twin_is_set_aside_on_its_device_and_named_once(pretend_cuda, ca
 
     twins, other_gpu = Twins(), SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
     for _ in range(3):
-        assert twins.run(SAMPLING, pretend_cuda, lambda twin: None, fail) is None
+        assert ask(twins, SAMPLING, pretend_cuda, fail) is None
     assert len(calls) == 1
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "without psa.sampling on cuda:0 from here on: RuntimeError: no C compiler" in caplog.text
-    assert twins.run(SAMPLING, other_gpu, lambda twin: None, lambda twin: "served") == "served"
-    assert twins.run(LEVELS, pretend_cuda, lambda twin: None, lambda twin: "served") == "served"
+    assert ask(twins, SAMPLING, other_gpu, lambda twin: "served") == "served"
+    assert ask(twins, LEVELS, pretend_cuda, lambda twin: "served") == "served"
 
 
 def test_a_failure_is_forgotten_with_the_policy(pretend_cuda):
     """One MODEL's bad luck is not the next one's; equal policies stay equal."""
     unlucky, fresh = PsaPolicy(((1, (0.0, 0.5)),)), PsaPolicy(((1, (0.0, 0.5)),))
-    unlucky.twins.run(SAMPLING, pretend_cuda, lambda twin: None, lambda twin: 1 / 0)
+    ask(unlucky.twins, SAMPLING, pretend_cuda, lambda twin: 1 / 0)
     assert list(unlucky.twins.failures()) == [(SAMPLING, pretend_cuda.device)]
     assert fresh.twins.failures() == {}
     assert unlucky == fresh and hash(unlucky) == hash(fresh)
@@ -64,7 +72,7 @@ def test_a_policys_calls_share_what_failed():
     asked = []
 
     class Watched(Twins):
-        def run(self, module, x, refuses, run):
+        def run(self, module, x, *call):
             asked.append(module)
 
     policy = PsaPolicy(
@@ -77,11 +85,97 @@ def test_a_policys_calls_share_what_failed():
     assert names == {"triton_importance", "triton_levels", "triton_similarity"}
 
 
-def test_old_gpus_use_torch(pretend_cuda, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+@pytest.mark.parametrize("arch", [75, "gfx1030", "gfx906"])
+def test_gpus_without_settings_use_torch(pretend_cuda, monkeypatch, arch):
+    """Triton compiles for some of them, to something slow that spills."""
+    monkeypatch.setattr(f"{Twins.__module__}.architecture", lambda device: arch)
     twins = Twins()
-    assert twins.run(SAMPLING, pretend_cuda, lambda twin: None, None) is None
+    assert ask(twins, SAMPLING, pretend_cuda, None) is None
     assert twins.failures() == {}
+
+
+def test_a_first_result_that_is_wrong_sets_the_twin_aside(pretend_cuda, caplog):
+    twins, looked_at = Twins(), []
+
+    def wrong(found):
+        looked_at.append(found)
+        return "its first result is off by 0.5"
+
+    for _ in range(2):
+        assert ask(twins, SAMPLING, pretend_cuda, lambda twin: "served", wrong=wrong) is None
+    assert looked_at == ["served"]
+    assert "ArithmeticError: its first result is off by 0.5" in caplog.text
+    assert ask(twins, LEVELS, pretend_cuda, lambda twin: "served") == "served"
+
+
+def test_only_the_first_result_of_a_kind_is_looked_at(pretend_cuda, monkeypatch):
+    """Looking waits for the device, so not while a graph is captured either."""
+    twins, looked_at = Twins(), []
+
+    def serve(kind, twins=twins):
+        return ask(
+            twins, SAMPLING, pretend_cuda, lambda twin: kind, wrong=looked_at.append, kind=kind
+        )
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert serve("a") == "a" and looked_at == []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert [serve(kind) for kind in "aabba"] == list("aabba")
+    assert looked_at == ["a", "b"]
+    assert serve("c", Twins(checks=False)) == "c" and looked_at == ["a", "b"]
+
+
+def test_what_cannot_be_looked_at_serves(pretend_cuda):
+    """For want of memory it is looked at again, and never a verdict on the twin."""
+    twins, looked_at = Twins(), []
+
+    def look(found):
+        looked_at.append(found)
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    for _ in range(2):
+        assert ask(twins, SAMPLING, pretend_cuda, lambda twin: "served", wrong=look) == "served"
+    assert len(looked_at) == 2
+    ask(twins, SAMPLING, pretend_cuda, lambda twin: "served", wrong=lambda found: 1 / 0)
+    assert ask(twins, SAMPLING, pretend_cuda, lambda twin: "served", wrong=look) == "served"
+    assert len(looked_at) == 2 and twins.failures() == {}
+
+
+STAGES = {
+    "importance": lambda q, twins: token_importance(
+        q, q, block_m=64, block_n=32, scale=0.1, twins=twins
+    ),
+    "block importance": lambda q, twins: block_importance(
+        q, q, tokens_per_q_block=64, tokens_per_k_block=32, twins=twins
+    ),
+    "levels": lambda q, twins: assign_levels(
+        q[..., 0].abs(), {1: (0, 0.3), 4: (0.3, 0.6)}, mask_mode="topk", block_n=64, twins=twins
+    ),
+    "similarity": lambda q, twins: similarity_cap(
+        q, block_n=32, x2=0.0, x4=0.0, x8=0.0, twins=twins
+    ),
+    "statistics": lambda q, twins: block_statistics(q, 32, None, twins),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_can_tell_a_wrong_result(stage):
+    """By its own torch function: right is right, and another head's or a shifted one is wrong."""
+    verdicts = []
+
+    class Watched(Twins):
+        def run(self, module, x, refuses, run, wrong, kind):
+            hash(kind)
+            right = STAGES[stage](q, TORCH_ONLY)
+            if isinstance(right, tuple):
+                shifted = type(right)(*(part.roll(1, dims=2) for part in right))
+            else:
+                shifted = right.roll(1, dims=-1)
+            verdicts.extend([wrong(right), wrong(shifted)])
+
+    q = torch.randn(1, 2, 256, 64, generator=torch.Generator().manual_seed(1))
+    STAGES[stage](q, Watched())
+    assert verdicts[0] is None and "its first result" in verdicts[1], verdicts
 
 
 @pytest.mark.parametrize(
@@ -93,5 +187,5 @@ def test_memory_shortage_is_not_hidden(pretend_cuda, error):
 
     twins = Twins()
     with pytest.raises(type(error)):
-        twins.run(SAMPLING, pretend_cuda, lambda twin: None, fail)
+        ask(twins, SAMPLING, pretend_cuda, fail)
     assert twins.failures() == {}

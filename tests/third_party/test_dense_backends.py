@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from sparse_video_attention.third_party import DENSE_BACKENDS, available, torch_sdpa
 
 from .conftest import exact
@@ -124,13 +125,109 @@ def test_torch_takes_everything(memory, qkv):
     close(backend.run(q, k[:, :2], v[:, :2]), grouped)
 
 
-def test_torch_is_asked_for_cudnn_first():
+CUDNN_FIRST = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+
+
+@pytest.fixture
+def capability(monkeypatch):
+    """capability(major, minor): what every CUDA device has from then on."""
+    torch_sdpa._order.cache_clear()
+    yield lambda *found: monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: found
+    )
+    torch_sdpa._order.cache_clear()
+
+
+def test_on_hopper_torch_is_asked_for_cudnn_first(capability):
     from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
-    with torch_sdpa._kernel_order(torch.device("cuda")):
+    capability(9, 0)
+    with torch_sdpa.kernel_order(*torch_sdpa._order(torch.device("cuda"))):
         order = _cur_sdpa_kernel_backends(with_priority=True)
-    names = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
-    assert order[:4] == [getattr(SDPBackend, name) for name in names]
+    assert order[:4] == [getattr(SDPBackend, name) for name in CUDNN_FIRST]
+
+
+@pytest.mark.parametrize("found", [(8, 0), (8, 6), (8, 9), (10, 0), (12, 0)], ids=str)
+def test_elsewhere_the_order_is_torchs_own(capability, found):
+    """Where nobody measured it here, and others found cuDNN slower on some."""
+    capability(*found)
+    before = torch._C._get_sdp_priority_order()
+    for device in ("cuda", "cpu"):
+        with torch_sdpa.kernel_order(*torch_sdpa._order(torch.device(device))):
+            assert torch._C._get_sdp_priority_order() == before
+
+
+class OnGpu(torch.Tensor):
+    """A CPU tensor that is taken for a GPU's."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        ("cuDNN Frontend error: No valid engine configs for Matmul_MUL_", True),
+        ("CUDA out of memory", False),
+    ],
+)
+def test_where_cudnn_has_no_engine_another_kernel_serves(monkeypatch, qkv, error, again):
+    """It finds out when torch has chosen it, and torch goes on to no other."""
+    from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
+
+    want, real, orders = exact(*qkv()), F.scaled_dot_product_attention, []
+
+    def attention(*args, **kwargs):
+        orders.append(_cur_sdpa_kernel_backends())
+        if len(orders) == 1:
+            raise RuntimeError(error)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    q, k, v = (x.as_subclass(OnGpu) for x in qkv())
+    if not again:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            torch_sdpa.attend(q, k, v, scale=None, mask=None)
+        return
+    close(torch_sdpa.attend(q, k, v, scale=None, mask=None), want)
+    assert len(orders) == 2 and SDPBackend.CUDNN_ATTENTION not in orders[1]
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_cudnn_runs_what_it_takes_and_comes_first(monkeypatch, qkv, takes):
+    from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
+
+    asked, orders = [], []
+
+    def can_use(parameters):
+        asked.append(parameters)
+        return takes
+
+    def attention(q, k, v, attn_mask, scale):
+        orders.append(_cur_sdpa_kernel_backends(with_priority=True))
+        return real(q, k, v, attn_mask=attn_mask, scale=scale)
+
+    real = F.scaled_dot_product_attention
+    monkeypatch.setattr(torch.backends.cuda, "can_use_cudnn_attention", can_use)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    backend = replace(DENSE_BACKENDS["torch_cudnn"])
+    q, k, v = qkv()
+    if not takes:
+        with pytest.raises(ValueError, match="cuDNN does not take this call"):
+            backend.run(q, k, v)
+        return
+    close(backend.run(q, k, v, scale=0.3), exact(q, k, v, 0.3))
+    assert asked[0].query is q or torch.equal(asked[0].query, q)
+    assert orders[0][:4] == [getattr(SDPBackend, name) for name in CUDNN_FIRST]
+
+
+def test_cudnn_is_for_nvidia_and_a_torch_that_can_be_asked(monkeypatch):
+    from sparse_video_attention.third_party import torch_cudnn
+
+    backend = DENSE_BACKENDS["torch_cudnn"]
+    assert backend.constraints.check(*(torch.zeros(1, 1, 8, 64, dtype=torch.half),) * 3)
+    assert torch.cuda.is_available() or "NVIDIA" in backend.unavailable()
+    monkeypatch.setattr(torch_cudnn, "takes_priority", lambda: False)
+    assert torch_cudnn._unfit() == "it needs PyTorch 2.6 or newer"
 
 
 @pytest.mark.parametrize("kept", [["MATH"], ["EFFICIENT_ATTENTION", "MATH"], ["FLASH_ATTENTION"]])
@@ -140,7 +237,7 @@ def test_where_kernels_are_switched_off_all_stays_as_it_is(kept):
     before = torch._C._get_sdp_priority_order()
     backends = [getattr(SDPBackend, name) for name in kept]
     with sdpa_kernel(backends):
-        with torch_sdpa._kernel_order(torch.device("cuda")):
+        with torch_sdpa.kernel_order(*CUDNN_FIRST):
             assert set(_cur_sdpa_kernel_backends()) == set(backends)
             assert torch._C._get_sdp_priority_order() == before
         assert set(_cur_sdpa_kernel_backends()) == set(backends)
@@ -154,12 +251,12 @@ def test_two_threads_do_not_take_each_others_order():
     orders = []
 
     def first():
-        with torch_sdpa._kernel_order(torch.device("cuda")):
+        with torch_sdpa.kernel_order(*CUDNN_FIRST):
             inside.set()
             leave.wait(10)
 
     def second():
-        with torch_sdpa._kernel_order(torch.device("cuda")):
+        with torch_sdpa.kernel_order(*CUDNN_FIRST):
             orders.append(torch._C._get_sdp_priority_order())
 
     one, other = threading.Thread(target=first), threading.Thread(target=second)
@@ -210,6 +307,7 @@ def test_every_backend_is_listed_and_importing_the_pack_imports_none():
         == list(available())
         == [
             "torch_sdpa",
+            "torch_cudnn",
             "flash_attn2",
             "flash_attn3",
             "flash_attn4",
