@@ -93,11 +93,12 @@ def _sol_attn(call: KernelCall) -> Tensor:
     return out.transpose(1, 2)
 
 
+# cuDNN has its own line, and the pack's kernel runs as "triton int8": at density 1 it is the same.
+TWICE = ("torch_cudnn", "triton_int8")
 DENSE = (
     _forced_sdpa("sdpa_cudnn", "CUDNN_ATTENTION"),
     _forced_sdpa("sdpa_flash", "FLASH_ATTENTION"),
-    # Less the pack's own kernel, which takes part as "triton int8": at density 1 it is the same.
-    *(_library(found) for name, found in DENSE_BACKENDS.items() if name != "triton_int8"),
+    *(_library(found) for name, found in DENSE_BACKENDS.items() if name not in TWICE),
 )
 OWN_CHOICE = (Contender("sol_attn", "own", _sol_attn_unavailable, _sol_attn_refuses, _sol_attn),)
 
