@@ -19,9 +19,10 @@ from .memory_errors import is_out_of_memory
 from .triton_launch import architecture, settings_for
 
 LOGGER = logging.getLogger("sparse_video_attention")
-# How far a twin's first result may be from torch's: relative L2 of numbers, and the share of
-# decisions that differ, since sums in another order move what lies on a bound.
-MAX_ERROR, MAX_OTHERWISE = 0.05, 0.02
+# How far a twin's first result may be from torch's: relative L2 of numbers, since large logits lose
+# digits where somebody lets torch multiply in TF32; and the share of decisions that differ, since
+# sums in another order move what lies on a bound.
+MAX_ERROR, MAX_OTHERWISE = 0.1, 0.02
 
 T = TypeVar("T")
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from sparse_video_attention.patching import dense_calls, fastest_dense, timed_ways
 from sparse_video_attention.patching import router as router_module
 from sparse_video_attention.patching.record import RunRecord
@@ -258,3 +259,27 @@ def test_sparse_calls_are_held_against_the_fastest(libraries, runs, machine):
     line = runs.line()
     assert "dense attention is faster here: 20.0 ms a call, 30.0 ms sparse by fast" in line
     assert "flash (the fastest here) x 1" in line, "timing is not what the run did"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("tokens", "keys"), [(4100, 4100), (1000, 77)])
+def test_on_a_gpu_whoever_is_chosen_is_right(tokens, keys, dtype):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, count, 4 * 128, generator=generator).to("cuda", dtype)
+        for count in (tokens, keys, keys)
+    )
+
+    def comfyui(q, k, v, heads, **kwargs):
+        q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    router = AttentionRouter(None)
+    options = {SETTINGS_KEY: AttentionSettings(dense=FASTEST), router_module.OVERRIDE_KEY: router}
+    outs = [router(comfyui, q, k, v, 4, transformer_options=options) for _ in range(2)]
+    want = comfyui(q, k, v, 4).float()
+    for out in outs:
+        assert float((out.float() - want).norm() / want.norm()) < timed_ways.INT8_MAX_ERROR
+    (found,) = router.fastest._once._found.values()
+    assert found.why == "the fastest here" and "ms" in found.note
