@@ -46,6 +46,11 @@ class KernelRun(NamedTuple):
     notes: tuple[str, ...]
     rivals: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def full_name(self) -> str:
+        """The kernel, with the precision unless it is the inputs' own."""
+        return self.kernel if self.precision == "native" else f"{self.kernel} {self.precision}"
+
 
 @dataclass
 class KernelChoice:

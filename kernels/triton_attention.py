@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .triton_level import segment, tile_at, visit_full_tiles, visit_rest
-from .triton_softmax import FP8_SHIFT, FP16_SUMS_SHIFT
+from .triton_softmax import NARROW_SHIFT
 
 # Levels are 1 to 256, the largest block.
 NUM_LOG_LEVELS: tl.constexpr = tl.constexpr(9)
@@ -69,7 +69,6 @@ def attention_kernel(
     QUANTIZED: tl.constexpr,
     FP8: tl.constexpr,
     FP16_SUMS: tl.constexpr,
-    STORED_FP16: tl.constexpr,
     RESUMED: tl.constexpr,
 ):
     """Grid (query blocks, heads of this launch); first_head counts heads over the whole batch.
@@ -82,9 +81,9 @@ def attention_kernel(
     FP8 (with QUANTIZED): level 1 of the values is StoredV, e4m3 [heads of this launch, HEAD_DIM,
         num_k_blocks * BLOCK_N]; these and ScratchV are to be multiplied by VScale [heads of this
         launch, HEAD_DIM].
-    FP16_SUMS (with fp16 values, not with FP8): see softmax_step.
-    STORED_FP16 (with FP16_SUMS): level 1 of the values is StoredV, fp16 [heads of this launch,
-        num_k_blocks * BLOCK_N, HEAD_DIM], and so is ScratchV; VScale as with FP8.
+    FP16_SUMS (with QUANTIZED, not with FP8): see softmax_step; level 1 of the values is StoredV,
+        fp16 [heads of this launch, num_k_blocks * BLOCK_N, HEAD_DIM], and so is ScratchV; VScale
+        as with FP8.
     RESUMED (with neither): Out holds the attention to other keys, and LogSums, fp32 [heads of the
         whole batch, q_len], log2 of the sums of their weights (-inf: none); one softmax of both.
     LEVELS: the sum of the plan's levels, which are powers of two. scale: times log2(e).
@@ -121,7 +120,7 @@ def attention_kernel(
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    SHIFT: tl.constexpr = FP8_SHIFT if FP8 else FP16_SUMS_SHIFT if FP16_SUMS else 0.0
+    SHIFT: tl.constexpr = NARROW_SHIFT if FP8 or FP16_SUMS else 0.0
     for REST in tl.static_range(2):
         k_row = 0
         v_row = 0
@@ -140,7 +139,7 @@ def attention_kernel(
                 if LOG_LEVEL == 0 and FP8:
                     level_v = StoredV
                     row_stride_v = num_k_blocks * BLOCK_N
-                elif LOG_LEVEL == 0 and STORED_FP16:
+                elif LOG_LEVEL == 0 and FP16_SUMS:
                     level_v = StoredV
                 elif LOG_LEVEL == 0:
                     level_v = V
@@ -183,6 +182,6 @@ def attention_kernel(
 
     # A row without entries is 0, not 0 / 0; a NaN stays one.
     acc = tl.where(row_sum[:, None] != 0, acc / row_sum[:, None], 0.0)
-    if FP8 or STORED_FP16:
+    if FP8 or FP16_SUMS:
         acc *= tl.load(VScale + local_head * HEAD_DIM + dims)[None, :]
     tl.store(out, acc.to(Out.dtype.element_ty), mask=in_q)

@@ -56,8 +56,7 @@ def _attend_by_groups(call: KernelCall, out: Tensor, log_sums: Tensor | None) ->
     launch = launch_for(architecture(call.q.device), head_dim, call.precision, call.plan.block_m)
     assert launch is not None, "the kernel refuses what has no settings"
     kept = Scratch.kept(call)
-    fp16_sums = launch.fp16_sums and log_sums is None
-    scratch = Scratch(call, fp16_values=fp16_sums) if kept is None else kept
+    scratch = Scratch(call, fp16_sums=launch.fp16_sums) if kept is None else kept
     # Triton launches on the current device, whatever the tensors are on.
     on_device = torch.cuda.device(call.q.device) if call.q.is_cuda else contextlib.nullcontext()
     with on_device:
@@ -106,8 +105,7 @@ def _attend(
         HEAD_DIM=k.shape[3],
         QUANTIZED=scratch.quantized,
         FP8=scratch.fp8,
-        FP16_SUMS=launch.fp16_sums and log_sums is None,
-        STORED_FP16=scratch.stored_fp16,
+        FP16_SUMS=scratch.fp16_sums,
         RESUMED=log_sums is not None,
         **options(launch),
     )

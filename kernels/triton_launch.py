@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-# Weights of at most 1/64, as they are then, times fp16 values up to 65000 add up to no infinity.
+# So many weights of 2**8 times values up to 2, as they are then, add up to no infinity in fp16.
 FP16_SUMS_KEYS = 64
 
 

@@ -230,7 +230,7 @@ def quantize_blocks_kernel(
     BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     FP8: tl.constexpr,
-    STORED_FP16: tl.constexpr,
+    FP16_SUMS: tl.constexpr,
 ):
     """Grid (key blocks, heads of this launch). Layout of the results: see attention_kernel.
 
@@ -254,7 +254,7 @@ def quantize_blocks_kernel(
         block, num_k_blocks, tokens_left, LEVELS, BLOCK_N, HEAD_DIM,
     )  # fmt: skip
     v_scale = 1.0
-    if FP8 or STORED_FP16:
+    if FP8 or FP16_SUMS:
         v_scale = tl.load(VScale + local_head * HEAD_DIM + dims)[None, :]
     if LEVELS & 1:
         StoredV += local_head * num_k_blocks * BLOCK_N * HEAD_DIM
@@ -263,7 +263,7 @@ def quantize_blocks_kernel(
                 V, v_scale, StoredV + first, stride_vn,
                 num_k_blocks * BLOCK_N, tokens_left, BLOCK_N, HEAD_DIM,
             )  # fmt: skip
-        if STORED_FP16:
+        if FP16_SUMS:
             _store_fp16(
                 V, v_scale, StoredV + first * HEAD_DIM, stride_vn, tokens_left, BLOCK_N, HEAD_DIM
             )

@@ -27,9 +27,9 @@ MAX_GRID_Y = 65535
 # Tokens per partial sum of the mean key.
 CHUNK_TOKENS = 1024
 FP8_MAX = 448.0
-# Of values that are stored as fp16: a power of two, so that bf16 loses nothing, and as large as
-# sums of 64 weights of 1/64 allow (triton_launch.FP16_SUMS_KEYS).
-FP16_VALUES_MAX = 2.0**15
+# Of values that weights add up with in fp16: 64 weights of 2**8 (triton_launch.FP16_SUMS_KEYS) are
+# then at most 2**15. A power of two: values lose nothing by it.
+FP16_VALUES_MAX = 2.0
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:
@@ -63,23 +63,23 @@ class Scratch:
     attention_kernel for what is in them; one that the call does not need has no elements.
     """
 
-    def __init__(self, call: KernelCall, *, fp16_values: bool = False) -> None:
-        """fp16_values: in int8, values that are not fp16 are stored as such."""
+    def __init__(self, call: KernelCall, *, fp16_sums: bool = False) -> None:
+        """fp16_sums: in int8, values are stored for sums in fp16."""
         plan, k = call.plan, call.k
         self.plan = plan
         self.quantized = call.precision in ("int8", "fp8")
         self.fp8 = call.precision == "fp8"
-        self.stored_fp16 = fp16_values and call.precision == "int8" and k.dtype != torch.float16
+        self.fp16_sums = fp16_sums and call.precision == "int8"
         heads, head_dim = k.shape[0] * k.shape[1], k.shape[3]
         level_rows = [plan.num_k_blocks * plan.block_n // level for level in plan.levels]
         level_1 = level_rows[0] if plan.levels[0] == 1 else 0
         self.v_rows = sum(level_rows) - level_1
         self.k_rows = sum(level_rows) if self.quantized else self.v_rows
-        stored_rows = level_1 if self.fp8 or self.stored_fp16 else 0
+        stored_rows = level_1 if self.fp8 or self.fp16_sums else 0
         q_rows = plan.q_len if self.quantized else 0
 
         k_dtype = torch.int8 if self.quantized else k.dtype
-        v_dtype = torch.float16 if self.stored_fp16 else k.dtype
+        v_dtype = torch.float16 if self.fp16_sums else k.dtype
         stored_dtype = torch.float8_e4m3fn if self.fp8 else v_dtype
         per_head = self.v_rows * v_dtype.itemsize + self.k_rows * k_dtype.itemsize
         per_head += stored_rows * stored_dtype.itemsize
@@ -137,7 +137,7 @@ class Scratch:
         plan, heads, head_dim = self.plan, k.shape[1], k.shape[3]
         chunks = -(-plan.k_len // CHUNK_TOKENS)
         k_sums = k.new_empty(count, chunks, head_dim, dtype=torch.float32)
-        scaled = self.fp8 or self.stored_fp16
+        scaled = self.fp8 or self.fp16_sums
         v_largest = k.new_empty(count if scaled else 0, chunks, head_dim, dtype=torch.float32)
         statistics_kernel[chunks, count](
             *(k, v, k_sums, v_largest, *strides(k), *strides(v)),
@@ -149,7 +149,7 @@ class Scratch:
         k_mean = k_sums.sum(1) / plan.k_len
         if self.fp8:
             self.v_scale = v_largest.amax(1).clamp_(min=1e-30) / FP8_MAX
-        elif self.stored_fp16:
+        elif self.fp16_sums:
             largest = v_largest.amax(1).clamp_(min=1e-30) / FP16_VALUES_MAX
             self.v_scale = largest.log2_().ceil_().exp2_()
         quantize_queries_kernel[-(-plan.q_len // 64), count](
@@ -165,6 +165,6 @@ class Scratch:
             BLOCK_N=plan.block_n,
             HEAD_DIM=head_dim,
             FP8=self.fp8,
-            STORED_FP16=self.stored_fp16,
+            FP16_SUMS=self.fp16_sums,
             **warps(warps_per_block(plan.block_n, head_dim)),
         )

@@ -13,10 +13,9 @@ import triton.language as tl
 # an integer into a float. The conversion instruction would share a slow unit with exp2.
 MINUS_FLOAT_BITS: tl.constexpr = tl.constexpr(-0x4B400000)
 FLOAT_ZERO: tl.constexpr = tl.constexpr(12582912.0)
-# Weights reach fp8 as 2**8 times themselves, to use its range; the division at the end cancels it.
-FP8_SHIFT: tl.constexpr = tl.constexpr(8.0)
-# Where they add up in fp16, as a 64th: see triton_launch.FP16_SUMS_KEYS.
-FP16_SUMS_SHIFT: tl.constexpr = tl.constexpr(-6.0)
+# Weights reach fp8, and fp16 where they add up in it, as 2**8 times themselves: small ones are
+# below the range of both. The division at the end cancels it.
+NARROW_SHIFT: tl.constexpr = tl.constexpr(8.0)
 
 
 @triton.jit
@@ -60,8 +59,8 @@ def softmax_step(
     bias: added to the logits; a number, or with MASKED one per key (-inf: no such key).
         MASKED and QUANTIZED together need KEY_SCALES.
     SHIFT: log2 of the factor on acc and row_sum, the same in every step.
-    FP16_SUMS: weights times values add up in fp16 within a tile of at most 64 fp16 values, which
-        takes half the time on some tensor cores; tiles in fp32.
+    FP16_SUMS: weights times values add up in fp16 within a tile of at most 64 values of at most 2,
+        which takes half the time on some tensor cores; tiles in fp32.
     """
     products = tl.dot(query, tl.trans(keys))
     zero = 0.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
@@ -24,15 +25,29 @@ LOGGER = logging.getLogger("sparse_video_attention")
 # sums in another order move what lies on a bound.
 MAX_ERROR, MAX_OTHERWISE = 0.1, 0.02
 
+# Looks at a first result that could not be judged, before nobody tries any more.
+MAX_PUT_OFF = 8
+
 T = TypeVar("T")
 
 
+class CannotTell(Exception):
+    """A result cannot be judged: what it was made of is not finite."""
+
+
 def how_far(found: Tensor, want: Tensor) -> str | None:
-    """What is wrong with a twin's result, or None. Syncs. NaN is equal to NaN."""
+    """What is wrong with a twin's result, or None. Syncs. NaN is equal to NaN.
+
+    Raises:
+        CannotTell: torch's result is not finite where the twin's is another.
+    """
     if found.is_floating_point():
         found, want = found.float(), want.float()
-        both = found.isnan() & want.isnan()
-        found, want = found.masked_fill(both, 0), want.masked_fill(both, 0)
+        # Infinities and NaN that both have are no difference, and no part of the norms.
+        alike = ~want.isfinite() & ((found == want) | found.isnan() & want.isnan())
+        found, want = found.masked_fill(alike, 0), want.masked_fill(alike, 0)
+        if not bool(want.isfinite().all()):
+            raise CannotTell
         error = float((found - want).norm() / want.norm().clamp(min=1e-30))
         return None if error <= MAX_ERROR else f"its first result is off by {error:.2g}"
     share = float((found != want).float().mean())
@@ -61,6 +76,7 @@ class Twins:
         self._failed: dict[tuple[str, torch.device], str] = {}
         self._checks = checks
         self._checked: set[Hashable] = set()
+        self._put_off: Counter[Hashable] = Counter()
 
     def failures(self) -> dict[tuple[str, torch.device], str]:
         """Why a twin is not used any more, by (name, device)."""
@@ -116,8 +132,9 @@ class Twins:
             return
         try:
             reason = wrong(found)
-        except Exception as error:  # it says nothing about the twin
-            if is_out_of_memory(error):
+        except Exception:  # it says nothing about the twin
+            self._put_off[key] += 1
+            if self._put_off[key] < MAX_PUT_OFF:
                 return
             reason = None
         self._checked.add(key)

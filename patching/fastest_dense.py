@@ -43,20 +43,21 @@ class DenseWay(NamedTuple):
 
 
 NOT_TIMED = DenseWay(why="nothing is timed on this device")
+UNDECIDED = DenseWay(why="for want of memory, timed in a later run")
 
 
 def kind_of(call: AttentionCall) -> Hashable:
-    """What the time of a dense call depends on."""
-    mask = None if call.mask is None else tuple(call.mask.shape)
-    how = call.heads, call.q.dtype, call.low_precision_allowed, machine_of(call.q.device)
-    return tuple(call.q.shape), tuple(call.k.shape), mask, how
+    """What the time of a dense call depends on, and who can run it."""
+    mask = None if call.mask is None else (call.mask.shape, call.mask.dtype)
+    how = call.heads, call.scale, call.low_precision_allowed, machine_of(call.q.device)
+    return call.q.shape, call.k.shape, call.v.shape, call.q.dtype, mask, how
 
 
 class FastestDense:
     """Remembers who was fastest for which calls. Safe to share between threads."""
 
     def __init__(self) -> None:
-        self._once = TimedOnce(DenseWay())
+        self._once = TimedOnce(UNDECIDED)
 
     def found(self, key: Hashable) -> DenseWay | None:
         """Who computes calls of a kind, None if none was timed."""
@@ -68,15 +69,18 @@ class FastestDense:
         call: AttentionCall,
         dense: DenseCalls,
         comfyui: Callable[[], Tensor] | None,
+        in_vain: set[Hashable],
     ) -> DenseWay:
-        """Time what may run and keep what was found. Waits for the device; raises nothing.
+        """Time what may run and keep what was found; UNDECIDED is not kept. Waits for the device;
+        raises nothing.
 
         Args:
             key: of what the times depend on.
             comfyui: runs the call as without this choice; None where that is not to be called
                 for a comparison.
+            in_vain: as in TimedOnce.find.
         """
-        return self._once.find(key, lambda: _compare(call, dense, comfyui))
+        return self._once.find(key, lambda: _compare(call, dense, comfyui), in_vain)
 
 
 def _compare(

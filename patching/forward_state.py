@@ -122,6 +122,14 @@ class ForwardState:
         """Whether a VACE block that has to stay dense makes this call; ask once per call."""
         return self.vace is not None and self.vace.made(layer)
 
+    def say(self, notes: tuple[str, ...], *, aloud: bool = True) -> None:
+        """In the run's line and, aloud, as a warning before, once per run."""
+        for note in notes:
+            if aloud:
+                self.warn_once(note)
+            if self.run is not None:
+                self.run.record.note(note)
+
     def warn_once(self, warning: str) -> None:
         """Log a warning, once per run."""
         if self.run is None or self.run.record.first_time(warning):

@@ -143,8 +143,8 @@ def _in_windows(model: Any, video: Tensor) -> tuple[Tensor, tuple[str, ...]]:
     axis, length = getattr(handler, "dim", None), getattr(handler, "context_length", None)
     if axis not in AXES or type(length) is not int or not 0 < length < video.shape[axis]:
         return video, ()
-    # Newer hosts put one frame more before every window but the first.
-    more = 1 if axis == 2 and getattr(handler, "causal_window_fix", False) else 0
+    # Newer hosts put one more before every window but the first, along whichever axis.
+    more = 1 if getattr(handler, "causal_window_fix", False) else 0
     whole, name = video.shape[axis], AXES[axis]
     length = min(length + more, whole)
     shape = list(video.shape)

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from ..kernels import BlockPlan
-from ..kernels.fallback import KernelFallback, KernelRun
+from ..kernels.fallback import KernelFallback
 from .attention_call import AttentionCall, classify, read_call
 from .call_record import CallRecord
 from .dense_calls import DenseCalls
 from .dense_default import BY_DEFAULT, faster_default
 from .dense_reason import dense_reason
-from .fastest_dense import FASTEST, NOT_TIMED, DenseWay, FastestDense, kind_of
+from .fastest_dense import FASTEST, NOT_TIMED, UNDECIDED, DenseWay, FastestDense, kind_of
 from .log import log
 from .plans import PlanCache
 from .preferred import SAID_OF, preferred_attention
 from .replaced import named
-from .run import RUN_KEY, RunState
+from .run import RUN_KEY, RunState, in_vain_of
 from .settings import SETTINGS_KEY, AttentionSettings, AttentionSite
 from .sparse_calls import run_sparse, to_compare
 from .speed import Fastest, SpeedCheck
@@ -137,8 +137,10 @@ class AttentionRouter:
             found = self.speed.found(key)
             fastest = found or self._time(received, call, site, forward, layer, plan, key)
             reason = fastest.dense_reason
-            _say(forward, fastest.notes, aloud=False)
-            _say(forward, fastest.hints)
+            forward.say(fastest.notes, aloud=False)
+            forward.say(fastest.hints)
+        # Before its seconds are counted.
+        way = None if reason is None else self._fastest(received, call, site)
         watch = Stopwatch(call.q.device)
         if reason is None:
             assert layer is not None
@@ -148,15 +150,16 @@ class AttentionRouter:
                 reason = forward.failures.add(kind, error)
             if reason is not None:
                 forward.warn_once(f"a call fell back to dense attention: {reason}")
+                way = self._fastest(received, call, site)
                 watch = Stopwatch(call.q.device)
             else:
                 watch.stop()
                 forward.failures.succeeded(kind)
-                _say(forward, sparse.notes)
-                ran = _kernel_named(sparse)
+                forward.say(sparse.notes)
+                ran = sparse.full_name
                 forward.calls.append(CallRecord(forward.step, layer, ran, density, None, watch))
                 return sparse.out
-        out, ran = self._run_dense(received, call, site, self._default(received, call))
+        out, ran = self._run_dense(received, call, site, self._default(received, call), way)
         watch.stop()
         forward.calls.append(CallRecord(forward.step, layer, ran, None, reason, watch))
         return out
@@ -188,9 +191,10 @@ class AttentionRouter:
         call: AttentionCall,
         site: AttentionSite | None,
         default: str | None = None,
+        way: DenseWay | None = None,
     ) -> tuple[Tensor, str]:
         """(output, who computed it): the backend chosen for the site, else `default`, else
-        whoever is next."""
+        whoever is next. way: what _fastest says of the call, if it was asked."""
         options = call.transformer_options
         settings: AttentionSettings = options[SETTINGS_KEY]
         run: RunState | None = options.get(RUN_KEY)
@@ -205,8 +209,8 @@ class AttentionRouter:
         where = "self-attention" if chosen is None or site is None else site.value
         whose = "ComfyUI's" if preferred is None else "the checkpoint's"
         name, said = chosen or default, chosen or f"{default} ({BY_DEFAULT})"
-        if chosen == FASTEST and site is not None:
-            way = self._fastest(received, call)
+        way = way or self._fastest(received, call, site)
+        if way is not None:
             name, said = way.backend, f"{way.backend or f'{whose} choice'} ({way.why})"
             if run is not None:
                 # Cross-attention is a small part, and image models have many sizes of it.
@@ -227,16 +231,24 @@ class AttentionRouter:
                 log.warning(f"{where} {said} is passed over: {out}")
         return self._hand_on(received), "dense"
 
-    def _fastest(self, received: Received, call: AttentionCall) -> DenseWay:
-        """Who computes a call whose backend is left to timing."""
+    def _fastest(
+        self, received: Received, call: AttentionCall, site: AttentionSite | None
+    ) -> DenseWay | None:
+        """Who computes a dense call where that is left to timing, None where it is not."""
+        settings: AttentionSettings = call.transformer_options[SETTINGS_KEY]
+        if site is None or settings.dense is None or settings.dense.backend(site) != FASTEST:
+            return None
         key = kind_of(call), self._neighbour
         found = self.fastest.found(key)
         if found is not None or not can_be_timed(call.q.device):
             return found or NOT_TIMED
         # An override of another pack may keep count of its calls.
         func, args, kwargs = received
+        func = self._preferred(call, site) or func
         own = functools.partial(func, *args, **kwargs) if self.previous is None else None
-        return self.fastest.compare(key, call, self.dense, own)
+        return self.fastest.compare(
+            key, call, self.dense, own, in_vain_of(call.transformer_options)
+        )
 
     def _default(self, received: Received, call: AttentionCall) -> str | None:
         """This pack's own choice for self-attention, where nobody else has one."""
@@ -271,26 +283,18 @@ class AttentionRouter:
         """Before the first sparse call of its kind on a GPU: what is fastest for such calls."""
         if not can_be_timed(call.q.device):
             return Fastest()
+        way = self._fastest(received, call, site)
+        if way is UNDECIDED:
+            return Fastest()
         # Whoever runs dense calls of this site, but not for the run's record.
         options = {name: x for name, x in call.transformer_options.items() if name != RUN_KEY}
         unrecorded = call._replace(transformer_options=options)
 
         def dense() -> Tensor:
             default = self._default(received, call)
-            return self._run_dense(received, unrecorded, site, default)[0]
+            return self._run_dense(received, unrecorded, site, default, way)[0]
 
         asked = to_compare(self.kernels, call, forward, layer, plan, dense, self.previous is None)
-        return self.speed.compare(key, asked) if asked is not None else Fastest()
-
-
-def _kernel_named(ran: KernelRun) -> str:
-    return ran.kernel if ran.precision == "native" else f"{ran.kernel} {ran.precision}"
-
-
-def _say(forward: ForwardState, notes: tuple[str, ...], *, aloud: bool = True) -> None:
-    """In the run's line and, aloud, as a warning before, once per run."""
-    for note in notes:
-        if aloud:
-            forward.warn_once(note)
-        if forward.run is not None:
-            forward.run.record.note(note)
+        if asked is None:
+            return Fastest()
+        return self.speed.compare(key, asked, in_vain_of(call.transformer_options))

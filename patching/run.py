@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +43,7 @@ class RunState:
         reasserted: it has been put on top of an override that had taken its place.
         shapes: of the video in forwards that were looked at for calls kept from this pack.
         failures: sparse calls that failed in this run.
+        in_vain: kinds of calls that could not be timed in this run for want of memory.
         suspects: what stood in calls' way to this pack in forwards of which none came.
         bystanders: the same in one of which they came.
     """
@@ -66,6 +67,7 @@ class RunState:
         self.steps = SamplerSteps()
         self.shapes: set[torch.Size | None] = set()
         self.failures = Failures()
+        self.in_vain: set[Hashable] = set()
         self.suspects: dict[str, None] = {}
         self.bystanders: frozenset[str] | None = None
 
@@ -79,6 +81,12 @@ class RunState:
         step, total = self.steps.step_of(sigma, sample_sigmas)
         self.record.total_steps = max(self.record.total_steps, total)
         return step, total
+
+
+def in_vain_of(options: dict[str, Any]) -> set[Hashable]:
+    """RunState.in_vain of the run that a call's transformer_options are of."""
+    run: RunState | None = options.get(RUN_KEY)
+    return set() if run is None else run.in_vain
 
 
 def noise_bounds(schedule: Schedule, model_patcher: Any) -> NoiseBounds:
@@ -141,8 +149,8 @@ def _say(record: RunRecord, choice: SparseChoice | None) -> None:
             f"({schedule.first_dense_steps(record.total_steps)})"
         )
     own = "warmup_steps" if schedule.fits_warmup else "dense_timesteps"
-    if schedule.counts_its_own and record.starts_inside and record.sparse().calls:
-        many = schedule.first_dense_steps(record.total_steps)
+    many = schedule.first_dense_steps(record.total_steps)
+    if schedule.counts_its_own and many and record.starts_inside and record.sparse().calls:
         record.note(
             f"this sampler starts inside the noise schedule, and its first {many} of "
             f"{record.total_steps} steps are dense all the same ({own} -1)"

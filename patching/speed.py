@@ -71,13 +71,14 @@ class SpeedCheck:
         """What was found for calls of a kind, None if none was timed."""
         return self._once.found(key)
 
-    def compare(self, key: Hashable, asked: Asked) -> Fastest:
+    def compare(self, key: Hashable, asked: Asked, in_vain: set[Hashable]) -> Fastest:
         """Time what may run and keep what was found. Waits for the device; raises nothing.
 
         Args:
             key: of what the times depend on.
+            in_vain: as in TimedOnce.find.
         """
-        return self._once.find(key, lambda: _compare(asked))
+        return self._once.find(key, lambda: _compare(asked), in_vain)
 
 
 def _compare(asked: Asked) -> Finding[Fastest] | None:

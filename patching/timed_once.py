@@ -8,10 +8,11 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from ..kernels.memory_errors import is_out_of_memory
 from .log import log, one_line
 
 MAX_SHAPES = 64
-# Calls in which something could not be timed for want of memory, before it is left out.
+# Runs in which something could not be timed for want of memory, before it is left out.
 MAX_TRIES = 4
 
 T = TypeVar("T")
@@ -50,26 +51,29 @@ class TimedOnce(Generic[T]):
         """What was found for calls of a kind, None if none was timed."""
         return self._found.get(key)
 
-    def find(self, key: Hashable, look: Callable[[], Finding[T] | None]) -> T:
+    def find(
+        self, key: Hashable, look: Callable[[], Finding[T] | None], in_vain: set[Hashable]
+    ) -> T:
         """Look, once, and keep what was found. Raises nothing.
 
         Args:
             key: of what the times depend on.
             look: waits for the device; None to look again at the next call.
+            in_vain: kinds that lacked memory in this run, whose next call will hardly have more.
         """
         # Another thread may be timing the same on its card.
         with self._timing:
             known = self._found.get(key)
             if known is not None:
                 return known
-            if self._inside:
+            if self._inside or key in in_vain:
                 return self._unknown
             self._inside = True
             try:
                 finding = look()
             except Exception as error:  # a sampling run must not end for this
                 log.warning(f"nothing was timed: {one_line(error)}")
-                finding = Finding(self._unknown)
+                finding = Finding(self._unknown, lacked_memory=is_out_of_memory(error))
             finally:
                 self._inside = False
             if finding is None:
@@ -77,6 +81,7 @@ class TimedOnce(Generic[T]):
             if finding.lacked_memory:
                 self._short_of_memory[key] += 1
                 if self._short_of_memory[key] < MAX_TRIES:
+                    in_vain.add(key)
                     return self._unknown
             if len(self._found) >= MAX_SHAPES:
                 self._found.clear()

@@ -8,12 +8,14 @@ from torch import Tensor
 
 from .backend import DenseBackend, Loaded
 from .constraints import Constraints
-from .torch_sdpa import CUDNN, WITHOUT_CUDNN, kernel_order, takes_priority
+from .torch_sdpa import CUDNN, WITHOUT_CUDNN, all_are_on, kernel_order, takes_priority
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, mask: Tensor | None) -> Tensor:
     from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
+    if not all_are_on():
+        raise ValueError("one of PyTorch's kernels of attention is switched off, so none is chosen")
     if not can_use_cudnn_attention(SDPAParams(q, k, v, mask, 0.0, False, False)):
         raise ValueError("cuDNN does not take this call")
     with kernel_order(CUDNN, *WITHOUT_CUDNN):

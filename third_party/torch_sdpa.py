@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -30,6 +30,18 @@ def takes_priority() -> bool:
 _ordering = threading.Lock()
 
 
+def all_are_on() -> bool:
+    """Whether nobody has switched off one of torch's kernels."""
+    from torch.backends import cuda
+
+    return (
+        cuda.cudnn_sdp_enabled()
+        and cuda.flash_sdp_enabled()
+        and cuda.mem_efficient_sdp_enabled()
+        and cuda.math_sdp_enabled()
+    )
+
+
 @contextmanager
 def kernel_order(*order: str) -> Iterator[None]:
     """torch's kernels in an order, by their names in SDPBackend; none leaves it as it is.
@@ -40,18 +52,11 @@ def kernel_order(*order: str) -> Iterator[None]:
     if not order or not takes_priority():
         yield
         return
-    from torch.backends import cuda
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with nullcontext() if torch.compiler.is_compiling() else _ordering:
-        all_on = (
-            cuda.cudnn_sdp_enabled()
-            and cuda.flash_sdp_enabled()
-            and cuda.mem_efficient_sdp_enabled()
-            and cuda.math_sdp_enabled()
-        )
         kernels = [getattr(SDPBackend, name) for name in order]
-        with sdpa_kernel(kernels, set_priority=True) if all_on else nullcontext():
+        with sdpa_kernel(kernels, set_priority=True) if all_are_on() else nullcontext():
             yield
 
 
@@ -78,15 +83,25 @@ def _sdpa(
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, **grouped)
 
 
+# Calls that torch's first kernel failed on: kinds of calls, by what a kernel is chosen for.
+_failed: set[Hashable] = set()
+MAX_FAILED = 256
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, mask: Tensor | None) -> Tensor:
-    try:
-        return _sdpa(q, k, v, scale, mask, *_order(q.device))
-    except RuntimeError as error:
-        # cuDNN can find out as late as here that it has no engine for a call, and torch then goes
-        # on to no other kernel.
-        if not q.is_cuda or is_out_of_memory(error):
-            raise
-        return _sdpa(q, k, v, scale, mask, *WITHOUT_CUDNN)
+    kind = (q.device, q.dtype, q.shape, k.shape, v.shape, None if mask is None else mask.shape)
+    if kind not in _failed:
+        try:
+            return _sdpa(q, k, v, scale, mask, *_order(q.device))
+        except RuntimeError as error:
+            # cuDNN can find out as late as here that it has no engine for a call, and torch then
+            # goes on to no other kernel.
+            if not q.is_cuda or is_out_of_memory(error):
+                raise
+    out = _sdpa(q, k, v, scale, mask, *WITHOUT_CUDNN)
+    if len(_failed) < MAX_FAILED:
+        _failed.add(kind)
+    return out
 
 
 BACKEND = DenseBackend(

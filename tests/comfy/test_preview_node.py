@@ -114,6 +114,29 @@ def test_what_is_said_is_what_a_run_does(name, steps, models, preview, sample):
         assert gain == density == 1
 
 
+@pytest.mark.parametrize(("axis", "grid"), [(3, "5x{}x10"), (4, "5x8x{}")])
+def test_windows_over_rows_or_columns_are_counted_too(axis, grid, models, preview, sample):
+    from comfy_extras.nodes_context_windows import WanContextWindowsManualNode as Windows
+
+    shape = (1, 16, 5, 16, 20)
+    model = patch(
+        models("wan"), "PatchSpargeAttention", min_tokens=0, dense_layers="", dense_timesteps=0
+    )
+    model = Windows.execute(model, 17, 4, "standard_static", 1, False, "pyramid", False).result[0]
+    handler = model.model_options["context_handler"]
+    handler.dim, handler.context_length, handler.context_overlap = axis, 8, 2
+    if getattr(handler, "cond_retain_index_list", None):
+        handler.cond_retain_index_list = []
+    more = 1 if getattr(handler, "causal_window_fix", False) else 0
+    text = preview(model, shape, steps=1)[3]
+    name = {3: "rows", 4: "columns"}[axis]
+    assert f"every forward has {8 + more} of the video's {shape[axis]} {name}" in text
+    sample(model, shape=shape, steps=1, scheduler="simple")
+    layouts = run_history(model).latest.layouts
+    told = grid.format(-(-(8 + more) // 2))
+    assert told in text and any(layout.startswith(told) for layout in layouts), layouts
+
+
 @pytest.mark.parametrize("fix", [True, False], ids=["a-frame-in-front", "plain"])
 @pytest.mark.parametrize("name", ["PatchRadialAttention", "PatchSpargeAttention"])
 def test_context_windows_have_the_mask_of_a_window(name, fix, models, preview, sample):
@@ -150,13 +173,27 @@ def test_what_is_too_large_to_draw_is_said(models, preview, monkeypatch):
     assert "41472 x 41472 blocks are too many to draw" in text and "steps stay dense" in text
 
 
-def test_what_a_cap_adds_is_on_top(models, preview):
+CAPPED = """
+mine:
+  default_attention: capped
+  attention_configs:
+    capped:
+      type: psa
+      mask_mode: topk
+      mask_ratios: {1: [0.0, 0.1], 4: [0.1, 0.5], 0: [0.5, 1.0]}
+      attn_impl: old_mask_type
+      block_size: {m: 128, n: 128, tile_n: 32}
+      use_sim_mask: true
+"""
+
+
+def test_what_a_cap_adds_is_on_top(models, preview, tmp_path):
     """PSA's similarity cap only refines: what is known is a bound, and said to be one."""
-    model = patch(models("wan"), "PatchPSA", preset="CogVideo_5b/psa_balanced")
-    capped = model.model_options["transformer_options"]["sparse_video_attention"].sparse.policy
+    path = tmp_path / "mine.yaml"
+    path.write_text(CAPPED, encoding="utf-8")
+    model = patch(models("wan"), "PatchPSA", preset="mine/capped", config_file=str(path))
     _, _, _, text = preview(model, WAN_480P)
-    bounds = text.count("sparse calls: at least") + text.count("are left: at most")
-    assert bounds == (0 if capped.density_is_fixed else 2)
+    assert "Density of sparse calls: at least 0." in text and "are left: at most 2." in text
     radial = patch(models("wan"), "PatchRadialAttention")
     assert "at least" not in preview(radial, WAN_480P)[3]
 

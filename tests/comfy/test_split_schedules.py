@@ -100,6 +100,18 @@ def test_a_preset_s_warm_up_that_comes_again_is_said(
     assert again not in notes[0] and (again in notes[1]) == said
 
 
+def test_a_preset_without_warm_up_has_none_to_repeat(models, advanced):
+    from sparse_video_attention.nodes.psa import PatchPSA
+
+    model = PatchPSA.execute(models("wan"), preset="CogVideo_5b/psa_4steps", min_tokens=0)
+    second = Run(model.result[0])
+    half_way = advanced(second, empty((1, 16, 6, 16, 20)), steps=8, end=4, leftover=True)
+    advanced(second, half_way, steps=8, start=4, first=False)
+    record = run_history(second.model).latest
+    assert record.starts_inside and record.sparse().steps == 4
+    assert "all the same" not in "; ".join(record.notes)
+
+
 @pytest.mark.parametrize(
     ("name", "shift"),
     [("wan", None), ("wan", 1.0), ("wan", 5.0), ("wan", 12.0), ("cogvideox", None)],

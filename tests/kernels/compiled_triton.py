@@ -61,14 +61,13 @@ def attention_source(
     pointers = {"Q": "*i8", "ScratchK": "*i8"} if quantized else {}
     if precision == "fp8":
         pointers["StoredV"] = "*fp8e4nv"
-    stored_fp16 = launch.fp16_sums and dtype != "fp16"
-    if stored_fp16:
+    if launch.fp16_sums:
         pointers |= {"StoredV": "*fp16", "ScratchV": "*fp16"}
     constexprs = {
         "LEVELS": sum(levels), "NUM_LEVELS": len(levels), "BLOCK_M": block_m, "BLOCK_N": block_n,
         "TILE_N": launch.tile_n, "HEAD_DIM": head_dim,
         "QUANTIZED": quantized, "FP8": precision == "fp8", "RESUMED": resumed,
-        "FP16_SUMS": launch.fp16_sums, "STORED_FP16": stored_fp16,
+        "FP16_SUMS": launch.fp16_sums,
         "stride_kn": TOKEN_STRIDE[head_dim], "stride_vn": TOKEN_STRIDE[head_dim],
     }  # fmt: skip
     return source(triton_attention.attention_kernel, dtype, constexprs, pointers)

@@ -138,10 +138,10 @@ def fp16_sums(triton_attention, monkeypatch):
         launch = triton_launch.launch_for(*call)
         return dataclasses.replace(launch, tile_n=min(launch.tile_n, 64), fp16_sums=True)
 
-    def attention(*args):
+    def attention(*args, **kwargs):
         with monkeypatch.context() as patched:
             patched.setattr(f"{triton_launch.__package__}.triton_forward.launch_for", with_sums)
-            return triton_attention(*args, precision="int8")
+            return triton_attention(*args, precision="int8", **kwargs)
 
     return attention
 
@@ -176,6 +176,28 @@ def test_values_that_become_fp16_lose_nothing_but_what_it_adds_up(triton_attenti
     v = (torch.randn(1, 1, 130, 64, generator=generator) * size).bfloat16()
     out = fp16_sums(q, k, v, full_plan(64, 130, 64))
     assert torch.equal(out, v[:, :, 129:].expand_as(out))
+
+
+@pytest.mark.parametrize("dtype", SUM_DTYPES, ids=str)
+@pytest.mark.parametrize("gap", [6, 10, 14, 17])
+def test_a_key_of_almost_all_the_weight_does_not_hide_the_others(
+    triton_attention, fp16_sums, gap, dtype
+):
+    """An attention sink, `gap` nats above all others and of no value: what is left is theirs."""
+    generator = torch.Generator().manual_seed(8)
+    q = torch.zeros(1, 1, 64, 64)
+    q[..., 0] = 1
+    k = torch.zeros(1, 1, 1024, 64)
+    k[:, :, 0, 0] = gap
+    v = torch.randn(1, 1, 1024, 64, generator=generator) + 1
+    v[:, :, 0] = 0
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    plan = full_plan(64, 1024, 64)
+    want = reference_attention(q.double(), k.double(), v.double(), plan, scale=1.0)
+    # Of the sums in fp32 the error is that of int8 logits.
+    in_fp32 = triton_attention(q, k, v, plan, precision="int8", scale=1.0)
+    got = fp16_sums(q, k, v, plan, scale=1.0)
+    assert relative_error(got, want) < relative_error(in_fp32, want) + 0.02
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -49,19 +49,19 @@ def test_binary_plans_need_a_tenth_of_the_inputs_and_the_output(shape, precision
 )
 def test_small_calls_are_few_launches(shape, groups):
     """Each ends on a GPU that is partly idle; values stored as fp16, as on cards for people."""
-    scratch, _, _ = scratch_for(shape, "int8", (1,), fp16_values=True)
+    scratch, _, _ = scratch_for(shape, "int8", (1,), fp16_sums=True)
     assert -(-shape[0] // scratch.group) <= groups
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_values_stored_as_fp16_need_no_more(shape):
     """They take smaller groups of heads."""
-    scratch, used, inputs_and_output = scratch_for(shape, "int8", (1,), fp16_values=True)
+    scratch, used, inputs_and_output = scratch_for(shape, "int8", (1,), fp16_sums=True)
     assert used <= max(64 * 2**20, 0.1 * inputs_and_output) and scratch.stored_v.numel()
-    scratch, used, _ = scratch_for(shape, "int8", (1, 2, 4, 8), fp16_values=True)
+    scratch, used, _ = scratch_for(shape, "int8", (1, 2, 4, 8), fp16_sums=True)
     assert 0 < used <= 256 * 2**20
     for precision in ("native", "fp8"):
-        assert not scratch_for(shape, precision, (1,), fp16_values=True)[0].stored_fp16
+        assert not scratch_for(shape, precision, (1,), fp16_sums=True)[0].fp16_sums
 
 
 @pytest.mark.parametrize("precision", ["native", "int8", "fp8"])

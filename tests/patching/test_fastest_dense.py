@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from sparse_video_attention.patching import dense_calls, fastest_dense, timed_ways
+from sparse_video_attention.patching import dense_calls, fastest_dense, timed_ways, timing
 from sparse_video_attention.patching import router as router_module
 from sparse_video_attention.patching.record import RunRecord
 from sparse_video_attention.patching.router import AttentionRouter
@@ -75,18 +75,30 @@ def ask(libraries):
     router = AttentionRouter(None)
     record = RunRecord("")
 
-    def run(tokens=64, keys=None, *, router=router, dtype=torch.float32, dense=FASTEST):
+    state = RunState(record, None)
+
+    def run(
+        tokens=64,
+        keys=None,
+        *,
+        router=router,
+        dtype=torch.float32,
+        dense=FASTEST,
+        state=state,
+        **how,
+    ):
         options = {
-            RUN_KEY: RunState(record, None),
+            RUN_KEY: state,
             SETTINGS_KEY: AttentionSettings(dense=dense),
             router_module.OVERRIDE_KEY: router,
         }
         q = torch.zeros(1, tokens, 64, dtype=dtype)
         k = q if keys is None else torch.zeros(1, keys, 64, dtype=dtype)
-        router(libraries.comfyui, q, k, k, 2, transformer_options=options)
+        router(libraries.comfyui, q, k, k, 2, transformer_options=options, **how)
         return libraries.ran[-1]
 
     run.router, run.record = router, record
+    run.another = lambda: RunState(record, None)
     return run
 
 
@@ -179,14 +191,44 @@ def test_want_of_memory_is_no_verdict(libraries, ask):
     """The first call of a run may come while much else is loaded."""
     short = torch.OutOfMemoryError("CUDA out of memory")
     libraries.has("flash", [short, short, 0.030])
-    assert [ask() for _ in range(2)] == ["comfyui"] * 2
+    assert [ask(state=ask.another()) for _ in range(2)] == ["comfyui"] * 2
     assert [ask() for _ in range(2)] == ["flash"] * 2
 
 
 def test_what_never_has_the_memory_is_left_out(libraries, ask):
     libraries.has("flash", 0.030)
     libraries.has("hungry", torch.OutOfMemoryError("CUDA out of memory"))
-    assert [ask() for _ in range(6)] == ["comfyui"] * 3 + ["flash"] * 3
+    runs = [ask.another() for _ in range(6)]
+    ran = [[ask(state=state) for _ in range(3)] for state in runs]
+    assert ran == [["comfyui"] * 3] * 3 + [["flash"] * 3] * 3
+    # Once per run: the next layer will hardly have more.
+    assert libraries.ran.count("hungry") == 4
+    later = "ComfyUI's choice (for want of memory, timed in a later run)"
+    assert ask.record.backend_calls["self_attn_1_type", later] == 3 * 3
+
+
+def test_what_fails_for_want_of_memory_is_no_verdict_wherever_it_fails(libraries, ask, monkeypatch):
+    libraries.has("eight_bits", 0.001, low=True)
+
+    def norm(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(timed_ways, "_is_near", norm)
+        assert ask() == "comfyui"
+    assert ask(state=ask.another()) == "eight_bits"
+
+
+def test_a_mask_or_a_scale_is_another_kind_of_call(libraries, ask):
+    """A library may not take them; who is next in speed serves such calls."""
+    libraries.has("flash", 0.030)
+    libraries.has("picky", 0.001)
+    backend = libraries.known["picky"]
+    backend.refuses = lambda q, k, v, mask, scale, low: "no" if mask is not None or scale else None
+    mask = torch.ones(64, 64)
+    assert [ask(), ask(mask=mask), ask(scale=0.3), ask()] == ["picky", "flash", "flash", "picky"]
+    libraries.took["flash"] = 0.050
+    assert ask(mask=mask.bool()) == "torch_sdpa" and ask(mask=mask) == "flash"
 
 
 def test_nothing_is_timed_on_a_cpu(libraries, ask, monkeypatch):
@@ -259,6 +301,37 @@ def test_sparse_calls_are_held_against_the_fastest(libraries, runs, machine):
     line = runs.line()
     assert "dense attention is faster here: 20.0 ms a call, 30.0 ms sparse by fast" in line
     assert "flash (the fastest here) x 1" in line, "timing is not what the run did"
+
+
+def test_sparse_calls_wait_until_it_is_known_who_runs_dense_ones(libraries, runs, machine):
+    """A time with a whole comparison in it would decide for good."""
+    machine.has_kernel("native")
+    short = torch.OutOfMemoryError("CUDA out of memory")
+    machine.took |= libraries.took | {"flash": 0.020, "hungry": [short, 0.050]}
+    libraries._tick = machine._tick
+    libraries.has("flash", 0.020)
+    libraries.has("hungry", [short, 0.050])
+    machine.took["hungry"] = [short, 0.050]
+    assert runs.call(dense=FASTEST) == "fast" and "timed once" not in runs.line()
+    runs.next_run()
+    assert runs.call(dense=FASTEST) == "flash"
+    assert "dense attention is faster here: 20.0 ms a call, 30.0 ms sparse by fast" in runs.line()
+
+
+def test_seconds_of_dense_calls_are_those_of_the_calls(libraries, runs, machine, monkeypatch):
+    """Not of finding out who is to run them."""
+    libraries._tick = machine._tick
+    machine.took |= libraries.took
+    machine.took["flash"] = 0.020
+    libraries.has("flash", 0.020)
+    machine.now = 1.0
+    clock = SimpleNamespace(perf_counter=lambda: machine.now)
+    monkeypatch.setattr(timing, "time", clock)
+    monkeypatch.setattr(router_module, "dense_reason", lambda *call: "a dense layer")
+    for _ in range(3):
+        assert runs.call(dense=FASTEST) == "flash"
+    runs.line()
+    assert runs.records[-1].dense_seconds() == pytest.approx(3 * 0.020)
 
 
 @pytest.mark.gpu

@@ -153,7 +153,7 @@ def test_two_threads_time_once():
     def ask():
         started.wait()
         dense = speed.Asked(sparse, lambda: torch.ones(1, 4, 8), 4, True, True)
-        answers.append(check.compare("kind", dense))
+        answers.append(check.compare("kind", dense, set()))
 
     threads = [threading.Thread(target=ask) for _ in range(2)]
     for thread in threads:

@@ -1,17 +1,25 @@
 """Triton twins that fail, or cannot run here, are never in the way."""
 
 import contextlib
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from sparse_video_attention.kernels import TokenLayout
-from sparse_video_attention.kernels.twins import TORCH_ONLY, Twins
+from sparse_video_attention.kernels.twins import (
+    MAX_PUT_OFF,
+    TORCH_ONLY,
+    CannotTell,
+    Twins,
+    how_far,
+)
 from sparse_video_attention.psa import PsaPolicy
 from sparse_video_attention.psa.importance import block_importance, token_importance
 from sparse_video_attention.psa.levels import assign_levels
 from sparse_video_attention.psa.preset import SimThresholds
 from sparse_video_attention.psa.similarity import similarity_cap
+from sparse_video_attention.sparge import block_map
 from sparse_video_attention.sparge.statistics import block_statistics
 
 SAMPLING, LEVELS = (f"sparse_video_attention.psa.{name}" for name in ("sampling", "levels"))
@@ -125,20 +133,28 @@ def test_only_the_first_result_of_a_kind_is_looked_at(pretend_cuda, monkeypatch)
     assert serve("c", Twins(checks=False)) == "c" and looked_at == ["a", "b"]
 
 
-def test_what_cannot_be_looked_at_serves(pretend_cuda):
-    """For want of memory it is looked at again, and never a verdict on the twin."""
+@pytest.mark.parametrize("why", [torch.cuda.OutOfMemoryError("out of memory"), CannotTell()])
+def test_what_cannot_be_judged_serves(pretend_cuda, why):
+    """It is looked at again, a few times, and is never a verdict on the twin."""
     twins, looked_at = Twins(), []
 
     def look(found):
         looked_at.append(found)
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        raise why
 
-    for _ in range(2):
+    for _ in range(2 * MAX_PUT_OFF):
         assert ask(twins, SAMPLING, pretend_cuda, lambda twin: "served", wrong=look) == "served"
-    assert len(looked_at) == 2
-    ask(twins, SAMPLING, pretend_cuda, lambda twin: "served", wrong=lambda found: 1 / 0)
-    assert ask(twins, SAMPLING, pretend_cuda, lambda twin: "served", wrong=look) == "served"
-    assert len(looked_at) == 2 and twins.failures() == {}
+    assert len(looked_at) == MAX_PUT_OFF and twins.failures() == {}
+
+
+def test_infinities_are_not_the_twins_fault():
+    want = torch.tensor([1.0, 2.0, math.inf, -math.inf, math.nan])
+    assert how_far(want.clone(), want) is None
+    assert "off by" in how_far(want.nan_to_num(9.0, 9.0, 9.0)[:2] * 3, want[:2])
+    assert "off by nan" in how_far(torch.tensor([1.0, math.nan]), torch.tensor([1.0, 2.0]))
+    for broken in (math.inf, math.nan):
+        with pytest.raises(CannotTell):
+            how_far(torch.tensor([1.0, 2.0]), torch.tensor([1.0, broken]))
 
 
 STAGES = {
@@ -156,6 +172,40 @@ STAGES = {
     ),
     "statistics": lambda q, twins: block_statistics(q, 32, None, twins),
 }
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"topk": 0.3},
+        {"topk": [0.1, 0.6]},
+        {"topk": torch.tensor([0.2, 0.5])},
+        {"cdfthreshd": 0.7},
+        {"cdfthreshd": torch.tensor([0.5, 0.9])},
+    ],
+    ids=str,
+)
+def test_a_wrong_selection_is_found_out(how):
+    """Sparge's, which fills the rows of a map in place."""
+    how |= {"simthreshd1": -1.0, "block_q": 32, "block_k": 16}
+    q, k = torch.randn(2, 1, 2, 256, 64, generator=torch.Generator().manual_seed(2)).unbind(0)
+    right, verdicts = block_map(q, k, **how, twins=TORCH_ONLY), []
+
+    class Selection(Twins):
+        def run(self, module, x, refuses, run, wrong, kind):
+            if not module.endswith("select"):
+                return None
+            hash(kind)
+
+            def select(scores, q_alike, k_alike, kept, **others):
+                kept.copy_(filled)
+                return True
+
+            for filled in (right, right.roll(1, dims=-1)):  # noqa: B007
+                verdicts.append(wrong(run(SimpleNamespace(select=select))))
+
+    assert torch.equal(block_map(q, k, **how, twins=Selection()), right)
+    assert verdicts[0] is None and "its first result" in verdicts[1], verdicts
 
 
 @pytest.mark.parametrize("stage", STAGES)

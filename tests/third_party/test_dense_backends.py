@@ -174,6 +174,7 @@ def test_where_cudnn_has_no_engine_another_kernel_serves(monkeypatch, qkv, error
     """It finds out when torch has chosen it, and torch goes on to no other."""
     from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
+    monkeypatch.setattr(torch_sdpa, "_failed", set())
     want, real, orders = exact(*qkv()), F.scaled_dot_product_attention, []
 
     def attention(*args, **kwargs):
@@ -190,6 +191,11 @@ def test_where_cudnn_has_no_engine_another_kernel_serves(monkeypatch, qkv, error
         return
     close(torch_sdpa.attend(q, k, v, scale=None, mask=None), want)
     assert len(orders) == 2 and SDPBackend.CUDNN_ATTENTION not in orders[1]
+    # From then on such calls go there at once; others are tried as ever.
+    torch_sdpa.attend(q, k, v, scale=None, mask=None)
+    assert len(orders) == 3 and SDPBackend.CUDNN_ATTENTION not in orders[2]
+    torch_sdpa.attend(q[:, :1], k[:, :1], v[:, :1], scale=None, mask=None)
+    assert SDPBackend.CUDNN_ATTENTION in orders[3]
 
 
 @pytest.mark.parametrize("takes", [True, False])
@@ -211,6 +217,9 @@ def test_cudnn_runs_what_it_takes_and_comes_first(monkeypatch, qkv, takes):
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     backend = replace(DENSE_BACKENDS["torch_cudnn"])
     q, k, v = qkv()
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match="is switched off"):
+        patched.setattr(torch.backends.cuda, "math_sdp_enabled", lambda: False)
+        backend.run(q, k, v)
     if not takes:
         with pytest.raises(ValueError, match="cuDNN does not take this call"):
             backend.run(q, k, v)
