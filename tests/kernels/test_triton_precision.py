@@ -179,7 +179,7 @@ def test_values_that_become_fp16_lose_nothing_but_what_it_adds_up(triton_attenti
 
 
 @pytest.mark.parametrize("dtype", SUM_DTYPES, ids=str)
-@pytest.mark.parametrize("gap", [6, 10, 14, 17])
+@pytest.mark.parametrize("gap", [10, 17])
 def test_a_key_of_almost_all_the_weight_does_not_hide_the_others(
     triton_attention, fp16_sums, gap, dtype
 ):
@@ -187,12 +187,12 @@ def test_a_key_of_almost_all_the_weight_does_not_hide_the_others(
     generator = torch.Generator().manual_seed(8)
     q = torch.zeros(1, 1, 64, 64)
     q[..., 0] = 1
-    k = torch.zeros(1, 1, 1024, 64)
+    k = torch.zeros(1, 1, 512, 64)
     k[:, :, 0, 0] = gap
-    v = torch.randn(1, 1, 1024, 64, generator=generator) + 1
+    v = torch.randn(1, 1, 512, 64, generator=generator) + 1
     v[:, :, 0] = 0
     q, k, v = (x.to(dtype) for x in (q, k, v))
-    plan = full_plan(64, 1024, 64)
+    plan = full_plan(64, 512, 64)
     want = reference_attention(q.double(), k.double(), v.double(), plan, scale=1.0)
     # Of the sums in fp32 the error is that of int8 logits.
     in_fp32 = triton_attention(q, k, v, plan, precision="int8", scale=1.0)
