@@ -235,7 +235,8 @@ class AttentionRouter:
         self, received: Received, call: AttentionCall, site: AttentionSite | None
     ) -> DenseWay | None:
         """Who computes a dense call where that is left to timing, None where it is not."""
-        settings: AttentionSettings = call.transformer_options[SETTINGS_KEY]
+        options = call.transformer_options
+        settings: AttentionSettings = options[SETTINGS_KEY]
         if site is None or settings.dense is None or settings.dense.backend(site) != FASTEST:
             return None
         key = kind_of(call), self._neighbour
@@ -246,9 +247,7 @@ class AttentionRouter:
         func, args, kwargs = received
         func = self._preferred(call, site) or func
         own = functools.partial(func, *args, **kwargs) if self.previous is None else None
-        return self.fastest.compare(
-            key, call, self.dense, own, in_vain_of(call.transformer_options)
-        )
+        return self.fastest.compare(key, call, self.dense, own, in_vain_of(options))
 
     def _default(self, received: Received, call: AttentionCall) -> str | None:
         """This pack's own choice for self-attention, where nobody else has one."""
@@ -281,9 +280,12 @@ class AttentionRouter:
         key: Hashable,
     ) -> Fastest:
         """Before the first sparse call of its kind on a GPU: what is fastest for such calls."""
-        if not can_be_timed(call.q.device):
+        choice = forward.choice
+        assert choice is not None
+        if not choice.leaves_open or not can_be_timed(call.q.device):
             return Fastest()
-        way = self._fastest(received, call, site)
+        # Whose time is not asked for need not be known.
+        way = self._fastest(received, call, site) if choice.kernel == "auto" else None
         if way is UNDECIDED:
             return Fastest()
         # Whoever runs dense calls of this site, but not for the run's record.
@@ -295,6 +297,4 @@ class AttentionRouter:
             return self._run_dense(received, unrecorded, site, default, way)[0]
 
         asked = to_compare(self.kernels, call, forward, layer, plan, dense, self.previous is None)
-        if asked is None:
-            return Fastest()
         return self.speed.compare(key, asked, in_vain_of(call.transformer_options))

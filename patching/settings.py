@@ -89,6 +89,11 @@ class SparseChoice:
     min_tokens: int = 4096
     verbose: bool = False
 
+    @property
+    def leaves_open(self) -> bool:
+        """Whether timing may choose something: what is named is not questioned."""
+        return "auto" in (self.kernel, self.precision)
+
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision {self.precision!r}: allowed are {', '.join(PRECISIONS)}")

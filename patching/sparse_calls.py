@@ -71,8 +71,8 @@ def to_compare(
     plan: BlockPlan | None,
     dense: Callable[[], Tensor],
     is_last: bool,
-) -> Asked | None:
-    """What is to be timed for calls of this kind, None where the person left nothing open.
+) -> Asked:
+    """What is to be timed for calls of this kind.
 
     Args:
         dense: computes the call as dense attention would run.
@@ -80,8 +80,6 @@ def to_compare(
     """
     choice = forward.choice
     assert choice is not None and forward.tokens is not None
-    if "auto" not in (choice.kernel, choice.precision):
-        return None
 
     def sparse(way: Fastest) -> KernelRun:
         return run_sparse(kernels, call, forward, layer, plan, way)[0]

@@ -247,3 +247,32 @@ def run_per_call(run_shuffled):
         return out
 
     return run
+
+
+def patch(model, name, **inputs):
+    """The output of one of this pack's nodes, by its name."""
+    from sparse_video_attention.nodes.extension import NODES
+
+    (node,) = [node for node in NODES if node.__name__ == name]
+    return node.execute(model, **inputs).result[0]
+
+
+@pytest.fixture
+def preview(comfyui, tmp_path, monkeypatch):
+    """preview(model, shape or samples, **inputs): (picture uint8 [H, W, 3], density, gain, text)"""
+    import folder_paths
+    from sparse_video_attention.nodes.preview import PreviewAttentionMask
+
+    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
+
+    def run(model, given, **inputs):
+        samples = given if isinstance(given, dict) else {"samples": torch.zeros(given)}
+        out = PreviewAttentionMask.execute(model, samples, **inputs)
+        (shown,) = out.ui["images"]
+        assert (tmp_path / shown["subfolder"] / shown["filename"]).is_file()
+        picture, density, gain = out.result
+        assert picture.dtype == torch.float32 and picture.shape[0] == 1 and picture.shape[3] == 3
+        (text,) = out.ui["text"]
+        return (picture[0] * 255).round().byte().numpy(), density, gain, text
+
+    return run

@@ -3,6 +3,7 @@
 import pytest
 from sparse_video_attention.kernels import registry
 
+from .timed_libraries import Libraries, asking
 from .timed_machine import Machine, Runs
 
 
@@ -15,3 +16,13 @@ def machine(monkeypatch):
 @pytest.fixture
 def runs(machine):
     return Runs(machine)
+
+
+@pytest.fixture
+def libraries(monkeypatch):
+    return Libraries(monkeypatch)
+
+
+@pytest.fixture
+def ask(libraries):
+    return asking(libraries)

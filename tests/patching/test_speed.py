@@ -14,6 +14,8 @@ from sparse_video_attention.patching.run import RunState
 from sparse_video_attention.patching.settings import (
     SETTINGS_KEY,
     AttentionSettings,
+    AttentionSite,
+    DenseChoice,
     Schedule,
     SparseChoice,
 )
@@ -193,6 +195,10 @@ def test_what_was_asked_for_by_name_is_not_questioned(runs, machine):
     machine.took["dense"] = 0.001
     assert runs.call(kernel="torch", precision="native") == "torch"
     assert machine.ran == ["torch"]
+    # Nor is it asked who would run dense calls.
+    fastest = DenseChoice(((AttentionSite.SELF, "fastest"),))
+    assert runs.call(kernel="torch", precision="native", dense=fastest) == "torch"
+    assert machine.ran == ["torch"] * 2
     assert runs.call(kernel="fast") == "fast int8"
     assert "dense" not in machine.ran
 
