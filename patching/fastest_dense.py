@@ -57,7 +57,7 @@ class FastestDense:
     """Remembers who was fastest for which calls. Safe to share between threads."""
 
     def __init__(self) -> None:
-        self._once = TimedOnce(UNDECIDED)
+        self._once = TimedOnce(UNDECIDED, failed=DenseWay())
 
     def found(self, key: Hashable) -> DenseWay | None:
         """Who computes calls of a kind, None if none was timed."""

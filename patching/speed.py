@@ -65,7 +65,7 @@ class SpeedCheck:
     """Remembers which way was fastest for which calls. Safe to share between threads."""
 
     def __init__(self) -> None:
-        self._once = TimedOnce(Fastest())
+        self._once = TimedOnce(Fastest(), failed=Fastest())
 
     def found(self, key: Hashable) -> Fastest | None:
         """What was found for calls of a kind, None if none was timed."""

@@ -36,11 +36,12 @@ class TimedOnce(Generic[T]):
     """Remembers findings by kind of call. Safe to share between threads.
 
     Args:
-        unknown: what holds where nothing was found.
+        unknown: what holds until something is found; never kept.
+        failed: what is kept where looking failed.
     """
 
-    def __init__(self, unknown: T) -> None:
-        self._unknown = unknown
+    def __init__(self, unknown: T, failed: T) -> None:
+        self._unknown, self._failed = unknown, failed
         self._found: dict[Hashable, T] = {}
         self._short_of_memory: Counter[Hashable] = Counter()
         # Another pack's override, timed as dense attention, may call attention anew.
@@ -73,7 +74,7 @@ class TimedOnce(Generic[T]):
                 finding = look()
             except Exception as error:  # a sampling run must not end for this
                 log.warning(f"nothing was timed: {one_line(error)}")
-                finding = Finding(self._unknown, lacked_memory=is_out_of_memory(error))
+                finding = Finding(self._failed, lacked_memory=is_out_of_memory(error))
             finally:
                 self._inside = False
             if finding is None:

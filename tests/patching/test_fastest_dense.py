@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from sparse_video_attention.patching import fastest_dense, timed_ways, timing
 from sparse_video_attention.patching import router as router_module
-from sparse_video_attention.patching import timed_ways, timing
 from sparse_video_attention.patching.router import AttentionRouter
 from sparse_video_attention.patching.settings import (
     SETTINGS_KEY,
@@ -134,6 +134,23 @@ def test_what_fails_for_want_of_memory_is_no_verdict_wherever_it_fails(libraries
         patched.setattr(timed_ways, "_is_near", norm)
         assert ask() == "comfyui"
     assert ask(state=ask.another()) == "eight_bits"
+
+
+def test_a_comparison_that_fails_is_settled(libraries, runs, machine, monkeypatch):
+    """ComfyUI's choice runs, and sparse calls are held against it."""
+    machine.has_kernel("native")
+    libraries._tick = machine._tick
+    machine.took |= libraries.took | {"eight_bits": 0.001, "dense": 0.010}
+    libraries.has("eight_bits", 0.001, low=True)
+
+    def fail(*args):
+        raise ValueError("no such thing")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fastest_dense, "faster_in_8_bits", fail)
+        assert runs.call(dense=FASTEST) == "dense"
+    assert runs.call(dense=FASTEST) == "dense"
+    assert "ComfyUI's choice (nothing could be timed) x 2" in runs.line()
 
 
 def test_a_mask_or_a_scale_is_another_kind_of_call(libraries, ask):
