@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -203,6 +203,7 @@ class KernelFallback:
         kernel: str = "auto",
         precision: str = "auto",
         kept: KeptPools | None = None,
+        check: Callable[..., None] | None = None,
     ) -> KernelRun:
         """block_sparse_attention that survives failing kernels. Arguments as there, and what
         earlier calls left for this one.
@@ -210,6 +211,9 @@ class KernelFallback:
         A kernel that runs out of memory is passed over for this call: the next one may find
         more. One that does so again and again is left out of more calls each time, but never for
         plain PyTorch. A precision that no kernel offers gives way to native.
+
+        Args:
+            check: called with the output, q, k and v; what it raises counts as the kernel's.
 
         Raises:
             NoKernelServesError: no kernel is left for this shape, with the reasons.
@@ -235,6 +239,8 @@ class KernelFallback:
                         choice.put_off[name] += 1
                         if choice.put_off[name] >= MAX_PUT_OFF:
                             choice.verified.add(name)
+                if check is not None:
+                    check(out, q, k, v)
                 notes = choice.notes + passed_over
                 return KernelRun(out, chosen.name, chosen_precision, notes, choice.rivals)
             except Exception as error:  # whatever a kernel raises, the run goes on

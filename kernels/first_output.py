@@ -77,6 +77,14 @@ def relative_error(call: KernelCall, out: Tensor) -> float | None:
     return next((error for error in errors if error != error), max(errors))
 
 
+def makes_nan(out: Tensor, *inputs: Tensor) -> bool:
+    """Whether an output holds NaN or infinities and the inputs do not. Syncs."""
+    # Such a sum has no need of memory; it may be infinite for finite values, but then rarely.
+    if bool(out.sum(dtype=torch.float32).isfinite()) or bool(out.isfinite().all()):
+        return False
+    return all(bool(x.isfinite().all()) for x in inputs)
+
+
 def is_sound(out: Tensor, call: KernelCall, kernel: Kernel) -> bool:
     """Whether a first output is right; False if that cannot be told: the inputs are not finite,
     or there is no memory to find out.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,16 @@ from torch import Tensor
 
 from .layout import ForwardTokens
 from .settings import AttentionSite
+
+Override = Callable[..., Tensor]
+
+
+class Received(NamedTuple):
+    """What an override gets: the function that the host would call, and with what."""
+
+    func: Override
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 class AttentionCall(NamedTuple):

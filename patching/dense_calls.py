@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 from torch import Tensor
 
@@ -37,11 +37,14 @@ class DenseCalls:
         self._unsure: Counter[Hashable] = Counter()
         self._lock = threading.Lock()
 
-    def run(self, name: str, call: AttentionCall) -> Tensor | str:
+    def run(
+        self, name: str, call: AttentionCall, check: Callable[..., None] | None = None
+    ) -> Tensor | str:
         """The output as the caller wants it, or why the backend did not serve the call.
 
         Args:
             name: of a backend in third_party.DENSE_BACKENDS.
+            check: called with the output, q, k and v; what it raises counts as the backend's.
         """
         backend = DENSE_BACKENDS[name]
         key = (name, tuple(call.q.shape), tuple(call.k.shape), call.q.dtype, call.q.device)
@@ -63,6 +66,8 @@ class DenseCalls:
                 # One sync per backend and shape, on its first output only.
                 if backend.is_sound(q, k, v, call.scale, out) or self._was_put_off(key):
                     self._remember(self._verified, key, "")
+            if check is not None:
+                check(out, q, k, v)
             return call.as_asked(out)
         except Exception as error:  # whatever a library raises, the run goes on
             reason = one_line(error)

@@ -19,6 +19,10 @@ from .run import RUN_KEY, RunState
 from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice, StaticPolicy
 from .vace import VaceBlocks, has_vace_blocks
 
+# How a forward is run again.
+ORDERED_PER_CALL = "tokens reordered per attention call"
+WATCHED = "looking at every attention call"
+
 
 def find_transformer_options(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """The dict with this pack's settings among a forward's arguments; its place differs."""
@@ -103,6 +107,9 @@ def _decide(
     if state.choice is None:
         return
     state.step, step_reason = _step(options, state.run, state.choice)
+    if state.run is not None:
+        # The noise level was waited for, so what earlier forwards gave is known.
+        state.run.outputs.read(state.router.nan_watch)
     if isinstance(tokens, str):
         state.dense_reason = tokens
         return
@@ -153,30 +160,38 @@ def begin_forward(
 
 
 @torch.compiler.disable
-def end_forward(options: dict[str, Any] | None, *, completed: bool) -> bool:
+def end_forward(options: dict[str, Any] | None, out: Any = None, *, completed: bool) -> str:
     """Take the forward's state out of transformer_options and keep its record.
 
     Args:
+        out: what the model returned.
         completed: the forward has not raised.
 
     Returns:
-        Whether the forward's result can be used; if not, begin another.
+        How the forward is to be run again, since its result cannot be used: ORDERED_PER_CALL or
+        WATCHED; empty if it can.
     """
     state: ForwardState | None = None if options is None else options.pop(FORWARD_KEY, None)
     if options is None or state is None:
-        return True
+        return ""
     if state.vace is not None:
         state.vace.stop(options)
     if state.forward_order is not None:
         state.forward_order.stop(options)
         if completed and state.forward_order.is_broken:
             _reorder_per_call_from_now_on(state)
-            return False
+            return ORDERED_PER_CALL
     if state.run is not None:
+        run, watch = state.run, state.router.nan_watch
+        repeat = completed and run.outputs.forward_ran(
+            out, state.calls, state.step, watch, can_repeat=run.can_repeat
+        )
+        if repeat:
+            return WATCHED
         if state.choice is not None:
             _look_who_attends(state, state.run, options)
         _keep_record(state, state.run)
-    return True
+    return ""
 
 
 def _look_who_attends(state: ForwardState, run: RunState, options: dict[str, Any]) -> None:
@@ -217,18 +232,18 @@ def _keep_record(state: ForwardState, run: RunState) -> None:
 
 
 def _forward(
-    executor: Any, args: Sequence[Any], kwargs: dict[str, Any], **how: bool
-) -> tuple[Any, bool, bool]:
-    """(what the model returns, whether it can be used, whether attention was called)."""
-    options = begin_forward(executor.class_obj, args, kwargs, **how)
+    executor: Any, args: Sequence[Any], kwargs: dict[str, Any], order_per_call: bool
+) -> tuple[Any, str, bool]:
+    """(what the model returns, how to run it again if at all, whether attention was called)."""
+    options = begin_forward(executor.class_obj, args, kwargs, order_per_call=order_per_call)
     state: ForwardState | None = None if options is None else options[FORWARD_KEY]
     try:
         out = executor(*args, **kwargs)
     except BaseException:
         end_forward(options, completed=False)
         raise
-    usable = end_forward(options, completed=True)
-    return out, usable, state is not None and bool(state.calls)
+    again = end_forward(options, out, completed=True)
+    return out, again, state is not None and bool(state.calls)
 
 
 def diffusion_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -238,13 +253,14 @@ def diffusion_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         RuntimeError: another patch changed the model's blocks in the middle of a forward, and
             yet another one would not have it run again.
     """
-    out, usable, _ = _forward(executor, args, kwargs)
-    if usable:
-        return out
-    out, _, attended = _forward(executor, args, kwargs, order_per_call=True)
-    if not attended:
-        raise RuntimeError(
-            "another patch changed the model's blocks in the middle of a forward, and a cache kept "
-            "the result: put the sparse attention node after that cache"
-        )
+    out, again, _ = _forward(executor, args, kwargs, False)
+    if again == WATCHED:
+        out, again, _ = _forward(executor, args, kwargs, False)
+    if again == ORDERED_PER_CALL:
+        out, _, attended = _forward(executor, args, kwargs, True)
+        if not attended:
+            raise RuntimeError(
+                "another patch changed the model's blocks in the middle of a forward, and a cache "
+                "kept the result: put the sparse attention node after that cache"
+            )
     return out

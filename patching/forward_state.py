@@ -122,6 +122,16 @@ class ForwardState:
         """Whether a VACE block that has to stay dense makes this call; ask once per call."""
         return self.vace is not None and self.vace.made(layer)
 
+    def say_unread(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A call came whose arguments are not known here."""
+        given = [type(value).__name__ for value in args[:4]] or sorted(kwargs)
+        self.warn_once(
+            f"calls of attention with {', '.join(given)} are left to ComfyUI: this pack knows "
+            "q, k and v as tensors, then heads"
+        )
+        if self.run is not None:
+            self.run.record.note("ComfyUI calls attention in a way not known here")
+
     def say(self, notes: tuple[str, ...], *, aloud: bool = True) -> None:
         """In the run's line and, aloud, as a warning before, once per run."""
         for note in notes:

@@ -115,6 +115,12 @@ class RunRecord:
             del self.calls[counted.calls :]
             self.forwards, self.backend_calls = counted.forwards, counted.backend_calls
 
+    def ran_on(self) -> str:
+        """Who has computed attention so far."""
+        with self._lock:
+            names = [call.ran for call in self.calls] + [ran for _, ran in self.backend_calls]
+        return ", ".join(dict.fromkeys(names)) or "ComfyUI's own choice"
+
     def note(self, text: str) -> None:
         """Add to what the run's line says at its end, once."""
         with self._lock:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..kernels import BlockPlan
 from ..kernels.fallback import KernelFallback
-from .attention_call import AttentionCall, classify, read_call
+from .attention_call import AttentionCall, Override, Received, classify, read_call
 from .call_record import CallRecord
 from .dense_calls import DenseCalls
 from .dense_default import BY_DEFAULT, faster_default
 from .dense_reason import dense_reason
 from .fastest_dense import FASTEST, NOT_TIMED, UNDECIDED, DenseWay, FastestDense, kind_of
 from .log import log
+from .output_check import NanWatch, handed_on
 from .plans import PlanCache
 from .preferred import SAID_OF, preferred_attention
 from .replaced import named
@@ -33,16 +34,6 @@ if TYPE_CHECKING:
 
 OVERRIDE_KEY = "optimized_attention_override"
 FORWARD_KEY = "sparse_video_attention_forward"
-
-Override = Callable[..., Tensor]
-
-
-class Received(NamedTuple):
-    """What an override gets: the function that the host would call, and with what."""
-
-    func: Override
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 def find_router(override: Override | None) -> AttentionRouter | None:
@@ -75,7 +66,8 @@ class AttentionRouter:
 
     Attributes:
         previous: the override found when patching; it gets every call that is not taken.
-        plans, kernels, dense, speed, fastest: caches that live as long as the patched MODEL.
+        plans, kernels, dense, speed, fastest, nan_watch: what is known for as long as the patched
+            MODEL lives.
     """
 
     def __init__(self, previous: Override | None) -> None:
@@ -85,6 +77,7 @@ class AttentionRouter:
         self.dense = DenseCalls()
         self.speed = SpeedCheck()
         self.fastest = FastestDense()
+        self.nan_watch = NanWatch()
         # Dense calls take as long as it does.
         self._neighbour = named(previous)
 
@@ -100,7 +93,7 @@ class AttentionRouter:
         """A router with these caches that hands calls on to another override."""
         router = AttentionRouter(override)
         router.plans, router.kernels, router.dense = self.plans, self.kernels, self.dense
-        router.speed, router.fastest = self.speed, self.fastest
+        router.speed, router.fastest, router.nan_watch = self.speed, self.fastest, self.nan_watch
         return router
 
     # A compiled graph would freeze the decision of the first layer for all: hosts drop the
@@ -173,17 +166,10 @@ class AttentionRouter:
         return SETTINGS_KEY in options and acting_router(options) is self
 
     def _say_unread(self, received: Received) -> None:
-        args, kwargs = received.args, received.kwargs
-        options = kwargs.get("transformer_options") or {}
+        options = received.kwargs.get("transformer_options") or {}
         forward: ForwardState | None = options.get(FORWARD_KEY)
         if forward is not None and forward.router is self:
-            given = [type(value).__name__ for value in args[:4]] or sorted(kwargs)
-            forward.warn_once(
-                f"calls of attention with {', '.join(given)} are left to ComfyUI: this pack knows "
-                "q, k and v as tensors, then heads"
-            )
-            if forward.run is not None:
-                forward.run.record.note("ComfyUI calls attention in a way not known here")
+            forward.say_unread(received.args, received.kwargs)
 
     def _run_dense(
         self,
@@ -219,8 +205,8 @@ class AttentionRouter:
                 if name is None:
                     run.record.count_backend(where, said)
         if name is None or site is None:
-            return self._hand_on(received), "dense"
-        out = self.dense.run(name, call)
+            return self._computed_outside(received, call, run)
+        out = self.dense.run(name, call, None if run is None else run.outputs.of_call)
         if isinstance(out, Tensor):
             if run is not None:
                 run.record.count_backend(where, said)
@@ -229,7 +215,7 @@ class AttentionRouter:
             run.record.count_backend(where, f"{whose} choice ({name}: {out})")
             if run.record.first_time(f"{name}: {out}"):
                 log.warning(f"{where} {said} is passed over: {out}")
-        return self._hand_on(received), "dense"
+        return self._computed_outside(received, call, run)
 
     def _fastest(
         self, received: Received, call: AttentionCall, site: AttentionSite | None
@@ -268,6 +254,17 @@ class AttentionRouter:
         if self.previous is not None:
             return self.previous(func, *args, **kwargs)
         return func(*args, **kwargs)
+
+    def _computed_outside(
+        self, received: Received, call: AttentionCall, run: RunState | None
+    ) -> tuple[Tensor, str]:
+        """(output, who computed it) of a call that is handed on."""
+        out, is_last = self._hand_on(received), self.previous is None
+        if run is None or not run.outputs.watched:
+            return out, "dense"
+        host = f"ComfyUI's own choice, {named(received.func)}"
+        who = host if is_last else f"attention override {self._neighbour}"
+        return handed_on(out, call, who, self.dense, run.outputs, replace=is_last)
 
     def _time(
         self,

@@ -14,6 +14,7 @@ from .failures import Failures
 from .history import RunHistory
 from .layout import fewest_calls, is_readable, unreadable_reason
 from .log import log, one_line
+from .output_check import NanWatch, OutputCheck
 from .record import RunRecord
 from .replaced import who_attends
 from .sampler_steps import SIGMAS, SamplerSteps
@@ -44,6 +45,7 @@ class RunState:
         shapes: of the video in forwards that were looked at for calls kept from this pack.
         failures: sparse calls that failed in this run.
         in_vain: kinds of calls that could not be timed in this run for want of memory.
+        outputs: what is known of the forwards' outputs.
         suspects: what stood in calls' way to this pack in forwards of which none came.
         bystanders: the same in one of which they came.
     """
@@ -68,6 +70,7 @@ class RunState:
         self.shapes: set[torch.Size | None] = set()
         self.failures = Failures()
         self.in_vain: set[Hashable] = set()
+        self.outputs = OutputCheck(record)
         self.suspects: dict[str, None] = {}
         self.bystanders: frozenset[str] | None = None
 
@@ -209,6 +212,8 @@ class OuterSampleWrapper:
         out = None
         try:
             self._at_start(options)
+            watch = NanWatch() if run.router is None else run.router.nan_watch
+            run.outputs.watched = watch.suspected
             out = executor(*run.steps.follow(args), **kwargs)
         except BaseException:
             record.ended_early = True
@@ -218,11 +223,15 @@ class OuterSampleWrapper:
             record.attended_by = run.attended_by()
             if run.steps.has_begun and not record.forwards:
                 record.no_forward = unreadable_reason(network) or _other_way(network)
-            self._close(record, choice, out)
+            self._close(run, watch, choice, out)
         return out
 
-    def _close(self, record: RunRecord, choice: SparseChoice | None, result: Any) -> None:
+    def _close(
+        self, run: RunState, watch: NanWatch, choice: SparseChoice | None, result: Any
+    ) -> None:
+        record = run.record
         try:
+            run.outputs.finish(result, watch)
             self._history.add(record, result)
             record.finish()
             _say(record, choice)
