@@ -12,6 +12,7 @@ from ..kernels.capture import is_captured
 from ..kernels.first_output import MAX_PUT_OFF
 from ..kernels.memory_errors import is_out_of_memory
 from ..third_party import DENSE_BACKENDS
+from ..third_party.backend import has_no_nan
 from .attention_call import AttentionCall
 from .log import one_line
 
@@ -63,8 +64,9 @@ class DenseCalls:
                 return reason
             out = backend.run(q, k, v, scale=call.scale, mask=mask)
             if key not in self._verified and not is_captured(q.device):
-                # One sync per backend and shape, on its first output only.
-                if backend.is_sound(q, k, v, call.scale, out) or self._was_put_off(key):
+                # A few syncs per backend and shape, on its first output only.
+                is_sound = backend.is_sound if mask is None else has_no_nan
+                if is_sound(q, k, v, call.scale, out) or self._was_put_off(key):
                     self._remember(self._verified, key, "")
             if check is not None:
                 check(out, q, k, v)

@@ -12,6 +12,7 @@ from torch import Tensor
 from .backend import DenseBackend, Loaded, dense_rows
 from .constraints import Constraints
 from .library import Library, LibraryUnusable
+from .near_exact import IN_8_BITS, near_exact
 
 
 def load() -> Loaded:
@@ -48,6 +49,7 @@ BACKEND = DenseBackend(
         is_low_precision=True,
     ),
     load=load,
+    is_sound=near_exact(IN_8_BITS),
     library=Library(
         package="comfy_kitchen",
         linux="pip install -U comfy-kitchen",

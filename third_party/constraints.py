@@ -92,7 +92,8 @@ class Constraints:
         if self.unmasked_key_block is not None:
             zero_keys = -k.shape[2] % self.unmasked_key_block
             if zero_keys > MAX_ZERO_KEY_SHARE * k.shape[2]:
-                return f"it would attend to {zero_keys} zero keys beside the {k.shape[2]} real ones"
+                real = k.shape[2]
+                return f"it would attend to {zero_keys} padding keys besides the {real} real ones"
         if not self.supports_scale and scale is not None:
             if abs(scale * head_dim**0.5 - 1.0) > 1e-4:
                 return f"it scales logits by 1 / sqrt(head_dim) only, not {scale:g}"

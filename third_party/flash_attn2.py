@@ -14,7 +14,7 @@ def load() -> Loaded:
 
     if not hasattr(flash_attn, "flash_attn_func"):
         # FlashAttention 4 lives in the same namespace and needs nothing of FlashAttention 2.
-        raise LibraryUnusable("flash_attn is there for FlashAttention 4 only")
+        raise LibraryUnusable("only FlashAttention 4 is installed")
     flash_attn_func = flash_attn.flash_attn_func
 
     def attend(

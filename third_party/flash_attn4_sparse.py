@@ -35,7 +35,7 @@ def load() -> Callable[[KernelCall], Tensor]:
 
     takes_lists = "block_sparse_tensors" in inspect.signature(flash_attn_func).parameters
     if not takes_lists or "block_size" not in BlockSparseTensorsTorch._fields:
-        raise LibraryUnusable("this flash-attn-4 is older than its block-sparse call")
+        raise LibraryUnusable("this flash-attn-4 is too old for block-sparse attention")
 
     def attend(call: KernelCall) -> Tensor:
         size = block_size(call)

@@ -12,15 +12,19 @@ from torch import Tensor
 from .backend import DenseBackend, Loaded, dense_rows, first_output, is_token_major, token_major
 from .constraints import Constraints
 from .library import Library
+from .near_exact import IN_8_BITS, near_exact
 
 _VERSION_2 = Constraints(
+    # Builds for AMD run its Triton kernels.
+    device_types=("cuda", "rocm"),
     # sm_100 and sm_87 have no kernel in it.
     capabilities=((8, 0), (8, 6), (8, 9), (9, 0), (12, 0), (12, 1)),
     max_head_dim=128,
     is_low_precision=True,
 )
 _VERSION_1 = Constraints(
-    min_capability=(8, 0),
+    device_types=("cuda", "rocm"),
+    min_capability=(7, 5),
     dtypes=(torch.float16, torch.bfloat16, torch.float32),
     head_dims=(64, 96, 128),
     unmasked_key_block=64,
@@ -66,6 +70,7 @@ BACKEND = DenseBackend(
     name="sage_attn2",
     declared=_VERSION_2,
     load=load,
+    is_sound=near_exact(IN_8_BITS),
     library=Library(
         package="sageattention",
         linux=(

@@ -7,6 +7,7 @@ from torch import Tensor
 from .backend import DenseBackend, Loaded, first_output
 from .constraints import Constraints
 from .library import Library
+from .near_exact import IN_4_BITS, near_exact
 
 
 def load() -> Loaded:
@@ -32,6 +33,7 @@ BACKEND = DenseBackend(
         in_place_inputs=("k",),  # it subtracts the mean key from the caller's tensor
     ),
     load=load,
+    is_sound=near_exact(IN_4_BITS),
     library=Library(
         package="sageattn3",
         linux=(

@@ -15,7 +15,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, mask: Tensor
     from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
     if not all_are_on():
-        raise ValueError("one of PyTorch's kernels of attention is switched off, so none is chosen")
+        raise ValueError("one of PyTorch's attention kernels is switched off: cuDNN is not forced")
     if not can_use_cudnn_attention(SDPAParams(q, k, v, mask, 0.0, False, False)):
         raise ValueError("cuDNN does not take this call")
     with kernel_order(CUDNN, *WITHOUT_CUDNN):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sparse_video_attention.third_party import DENSE_BACKENDS, Constraints
+from sparse_video_attention.third_party import DENSE_BACKENDS, Constraints, sage_attn2
 
 ANY = Constraints(device_types=("cpu",), dtypes=None)
 
@@ -28,8 +28,8 @@ def qkv(tokens=256, heads=2, head_dim=64, dtype=torch.float16, keys=None):
         ({"min_tokens": 128}, {"tokens": 128}, {"tokens": 127}, "at least 128 queries, not 127"),
         ({"min_tokens": 128}, {}, {"keys": 77}, "at least 128 keys, not 77"),
         ({"max_tokens": 256}, {}, {"tokens": 257}, "at most 256 queries, not 257"),
-        ({"unmasked_key_block": 64}, {"keys": 512}, {"keys": 257}, "63 zero keys beside the 257"),
-        ({"unmasked_key_block": 64}, {"keys": 32760}, {"keys": 6400 - 7}, "7 zero keys beside"),
+        ({"unmasked_key_block": 64}, {"keys": 512}, {"keys": 257}, "63 padding keys besides"),
+        ({"unmasked_key_block": 64}, {"keys": 32760}, {"keys": 6400 - 7}, "7 padding keys besides"),
         ({"device_types": ("cuda",)}, None, {}, "runs on cuda, not on cpu"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -118,7 +118,15 @@ def test_amd_gpus_are_told_apart_from_nvidia_ones(gpus, monkeypatch):
     gpus((9, 4))
     monkeypatch.setattr(torch.version, "hip", "6.2")
     assert DENSE_BACKENDS["xformers"].declared.machine_reason() is None
+    for version in (sage_attn2._VERSION_1, sage_attn2._VERSION_2):
+        assert version.machine_reason() is None
     assert "not on rocm" in DENSE_BACKENDS["flash_attn4"].declared.machine_reason()
+
+
+def test_version_1_of_sage_runs_on_rtx_20(gpus):
+    gpus((7, 5))
+    assert sage_attn2._VERSION_1.machine_reason() is None
+    assert "this GPU has 7.5" in sage_attn2._VERSION_2.machine_reason()
 
 
 def test_descriptions_name_every_limit():

@@ -94,7 +94,7 @@ def test_sage_version_1_has_its_own_limits(stand_in, qkv):
     stand_in("sageattention", sageattn=None, sageattn_qk_int8_pv_fp16_cuda=None)
     version_2 = replace(backend).constraints
     assert version_2.in_place_inputs == () and version_2.max_head_dim == 128
-    assert "zero keys" in replace(version_1, device_types=("cpu",)).check(*qkv(keys=257))
+    assert "padding keys" in replace(version_1, device_types=("cpu",)).check(*qkv(keys=257))
     assert "compute capability" in version_2.describe()
 
 

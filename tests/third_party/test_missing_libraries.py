@@ -72,7 +72,7 @@ def test_flash_attention_2_is_not_there_where_only_version_4_is(broken_wheel):
     folder = next(Path(path) for path in sys.path if (Path(path) / "flash_attn").is_dir())
     (folder / "flash_attn" / "__init__.py").unlink()
     reason = replace(DENSE_BACKENDS["flash_attn2"]).unavailable()
-    assert "flash_attn is there for FlashAttention 4 only; to install it, " in reason
+    assert "only FlashAttention 4 is installed; to install it, " in reason
     no_gpu_here = replace(DENSE_BACKENDS["flash_attn4"]).unavailable() or ""
     assert "install" not in no_gpu_here
 

@@ -154,7 +154,7 @@ def test_an_old_flash_attn4_is_a_reason(stand_in):
     stand_in("flash_attn.cute", flash_attn_func=lambda q, k, v, softmax_scale=None: None)
     stand_in("flash_attn.cute.block_sparsity", BlockSparseTensorsTorch=BlockSparseTensorsTorch)
     reason = replace(SPARSE_BACKENDS["flash_attn4"]).unavailable()
-    assert "older than its block-sparse call" in reason
+    assert "too old for block-sparse attention" in reason
 
 
 def test_flex_is_out_where_it_would_not_be_compiled(monkeypatch):
@@ -174,7 +174,7 @@ def test_nobody_waits_for_flex_to_compile_who_has_not_named_it(qkv, monkeypatch,
     named, _ = candidates(call, "flex")
     registry.unavailable_reason.cache_clear()
     assert [kernel.name for kernel, _ in able] == ["torch"]
-    assert "only where it is chosen by name" in reasons["flex"]
+    assert "only if chosen by name" in reasons["flex"]
     assert "flex" in [kernel.name for kernel, _ in named]
 
 
