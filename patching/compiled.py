@@ -1,10 +1,19 @@
-"""Whether torch.compile runs a MODEL's network."""
+"""torch.compile: whether it runs a MODEL's network, and what of this pack it leaves as it is."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+# For people, who find it in the error that fullgraph raises.
+_WHY = (
+    "sparse_video_attention chooses dense or sparse attention per layer and step, outside of "
+    "compiled graphs: turn fullgraph off in the torch.compile node"
+)
 
 # Where ComfyUI's set_torch_compile_wrapper keeps what it compiles with.
 COMPILE_OPTIONS = "torch_compile_kwargs"
@@ -26,3 +35,11 @@ def is_compiled(model_options: dict[str, Any], model_patcher: Any) -> bool:
     return COMPILE_OPTIONS in model_options or any(
         getattr(part, trace, None) is not None for part in parts for trace in _TRACES
     )
+
+
+def uncompiled(function: Function) -> Function:
+    """A function that compiled graphs leave out, with the reason where torch can say it."""
+    try:
+        return torch.compiler.disable(function, reason=_WHY)
+    except TypeError:  # torch older than 2.7
+        return torch.compiler.disable(function)

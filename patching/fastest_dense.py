@@ -53,6 +53,10 @@ def kind_of(call: AttentionCall) -> Hashable:
     return call.q.shape, call.k.shape, call.v.shape, call.q.dtype, mask, how
 
 
+def _tokens(call: AttentionCall) -> str:
+    return str(call.q_len) if call.k_len == call.q_len else f"{call.q_len} to {call.k_len}"
+
+
 class FastestDense:
     """Remembers who was fastest for which calls. Safe to share between threads."""
 
@@ -80,7 +84,8 @@ class FastestDense:
                 for a comparison.
             in_vain: as in TimedOnce.find.
         """
-        return self._once.find(key, lambda: _compare(call, dense, comfyui), in_vain)
+        calls = f"dense calls of {_tokens(call)} tokens"
+        return self._once.find(key, lambda: _compare(call, dense, comfyui), in_vain, calls)
 
 
 def _compare(
@@ -110,7 +115,6 @@ def _compare(
     best = fastest_exact(exact)
     if REFERENCE in timed:
         best = faster_in_8_bits([timed[name] for name in low], best, timed[REFERENCE])
-    tokens = call.q_len if call.k_len == call.q_len else f"{call.q_len} to {call.k_len}"
-    told = f"dense calls of {tokens} tokens were timed once: {', '.join(map(str, ways))}"
+    told = f"dense calls of {_tokens(call)} tokens were timed once: {', '.join(map(str, ways))}"
     backend = None if best is own else best.name
     return Finding(DenseWay(backend, "the fastest here", told), told, watches.lacked_memory)

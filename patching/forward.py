@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .compiled import uncompiled
 from .forward_order import ForwardOrder, may_reorder_whole_forward
 from .forward_state import ForwardState
 from .frame_calls import FrameCalls
@@ -118,7 +119,7 @@ def _decide(
         _prepare_sparse(state, state.choice, tokens, _video(args, kwargs).device)
 
 
-@torch.compiler.disable
+@uncompiled
 def begin_forward(
     model: nn.Module,
     args: Sequence[Any],
@@ -159,7 +160,7 @@ def begin_forward(
     return options
 
 
-@torch.compiler.disable
+@uncompiled
 def end_forward(options: dict[str, Any] | None, out: Any = None, *, completed: bool) -> str:
     """Take the forward's state out of transformer_options and keep its record.
 

@@ -13,9 +13,9 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
+from .compiled import uncompiled
 from .plans import TokenOrder
 from .router import FORWARD_KEY, OVERRIDE_KEY, AttentionRouter
 from .tokens_alike import treats_tokens_alike
@@ -153,13 +153,13 @@ def _here(args: Arguments) -> ForwardOrder | None:
     return None if state is None else state.forward_order
 
 
-@torch.compiler.disable
+@uncompiled
 def _enter(layer: int, args: Arguments) -> Arguments:
     order = _here(args)
     return args if order is None else order.enter(layer, args)
 
 
-@torch.compiler.disable
+@uncompiled
 def _leave(layer: int, args: Arguments, out: Arguments) -> Arguments:
     order = _here(args)
     return out if order is None else order.leave(layer, out)

@@ -6,13 +6,13 @@ import functools
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ..kernels import BlockPlan
 from ..kernels.fallback import KernelFallback
 from .attention_call import AttentionCall, Override, Received, classify, read_call
 from .call_record import CallRecord
+from .compiled import uncompiled
 from .dense_calls import DenseCalls
 from .dense_default import BY_DEFAULT, faster_default
 from .dense_reason import dense_reason
@@ -98,7 +98,7 @@ class AttentionRouter:
 
     # A compiled graph would freeze the decision of the first layer for all: hosts drop the
     # guards that name transformer_options.
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, func: Override, *args: Any, **kwargs: Any) -> Tensor:
         received, call = Received(func, args, kwargs), read_call(args, kwargs)
         if call is None:

@@ -78,7 +78,8 @@ class SpeedCheck:
             key: of what the times depend on.
             in_vain: as in TimedOnce.find.
         """
-        return self._once.find(key, lambda: _compare(asked), in_vain)
+        calls = f"sparse calls of {asked.tokens} tokens"
+        return self._once.find(key, lambda: _compare(asked), in_vain, calls)
 
 
 def _compare(asked: Asked) -> Finding[Fastest] | None:

@@ -53,7 +53,11 @@ class TimedOnce(Generic[T]):
         return self._found.get(key)
 
     def find(
-        self, key: Hashable, look: Callable[[], Finding[T] | None], in_vain: set[Hashable]
+        self,
+        key: Hashable,
+        look: Callable[[], Finding[T] | None],
+        in_vain: set[Hashable],
+        calls: str,
     ) -> T:
         """Look, once, and keep what was found. Raises nothing.
 
@@ -61,6 +65,7 @@ class TimedOnce(Generic[T]):
             key: of what the times depend on.
             look: waits for the device; None to look again at the next call.
             in_vain: kinds that lacked memory in this run, whose next call will hardly have more.
+            calls: which they are, for the log: a person may take the wait for a hang.
         """
         # Another thread may be timing the same on its card.
         with self._timing:
@@ -70,6 +75,7 @@ class TimedOnce(Generic[T]):
             if self._inside or key in in_vain:
                 return self._unknown
             self._inside = True
+            log.info(f"{calls}: timing what can run them, once; compiling may take a minute")
             try:
                 finding = look()
             except Exception as error:  # a sampling run must not end for this

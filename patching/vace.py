@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
+
+from .compiled import uncompiled
 
 PATCHES_KEY = "patches"
 AFTER_MAIN_BLOCK = "double_block"
@@ -32,7 +33,7 @@ class VaceBlocks:
         self._main_is_over = False
         self._host_says_so = False
 
-    @torch.compiler.disable
+    @uncompiled
     def after_main_block(self, args: dict[str, Any]) -> dict[str, Any]:
         """The patch: changes nothing."""
         self._enter(args["block_index"])

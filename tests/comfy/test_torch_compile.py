@@ -94,7 +94,7 @@ def test_graphs_from_before_the_node_do_not_keep_a_run_dense(
         out = sample(patched)
         assert float((out - expected).norm() / expected.norm()) < 1e-4
         assert decisions(patched) == decisions(eager)
-        assert ("graphs were thrown away" in run_history(patched).latest.summary()) == thrown_away
+        assert ("graphs were discarded" in run_history(patched).latest.summary()) == thrown_away
 
 
 def test_graphs_from_before_set_attention_backend_go_too(
@@ -137,3 +137,14 @@ def test_skipped_layers_are_not_taken_for_stale_graphs(
     sample(patched)
     layers = {call.layer for call in run_history(patched).latest.calls}
     assert layers == {0, 1, 3} and not resets
+
+
+def test_fullgraph_is_refused_with_the_way_out(load_model, install_band, sample):
+    """A node of another pack may ask for it."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    torch._dynamo.reset()
+    patched = install_band(load_model("wan")).clone()
+    set_torch_compile_wrapper(patched, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="turn fullgraph off in the torch.compile node"):
+        sample(patched)
