@@ -52,7 +52,7 @@ def main() -> None:
     for way in _installers():
         if subprocess.run([*way, wanted]).returncode == 0:
             return
-    _say(f"that failed; to try again: {known.command()}")
+    _say(f"that failed; to try again, run: {known.command()}")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def candidates(
     for name, kernel in kernels().items():
         resolved, reason = _resolve(kernel, call)
         if reason is None and name != named and kernel.rank(resolved) <= 0:
-            reason = "it has not been measured here, and runs only where it is chosen by name"
+            reason = "it has not been timed on this kind of device, and runs only if chosen by name"
         if reason is None:
             able.append((kernel, resolved))
         else:

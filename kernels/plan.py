@@ -24,7 +24,7 @@ PYRAMID_LEVELS = (1, 2, 4, 8)
 # What can become of blocks that a method leaves out, as its node's input says it, and what is said
 # where a kernel cannot pool.
 SKIPPED_BLOCKS = ("drop", "pool")
-POOLING = "skipped_blocks is pool: choose drop, or kernel auto"
+POOLING = "skipped_blocks is pool: set it to drop, or kernel to auto"
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 MAX_ENTRIES = 2**31 - 1
 

@@ -85,21 +85,23 @@ def what_to_install(system: str, torch: str) -> tuple[str | None, str]:
         torch: version of PyTorch.
     """
     if system != "Windows":
-        return None, "PyTorch brings the Triton that it needs"
+        return None, "PyTorch comes with the Triton that it needs"
     if not is_for_gpu(torch):
-        return None, f"PyTorch {torch or 'is not there, or'} is not for a GPU that Triton knows"
+        if not torch:
+            return None, "PyTorch is not installed"
+        return None, f"this PyTorch ({torch}) is for neither NVIDIA nor AMD GPUs"
     wanted = requirement("triton-windows", torch)
     there = installed_version("triton-windows")
     if there and wanted is not None and _release(there) != FITTING[_release(torch)]:
         return None, (
-            f"triton-windows {there} is there and left as it is, but made for another PyTorch "
-            f"than {torch}; if something that uses it fails: {command()}"
+            f"triton-windows {there} is installed and left as it is, though it was made for "
+            f"another PyTorch than {torch}; if something that uses it fails, run: {command()}"
         )
     spec = importlib.util.find_spec("triton")
     if spec is not None and spec.origin is not None:
-        return None, "Triton is there"
+        return None, "Triton is already installed"
     if wanted is None:
-        return None, f"which Triton goes with PyTorch {torch} is not known here: {command()}"
+        return None, f"no matching Triton is known for PyTorch {torch}; try: {command()}"
     return wanted, f"it is the one for PyTorch {torch}"
 
 
@@ -108,7 +110,7 @@ def command() -> str:
     torch = installed_version("torch")
     if platform.system() != "Windows":
         if "+rocm" in torch:
-            return "install PyTorch for ROCm anew, it brings Triton"
+            return "reinstall PyTorch for ROCm, which includes Triton"
         return pip_install("triton")
     folder = Path(sys.executable).parent.name
     python = r"python_embeded\python.exe" if folder == "python_embeded" else "python"

@@ -117,7 +117,7 @@ class Twins:
             reason = f"{type(error).__name__}: {error}"
             if self._failed.setdefault((module, x.device), reason) is reason:
                 LOGGER.warning(
-                    "[sparse_video_attention] plans are made without %s on %s from here on: %s",
+                    "[sparse_video_attention] %s failed on %s; slower PyTorch code replaces it: %s",
                     ".".join(module.split(".")[-2:]),
                     x.device,
                     reason,

@@ -36,24 +36,27 @@ class PreviewAttentionMask(io.ComfyNode):
                     max=10000,
                     optional=True,
                     tooltip=(
-                        "Steps of the sampler, or of one of several, so that its dense steps can "
-                        "be counted."
+                        "Steps of the sampler (with several samplers, of one), to count its dense "
+                        "steps."
                     ),
                 ),
             ],
             outputs=[
                 io.Image.Output(
-                    tooltip="The mask: dark blocks are left out or means, lines part frames."
+                    tooltip="Mask: dark blocks are skipped or averaged; lines separate frames."
                 ),
                 io.Float.Output(
                     display_name="density",
-                    tooltip="Of sparse calls, 1.0 if there are none, NaN where only a run tells.",
+                    tooltip=(
+                        "Share of attention that sparse calls compute; 1.0 if there are none, NaN "
+                        "if only a run can tell."
+                    ),
                 ),
                 io.Float.Output(
                     display_name="speedup",
                     tooltip=(
-                        "How much faster the run can be, by operations counted; NaN where only a "
-                        "run tells."
+                        "How much faster the run can be, by counting operations; NaN if only a "
+                        "run can tell."
                     ),
                 ),
             ],

@@ -70,10 +70,10 @@ class PatchPSA(io.ComfyNode):
                     default="auto",
                     optional=True,
                     tooltip=(
-                        "auto picks the presets for the model it detects, and says in the log "
-                        "which and why. Of your own config_file it takes the section's "
-                        "default_attention; other presets of it can be named "
-                        '("section/preset") in graphs sent through the API.'
+                        "auto picks the preset for the detected model; the log says which and why. "
+                        "From your own config_file it takes the section's default_attention; other "
+                        'presets of the file can be named ("section/preset") in graphs sent '
+                        "through the API."
                     ),
                 ),
                 io.Int.Input(
@@ -83,9 +83,9 @@ class PatchPSA(io.ComfyNode):
                     max=100,
                     optional=True,
                     tooltip=(
-                        "How many of this sampler's first steps keep full attention. -1 takes the "
-                        "preset's; where that is half of the run or more, a quarter of the steps "
-                        "is used and the log says so."
+                        "How many of this sampler's first steps keep full attention. -1 is the "
+                        "preset's number, or a quarter of the steps if that would be half of the "
+                        "run or more (the log says so)."
                     ),
                 ),
                 io.String.Input(

@@ -45,9 +45,9 @@ class PatchRadialAttention(io.ComfyNode):
             display_name="Patch Radial Attention",
             category=CATEGORY,
             description=(
-                "Faster WAN and CogVideoX sampling: most layers and steps attend through the "
-                "radial mask, whose window narrows with the distance between frames. Put it "
-                "between the model loader (and LoRAs) and the sampler."
+                "Faster WAN and CogVideoX sampling: in most layers and steps distant frames see "
+                "each other only through a window that narrows with their distance. Put it between "
+                "the model loader (and LoRAs) and the sampler."
             ),
             **where_known(
                 io.Schema,
@@ -84,9 +84,9 @@ class PatchRadialAttention(io.ComfyNode):
                     step=0.05,
                     optional=True,
                     tooltip=(
-                        "How wide the window of distant frames is. Larger keeps more, which is "
-                        "closer to the original picture and slower. Published: 0.2 for WAN 2.1, "
-                        "0.8 for WAN 2.2."
+                        "Width of the window for distant frames. Larger keeps more: closer to the "
+                        "original picture, and slower. Published: 0.2 for WAN 2.1, 0.8 for WAN "
+                        "2.2."
                     ),
                 ),
                 *advanced_inputs(),

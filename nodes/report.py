@@ -20,7 +20,7 @@ class AttentionReport(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Shows what attention did in a run: a picture of layers by steps with the density "
-                "of sparse calls and the reasons of dense ones, and the seconds of every step."
+                "of sparse calls, why calls stayed dense, and the seconds of every step."
             ),
             **where_known(
                 io.Schema, search_aliases=["sparse attention", "attention density", "speed report"]
@@ -33,8 +33,8 @@ class AttentionReport(io.ComfyNode):
                 io.Latent.Input(
                     "samples",
                     tooltip=(
-                        "The result of the sampler, which is passed on as it is: so the report is "
-                        "made after the run, and of the run that made it."
+                        "The sampler's result, passed on unchanged, so that the report comes after "
+                        "the run that made it."
                     ),
                 ),
             ],

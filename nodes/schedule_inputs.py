@@ -59,8 +59,8 @@ def dense_layers_input(default: str = "0", *, advanced: bool = False) -> io.Stri
         **(ADVANCED if advanced else {}),
         tooltip=(
             "Transformer layers that keep full attention. Numbers and ranges, counted from 0: "
-            '"0", "0-2, 39", "-1" for the last layer; empty for none. As published, '
-            f"{'the first layer is the one to keep' if default else 'none is kept'}."
+            '"0", "0-2, 39", "-1" for the last layer; empty for none. Published: '
+            f"{'the first layer' if default else 'none'}."
         ),
     )
 
@@ -91,8 +91,8 @@ def advanced_inputs() -> list[io.Input]:
             optional=True,
             **ADVANCED,
             tooltip=(
-                "How many of this sampler's last steps keep full attention. 1 helps LoRAs that "
-                "need only 4 to 8 steps."
+                "How many of this sampler's last steps keep full attention. Use 1 with LoRAs for "
+                "4 to 8 steps."
             ),
         ),
         io.Float.Input(
@@ -104,8 +104,8 @@ def advanced_inputs() -> list[io.Input]:
             optional=True,
             **ADVANCED,
             tooltip=(
-                "Sparse attention acts from this part of the whole noise schedule on (0 is pure "
-                "noise). It means the same however many samplers share the schedule."
+                "Where in the whole noise schedule sparse attention starts (0 is pure noise). It "
+                "means the same however many samplers share the schedule."
             ),
         ),
         io.Float.Input(
@@ -116,9 +116,7 @@ def advanced_inputs() -> list[io.Input]:
             step=0.01,
             optional=True,
             **ADVANCED,
-            tooltip=(
-                "Sparse attention acts up to this part of the whole noise schedule (1 is the end)."
-            ),
+            tooltip="Where in the whole noise schedule sparse attention stops (1 is the end).",
         ),
     ]
 
@@ -131,8 +129,8 @@ def skipped_blocks_input(*, default: str) -> io.Combo.Input:
         optional=True,
         **ADVANCED,
         tooltip=(
-            "What becomes of blocks that are not attended to: drop ignores them, pool attends to "
-            "the mean of each, for one to three percent of the work of full attention."
+            "Blocks outside the selection: drop ignores them, pool attends to the mean of each "
+            "(mostly closer to full attention, for 1 to 3 % of its work)."
         ),
     )
 
@@ -161,8 +159,8 @@ def kernel_inputs() -> list[io.Input]:
             optional=True,
             **ADVANCED,
             tooltip=(
-                "Which kernel computes the sparse attention. On a GPU auto times once those that "
-                "fit and, where all calls keep as much, full attention, and takes the fastest."
+                "Which kernel computes sparse attention. On a GPU auto times once those that fit "
+                "(and full attention, if every call computes the same share) and uses the fastest."
             ),
         ),
         io.Combo.Input(
@@ -173,7 +171,7 @@ def kernel_inputs() -> list[io.Input]:
             **ADVANCED,
             tooltip=(
                 "native computes in the model's own precision, int8 and fp8 in 8 bits. On a GPU "
-                "auto times native and int8 once and takes int8 where it is clearly faster."
+                "auto times native and int8 once and uses int8 if it is at least 10 % faster."
             ),
         ),
         io.Int.Input(

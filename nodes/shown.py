@@ -20,5 +20,5 @@ def picture_and_text(node: type[io.ComfyNode], picture: Tensor, text: str) -> di
     try:
         shown |= ui.PreviewImage(picture, cls=node).as_dict()
     except OSError as error:
-        log.warning(f"the picture could not be shown: {one_line(error)}")
+        log.warning(f"the picture could not be saved: {one_line(error)}")
     return shown

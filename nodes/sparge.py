@@ -33,9 +33,9 @@ class PatchSpargeAttention(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Faster WAN and CogVideoX sampling: every call predicts from block means which "
-                "blocks matter and attends to those. Needs nothing trained; a checkpoint tuned for "
-                "the model makes it closer. Put it between the model loader (and LoRAs) and the "
-                "sampler."
+                "blocks matter and attends to those. No training is needed; a checkpoint tuned for "
+                "the model brings it closer to full attention. Put it between the model loader "
+                "(and LoRAs) and the sampler."
             ),
             **where_known(
                 io.Schema,
@@ -60,7 +60,10 @@ class PatchSpargeAttention(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
-                    tooltip="Share of the key blocks every query block attends to. Less is faster.",
+                    tooltip=(
+                        "Share of the key blocks that every query block attends to. Lower is "
+                        "faster and less exact."
+                    ),
                 ),
                 io.Float.Input(
                     "simthreshd1",
@@ -86,8 +89,8 @@ class PatchSpargeAttention(io.ComfyNode):
                     optional=True,
                     **ADVANCED,
                     tooltip=(
-                        "Instead of a share: keep the highest predicted scores up to this sum. 0 "
-                        "keeps by topk."
+                        "Instead of topk: keep the highest-scoring blocks until their predicted "
+                        "weights add up to this. 0 uses topk."
                     ),
                 ),
                 io.Boolean.Input(
@@ -105,8 +108,8 @@ class PatchSpargeAttention(io.ComfyNode):
                     **ADVANCED,
                     tooltip=(
                         "raster keeps the model's token order; Gilbert makes blocks compact in "
-                        "space and time. It costs moving the tokens: once per forward on WAN, at "
-                        "every call on CogVideoX and VACE."
+                        "space and time, but has to move tokens: once per model call on WAN, at "
+                        "every attention call on CogVideoX and VACE."
                     ),
                 ),
                 skipped_blocks_input(default="drop"),

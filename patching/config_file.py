@@ -44,7 +44,7 @@ def find_config_file(
     import folder_paths
 
     if not isinstance(name, str):
-        raise ValueError(f"config_file {shown(name)}: it is the name of a file")
+        raise ValueError(f"config_file {shown(name)}: expected the name of a file")
     text = plain_path(name)
     if not text:
         return None
@@ -55,8 +55,8 @@ def find_config_file(
     folder = Path(folder_paths.models_dir) / folder_name
     if os.path.normpath(path).startswith(os.pardir):
         raise ValueError(
-            f"config_file {shown(name)}: a name stays in {folder}; give a full path for a file "
-            "elsewhere"
+            f"config_file {shown(name)}: a name cannot lead out of {folder}; give a full path for "
+            "a file elsewhere"
         )
     folders = [folder] if bundled is None else [folder, bundled]
     for candidate in [path] if path.is_absolute() else [place / path for place in folders]:

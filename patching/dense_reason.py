@@ -31,7 +31,7 @@ def dense_reason(
     if forward.dense_reason is not None or choice is None or tokens is None:
         return forward.dense_reason or "the tokens of this forward are not known"
     if layer is None:
-        return "ComfyUI does not say which layer a call belongs to"
+        return "this ComfyUI does not say which layer a call belongs to: update it"
     if layer in choice.schedule.dense_layers:
         return dense_layer_reason(layer)
     if vace:
@@ -41,13 +41,13 @@ def dense_reason(
     one_frame = tokens.is_one_frame(call.q_len, call.k_len)
     if one_frame and plan is None:
         return (
-            "a pose guides this model frame by frame, where only radial attention is sparse, with "
-            "no other override before it"
+            "a pose guides this step frame by frame: only radial attention can be sparse in it, "
+            "and only without another attention override before it"
         )
     # [B, N, H * D] all, and but for the queries of one frame of one length.
     alike = call.q.shape[::2] == call.k.shape[::2] and call.k.shape == call.v.shape
     if call.skip_reshape or not alike or not (one_frame or call.q_len == call.k_len):
-        return "not a call over the video: it has its own shape of q, k and v"
+        return "not a call over the whole video: its q, k and v have shapes of their own"
     if call.q_len != tokens.layout.num_tokens and not one_frame:
         return f"the call has {call.q_len} tokens, the video {tokens.layout.num_tokens}"
     if call.attn_precision == torch.float32 and call.q.dtype != torch.float32:

@@ -47,7 +47,7 @@ def _check_kernel(choice: SparseChoice) -> None:
         raise ValueError(f"kernel {name!r} cannot run here: {reason}")
     reason = None if registry.kernels()[name].pools else choice.policy.pooling_reason()
     if reason is not None:
-        raise ValueError(f"kernel {name!r} attends to whole blocks only, and {reason}")
+        raise ValueError(f"kernel {name!r} cannot pool blocks, but {reason}")
 
 
 def install(model: Any, settings: AttentionSettings) -> Any:
@@ -111,8 +111,8 @@ def _say_what_changes(
     if earlier is not None and earlier.sparse is not None:
         new, old = (each.policy.describe() for each in (settings.sparse, earlier.sparse))
         if old == new:
-            how = "alike" if settings.sparse == earlier.sparse else "otherwise"
-            old = f"an earlier node's, set {how},"
+            how = "the same" if settings.sparse == earlier.sparse else "other"
+            old = f"an earlier node with {how} settings"
         log.info(f"{new} replaces {old} on this model")
     reason = unreadable_reason(diffusion_model)
     if reason is not None:
@@ -152,16 +152,18 @@ class _ReassertOverride:
             # run's neighbour.
             run.router = options[OVERRIDE_KEY] = self._router.on_top_of(current)
             if current is None:
-                log.warning("another node had removed this pack's attention override; it is back")
+                log.warning(
+                    "another node had removed this pack's attention override; it was restored"
+                )
             else:
                 log.warning(
-                    f"attention override {named(current)} had replaced this pack's, which is put "
-                    "before it; it now gets the calls that stay dense"
+                    f"attention override {named(current)} had replaced this pack's; this pack now "
+                    "comes first, and the override gets the calls that stay dense"
                 )
             return
         said = (
-            f"attention override {named(current)} took the place again and comes first: only the "
-            "calls that it hands on come to this pack"
+            f"attention override {named(current)} took the place again and comes first: this pack "
+            "gets only the calls that it passes on; use one of the two nodes"
         )
         if run.record.first_time(said):
             log.warning(said)

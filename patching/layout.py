@@ -240,7 +240,9 @@ _READERS: dict[str, _Reader] = {
     "CogVideoXTransformer3DModel": _read_cogvideox,
 }
 _WHY_NOT = {
-    "CausalWanModel": "CausalWanModel makes the video block by block, past ComfyUI's hooks",
+    "CausalWanModel": (
+        "CausalWanModel (autoregressive WAN) makes the video block by block, past ComfyUI's hooks"
+    ),
 }
 
 

@@ -26,7 +26,7 @@ def _font() -> Any:
     try:
         return ImageFont.load_default(TEXT)
     except TypeError:
-        raise RuntimeError("it needs Pillow 10.1 or newer: pip install -U Pillow") from None
+        raise RuntimeError("Pillow 10.1 or newer is needed: pip install -U Pillow") from None
 
 
 def wrapped(text: str, indent: int = 0) -> list[str]:
@@ -84,6 +84,6 @@ def image_tensor(draw: Callable[[], Image.Image]) -> Tensor:
     try:
         picture = draw()
     except Exception as error:
-        log.warning(f"there is no picture: {one_line(error)}")
+        log.warning(f"no picture could be drawn: {one_line(error)}")
         return torch.zeros(1, 64, 64, 3)
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]

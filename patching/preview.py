@@ -77,7 +77,7 @@ def attention_preview(model: Any, samples: dict[str, Any], steps: int) -> Previe
     steps_text, sparse_steps = _steps(model, choice, steps)
     known = _too_large(choice, layout) or choice.policy.forecast(layout)
     if isinstance(known, str):
-        unknown = f"Density and gain are not known before a run: {known}."
+        unknown = f"Density and speedup are not known before a run: {known}."
         return _told(*head, steps_text, unknown, density=math.nan, speedup=math.nan)
     plan, meaning = known
     # What a method adds by what it sees in a call comes on top.
@@ -99,11 +99,11 @@ def _where_guided(net: Any, choice: SparseChoice, layout: TokenLayout) -> tuple[
     if not may_come_frame_by_frame(net):
         return ()
     if not choice.policy.is_static or choice.policy.order(layout) is not None:
-        return ("Where a pose guides the model, attention comes frame by frame and stays dense.",)
+        return ("In steps that a pose guides, attention runs frame by frame and stays dense.",)
     plans = frame_plans(cast(StaticPolicy, choice.policy), layout, torch.device("cpu")).calls
     density = sum(plan.density() for plan in plans) / len(plans)
     return (
-        f"Where a pose guides the model, attention comes frame by frame, at density {density:.3f}.",
+        f"In steps that a pose guides, attention runs frame by frame, at density {density:.3f}.",
     )
 
 
@@ -149,7 +149,7 @@ def _in_windows(model: Any, video: Tensor) -> tuple[Tensor, tuple[str, ...]]:
     length = min(length + more, whole)
     shape = list(video.shape)
     shape[axis] = length
-    said = f"Context windows: every forward has {length} of the video's {whole} {name}"
+    said = f"Context windows: the model sees {length} of the video's {whole} {name} at a time"
     said += ", the first window one less." if more else "."
     return torch.empty(shape, device="meta"), (said,)
 
@@ -210,7 +210,7 @@ def _gain(
     return _Gain(
         speedup,
         f"{sparse_layers} of {layers} layers may run sparse. Attention is {share:.0%} of a dense "
-        f"step's operations; {1 - saved:.0%} of it are left: {at_most}{speedup:.2f}x as "
+        f"step's operations, of which {1 - saved:.0%} remain: {at_most}{speedup:.2f}x as "
         "fast, if all operations take equally long.",
     )
 

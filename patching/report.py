@@ -12,17 +12,18 @@ from .record import RunRecord
 from .report_picture import run_picture
 
 UNPATCHED = (
-    "No node of Sparse Video Attention has patched this model: all attention ran as ComfyUI does "
-    "it."
+    "No node of Sparse Video Attention has patched this model, so attention runs as ComfyUI does "
+    "it. Connect the patched model."
 )
 NOT_SAMPLED = (
-    "No run of this model is known: connect samples to the sampler that uses it. If it is, its "
-    "result came from ComfyUI's cache (with another seed it runs again), or it had no step to run."
+    "No run of this model is known: connect samples to the sampler that uses it. If they are, "
+    "either its result came from ComfyUI's cache (change the seed to run it again), or it had no "
+    "step to run."
 )
 ANOTHER = (
-    "These samples are of no run of this model that is known: they come from before the sampler, "
-    "from one that uses another model (the unpatched one?) or had no step to run, from its "
-    "denoised_output, or a node changed them. What follows is this model's latest run."
+    "These samples match no known run of this model, so its latest run is shown. Connect the "
+    "output (not denoised_output) of a sampler that uses this patched model and has a step to run, "
+    "with no node in between that changes it."
 )
 
 

@@ -47,7 +47,7 @@ def checkpoint_path(name: str) -> str | None:
         ValueError: there is no such file.
     """
     if not isinstance(name, str):
-        raise ValueError(f"sparge_ckpt {shown(name)}: it is the name of a file, or none")
+        raise ValueError(f"sparge_ckpt {shown(name)}: expected the name of a file, or none")
     if name == NO_CHECKPOINT:
         return None
     if Path(name).is_absolute():
@@ -57,7 +57,7 @@ def checkpoint_path(name: str) -> str | None:
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None:
         raise ValueError(
-            f"sparge_ckpt {shown(name)}: no such file in models/{FOLDER}; there are "
+            f"sparge_ckpt {shown(name)}: no such file in models/{FOLDER}; found there: "
             f"{', '.join(checkpoint_names()) or 'none'}"
         )
     return str(path)

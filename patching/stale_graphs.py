@@ -21,8 +21,8 @@ from .run import RUN_KEY, RunState
 # Of BaseModel.apply_model.
 _CONTROL = 4
 _SAID = (
-    "torch.compile had graphs of this model from before this node, which kept attention from it; "
-    "all graphs were thrown away, and it compiles anew"
+    "torch.compile had compiled this model before this node was added, so attention bypassed the "
+    "node; all graphs were discarded and are compiled again"
 )
 
 
@@ -111,7 +111,7 @@ class StaleGraphs:
         try:
             out, calls = forward()
         except Exception as error:  # a sampling run must not end for this
-            log.warning(f"a forward could not be run again: {one_line(error)}")
+            log.warning(f"a step could not be run again: {one_line(error)}")
             self._is_helpless = True
             return out
         self._is_helpless = calls < fewest

@@ -186,8 +186,8 @@ def unused_by_auto(sections: Mapping[str, PsaSection], section: str, preset: str
     if section not in own:
         return (
             f"auto takes section {section!r}, which config_file does not have (it has "
-            f"{', '.join(own)}), so nothing of the file is used; name a preset as section/preset, "
-            "or rename a section"
+            f"{', '.join(own)}), so nothing of the file is used: rename a section to that (through "
+            "the API a preset can also be named, as section/preset)"
         )
     shipped = bundled[section].presets if section in bundled else {}
     given = [name for name, value in own[section].presets.items() if value is not shipped.get(name)]

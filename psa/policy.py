@@ -111,14 +111,14 @@ class PsaPolicy:
         """Why only kernels that pool blocks can run its plans, or None."""
         if self.levels != (1,):
             coarse = ", ".join(str(level) for level in self.levels[1:])
-            return f"preset {self.label} has levels {coarse}: choose kernel auto"
+            return f"preset {self.label} has levels {coarse}: set kernel to auto"
         return POOLING if self.skipped_blocks == "pool" else None
 
     def dense_reason(self, layout: TokenLayout) -> str | None:
         """Why PSA cannot act on this layout, or None."""
         if layout.num_tokens <= max(self.block_m, self.block_n):
             block = max(self.block_m, self.block_n)
-            return f"{layout.num_tokens} tokens are no more than one block of {block}"
+            return f"{layout.num_tokens} tokens do not fill more than one block of {block}"
         return None
 
     def order(self, layout: TokenLayout) -> Tensor | None:
@@ -206,7 +206,7 @@ class PsaPolicy:
         rows, columns = (-(-layout.num_tokens // size) for size in (self.block_m, self.block_n))
         falling = torch.arange(columns, 0, -1, dtype=torch.float32).expand(1, 1, rows, columns)
         levels = self._levels(falling)
-        said = "key blocks by importance, the highest first: which these are, every call finds out"
+        said = "key blocks by importance, the highest first; each call decides which they are"
         if self.sim_thresholds is not None:
             said += "; the similarity cap keeps more of some"
         return self._with_text(levels, layout, packed=True), said

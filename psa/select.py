@@ -125,7 +125,7 @@ def _section(facts: ModelFacts) -> tuple[str, str]:
             return _wan_14b(facts)
         return nearest.section, f"this is a {nearest.name}"
     return nearest.section, (
-        f"no section is for a {facts.family} model of width {facts.dim} with {facts.layers} "
+        f"no preset was made for a {facts.family} model of width {facts.dim} with {facts.layers} "
         f"layers; {nearest.name} (width {nearest.dim}, {nearest.layers} layers) is the nearest "
         "one by latent channels, patch and size"
     )

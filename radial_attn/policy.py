@@ -80,7 +80,7 @@ class RadialPolicy:
         if layout.num_tokens < self.block_size:
             return f"{layout.num_tokens} tokens are fewer than one block of {self.block_size}"
         if layout.frames == 1:
-            return "a single frame keeps every block"
+            return "a single frame has nothing to skip"
         if layout.tokens_per_frame < fewest_dense_rows(self.block_size):
             return (
                 f"frames of {layout.tokens_per_frame} tokens are too small for blocks of "

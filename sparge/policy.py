@@ -188,7 +188,7 @@ class SpargePolicy:
             kept[..., -1, :] = True
         if layout.num_tokens % self.block_n:
             kept[..., -1] = True
-        said = "key blocks by score, the highest first: which these are, every call finds out"
+        said = "key blocks by score, the highest first; each call decides which they are"
         return self._with_text(kept, layout, packed=True), said
 
     def _tuned(self, checkpoint: SpargeCheckpoint, layer: int, q: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.comfy
 LAYERS = 3
 FRAME, VIDEO = LAYOUT.tokens_per_frame, LAYOUT.num_tokens
 ONLY_RADIAL = (
-    "a pose guides this model frame by frame, where only radial attention is sparse, with no "
-    "other override before it"
+    "a pose guides this step frame by frame: only radial attention can be sparse in it, and only "
+    "without another attention override before it"
 )
 
 
@@ -266,7 +266,7 @@ def test_a_preview_says_what_is_otherwise_where_a_pose_guides(model, node):
     choice = patched.model_options["transformer_options"]["sparse_video_attention"].sparse
     (said,) = preview._where_guided(net, choice, LAYOUT)
     if node is PatchPSA:
-        assert said.endswith("comes frame by frame and stays dense.")
+        assert said.endswith("runs frame by frame and stays dense.")
     else:
         _, record = model.run(
             node.execute(model.patcher, min_tokens=0, dense_timesteps=0).result[0],

@@ -117,7 +117,7 @@ def test_what_a_cap_adds_is_on_top(models, preview, tmp_path):
     path.write_text(CAPPED, encoding="utf-8")
     model = patch(models("wan"), "PatchPSA", preset="mine/capped", config_file=str(path))
     _, _, _, text = preview(model, WAN_480P)
-    assert "Density of sparse calls: at least 0." in text and "are left: at most 2." in text
+    assert "Density of sparse calls: at least 0." in text and "remain: at most 2." in text
     radial = patch(models("wan"), "PatchRadialAttention")
     assert "at least" not in preview(radial, WAN_480P)[3]
 

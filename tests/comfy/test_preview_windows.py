@@ -24,7 +24,7 @@ def test_windows_over_rows_or_columns_are_counted_too(axis, grid, models, previe
     more = 1 if getattr(handler, "causal_window_fix", False) else 0
     text = preview(model, shape, steps=1)[3]
     name = {3: "rows", 4: "columns"}[axis]
-    assert f"every forward has {8 + more} of the video's {shape[axis]} {name}" in text
+    assert f"the model sees {8 + more} of the video's {shape[axis]} {name} at a time" in text
     sample(model, shape=shape, steps=1, scheduler="simple")
     layouts = run_history(model).latest.layouts
     told = grid.format(-(-(8 + more) // 2))
@@ -47,7 +47,7 @@ def test_context_windows_have_the_mask_of_a_window(name, fix, models, preview, s
         handler.causal_window_fix = fix
     frames = 6 if has_fix and fix else 5
     _, density, _, text = preview(model, shape, steps=1)
-    assert f"every forward has {frames} of the video's 9 frames" in text
+    assert f"the model sees {frames} of the video's 9 frames at a time" in text
     assert f"{frames}x8x10 = {frames * 80} tokens" in text
     sample(model, shape=shape, steps=1, scheduler="simple")
     record = run_history(model).latest

@@ -37,14 +37,14 @@ def test_bad_input_is_refused_with_one_sentence(models, patch_radial, inputs, sa
 @pytest.mark.parametrize(
     ("node", "inputs", "reason"),
     [
-        ("PatchRadialAttention", {}, "skipped_blocks is pool: choose drop, or kernel auto"),
+        ("PatchRadialAttention", {}, "skipped_blocks is pool: set it to drop, or kernel to auto"),
         ("PatchRadialAttention", {"skipped_blocks": "drop"}, None),
-        ("PatchSpargeAttention", {"skipped_blocks": "pool"}, "skipped_blocks is pool: choose drop"),
+        ("PatchSpargeAttention", {"skipped_blocks": "pool"}, "skipped_blocks is pool: set it"),
         ("PatchSpargeAttention", {}, None),
         (
             "PatchPSA",
             {"preset": "Wan2.1_14b/psa_balanced", "skipped_blocks": "drop"},
-            "preset Wan2.1_14b/psa_balanced has levels 2, 4, 8: choose kernel auto",
+            "preset Wan2.1_14b/psa_balanced has levels 2, 4, 8: set kernel to auto",
         ),
         ("PatchPSA", {"preset": "Wan2.1_14b/baseline"}, None),
     ],
@@ -68,7 +68,7 @@ def test_kernels_of_whole_blocks_are_refused_where_blocks_are_pooled(
         return
     with pytest.raises(ValueError) as refusal:
         patch(models("wan"), kernel=kernel, **inputs)
-    assert f"kernel {kernel!r} attends to whole blocks only, and {reason}" in str(refusal.value)
+    assert f"kernel {kernel!r} cannot pool blocks, but {reason}" in str(refusal.value)
 
 
 @pytest.mark.parametrize("kernel", ["auto", "torch", "triton", "hopper"])

@@ -100,8 +100,8 @@ def test_patching_twice_is_patching_once_with_the_last_settings(
     patch_radial(patch_radial(model, dense_layers="0-2"))
     patch_radial(patch_radial(model))
     (_, otherwise, alike) = [line for line in run_lines() if "replaces" in line]
-    assert "replaces an earlier node's, set otherwise, on this model" in otherwise
-    assert "replaces an earlier node's, set alike, on this model" in alike
+    assert "replaces an earlier node with other settings on this model" in otherwise
+    assert "replaces an earlier node with the same settings on this model" in alike
 
 
 @pytest.mark.core

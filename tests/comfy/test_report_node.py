@@ -52,7 +52,7 @@ def test_of_two_runs_of_a_model_each_latent_has_its_own_report(model, install_ba
     for steps, latent in latents.items():
         assert f"of {steps} steps" in report(patched, {"samples": latent})[2].splitlines()[0]
     said = report(patched, {"samples": latents[2] * 2})[2].splitlines()
-    assert said[0].startswith("These samples are of no run of this model that is known")
+    assert said[0].startswith("These samples match no known run of this model")
     assert "of 3 steps" in said[1]
 
 
@@ -64,8 +64,8 @@ def test_samples_from_before_the_sampler_are_of_no_run(model, install_band, samp
     sample(patched, steps=2)
     for others in (empty, {"samples": sample(model, steps=2)}):
         first, line, *_ = report(patched, others)[2].splitlines()
-        assert "before the sampler" in first and "the unpatched one?" in first
-        assert first.endswith("What follows is this model's latest run.") and "of 2 steps" in line
+        assert "uses this patched model and has a step to run" in first
+        assert "so its latest run is shown" in first and "of 2 steps" in line
 
 
 def test_the_latest_run_may_have_been_cut_short(model, install_band, sample, report):
@@ -121,5 +121,5 @@ def test_a_picture_that_cannot_be_drawn_or_shown_costs_no_samples(
     samples, picture, text = AttentionReport.execute(patched, given).result
     page._font.cache_clear()
     assert samples is given and picture.shape == (1, 64, 64, 3) and "of 2 steps" in text
-    assert any("needs Pillow 10.1 or newer" in said for said in caplog.messages)
-    assert any("could not be shown" in said for said in caplog.messages)
+    assert any("Pillow 10.1 or newer is needed" in said for said in caplog.messages)
+    assert any("could not be saved" in said for said in caplog.messages)

@@ -14,7 +14,7 @@ from .variant_model import FirstQueries, MaskedAttention, Model, Spy
 pytestmark = pytest.mark.comfy
 
 # How a call ran, by a part of the reason that the record gives.
-SPARSE, DENSE_LAYER, NOT_THE_VIDEO = None, "layer 0", "over the video"
+SPARSE, DENSE_LAYER, NOT_THE_VIDEO = None, "layer 0", "over the whole video"
 
 
 @pytest.fixture(scope="module")

@@ -72,15 +72,15 @@ def test_windows_with_a_gpu_and_without_triton_gets_what_fits(torch, origin, mac
 @pytest.mark.parametrize(
     ("system", "torch", "triton", "origin", "why"),
     [
-        ("Linux", "2.11.0+cu130", "", "", "PyTorch brings the Triton"),
-        ("Linux", "2.11.0+rocm7.2", "", "", "PyTorch brings the Triton"),
-        ("Darwin", "2.11.0", "", "", "PyTorch brings the Triton"),
-        ("Windows", "2.11.0+cpu", "", "", "PyTorch 2.11.0+cpu is not for a GPU"),
-        ("Windows", "", "", "", "PyTorch is not there, or is not for a GPU"),
-        ("Windows", "2.11.0+cu130", "3.6.0.post26", "triton.py", "Triton is there"),
-        ("Windows", "2.11.0+cu130", "", "triton.py", "Triton is there"),
-        ("Windows", "2.99.0+cu150", "", "", "goes with PyTorch 2.99.0+cu150 is not known here"),
-        ("Windows", "2.8.0+cu129", "3.6.0", "triton.py", "triton-windows 3.6.0 is there and left"),
+        ("Linux", "2.11.0+cu130", "", "", "PyTorch comes with the Triton"),
+        ("Linux", "2.11.0+rocm7.2", "", "", "PyTorch comes with the Triton"),
+        ("Darwin", "2.11.0", "", "", "PyTorch comes with the Triton"),
+        ("Windows", "2.11.0+cpu", "", "", "PyTorch (2.11.0+cpu) is for neither NVIDIA nor AMD"),
+        ("Windows", "", "", "", "PyTorch is not installed"),
+        ("Windows", "2.11.0+cu130", "3.6.0.post26", "triton.py", "Triton is already installed"),
+        ("Windows", "2.11.0+cu130", "", "triton.py", "Triton is already installed"),
+        ("Windows", "2.99.0+cu150", "", "", "no matching Triton is known for PyTorch 2.99.0+cu150"),
+        ("Windows", "2.8.0+cu129", "3.6.0", "triton.py", "triton-windows 3.6.0 is installed"),
     ],
 )
 def test_all_else_is_left_alone_and_says_why(system, torch, triton, origin, why, machine):
@@ -90,7 +90,7 @@ def test_all_else_is_left_alone_and_says_why(system, torch, triton, origin, why,
 
 def test_a_triton_for_another_pytorch_is_told_with_the_right_one(machine):
     _, said = what_to_install(*machine("Windows", "2.8.0+cu129", "3.6.0.post26", "triton.py"))
-    assert said.endswith('fails: python -m pip install "triton-windows>=3.4,<3.5"')
+    assert said.endswith('fails, run: python -m pip install "triton-windows>=3.4,<3.5"')
 
 
 def test_the_portable_builds_python_is_named(machine, monkeypatch):
@@ -105,7 +105,7 @@ def test_on_linux_a_missing_triton_is_that_of_its_pytorch(machine):
     machine("Linux", "2.99.0")
     assert command() == 'pip install "triton"'
     machine("Linux", "2.11.0+rocm7.2")
-    assert command() == "install PyTorch for ROCm anew, it brings Triton"
+    assert command() == "reinstall PyTorch for ROCm, which includes Triton"
 
 
 @pytest.mark.parametrize(
@@ -195,13 +195,13 @@ def test_a_failure_is_no_error_and_ends_in_a_command_to_type(run_install):
     calls, said = run_install("Windows", pip=1, uv=2)
     assert len(calls) == 2
     assert said.endswith(
-        'that failed; to try again: python -m pip install "triton-windows>=3.4,<3.5"\n'
+        'that failed; to try again, run: python -m pip install "triton-windows>=3.4,<3.5"\n'
     )
 
 
 def test_on_linux_install_installs_nothing(run_install):
     calls, said = run_install("Linux", pip=0)
-    assert calls == [] and "nothing to install: PyTorch brings the Triton that it needs" in said
+    assert calls == [] and "nothing to install: PyTorch comes with the Triton that it needs" in said
 
 
 def test_nothing_is_left_to_pip_alone():

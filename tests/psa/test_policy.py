@@ -289,7 +289,7 @@ def test_description_names_preset_and_parameters():
 def test_one_block_of_tokens_is_left_dense():
     policy = PsaPolicy(PYRAMID, block_n=32)
     assert policy.dense_reason(TokenLayout(1, 8, 16)) == (
-        "128 tokens are no more than one block of 128"
+        "128 tokens do not fill more than one block of 128"
     )
     assert policy.dense_reason(TokenLayout(1, 8, 17)) is None
 

@@ -101,7 +101,7 @@ def test_text_before_the_video_shifts_the_pattern_by_its_length():
     ("layout", "reason"),
     [
         (TokenLayout(3, 6, 6), "108 tokens are fewer than one block of 128"),
-        (TokenLayout(1, 60, 104), "a single frame keeps every block"),
+        (TokenLayout(1, 60, 104), "a single frame has nothing to skip"),
         (
             TokenLayout(21, 6, 7),
             "frames of 42 tokens are too small for blocks of 128; at least 43 are needed",
