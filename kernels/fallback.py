@@ -250,4 +250,4 @@ class KernelFallback:
                 else:
                     self._set_aside(choice, pair, short_error(error, MAX_REASON))
         reasons = "; ".join(choice.notes + passed_over)
-        raise NoKernelServesError(reasons or "no kernel serves this call")
+        raise NoKernelServesError(reasons or "no kernel can run this call")

@@ -7,11 +7,12 @@ from typing import Any
 from comfy_api.latest import io
 
 from .host import where_known
-from .schedule_inputs import CATEGORY, said
+from .schedule_inputs import ADVANCED, CATEGORY, said
 
 _SITES = {
-    "self_attn_1_type": "Self-attention over the video. Sparse names install that method with its "
-    "defaults; with a sparse node in the graph, the backend runs its dense layers and steps.",
+    "self_attn_1_type": "Self-attention over the video. radial_attn, psa and sparge_attn apply "
+    "that method with its defaults, in place of an earlier sparse node; any other runs a sparse "
+    "node's dense layers and steps.",
     "cross_attn_1_type": "Cross-attention to the text, in models that have it.",
     "cross_attn_2_type": "Cross-attention to the reference image, in image-to-video models.",
 }
@@ -34,6 +35,49 @@ def _check_config(config_file: str | None) -> None:
     read_config(config_file or "")
 
 
+def _check_layers(exact_layers: str | None) -> None:
+    from ..patching.schedule import layer_spans
+
+    layer_spans(exact_layers or "", name="exact_layers")
+
+
+def _exact_inputs() -> list[io.Input]:
+    """Last of the node's inputs: saved graphs keep widget values by position."""
+    return [
+        io.Int.Input(
+            "exact_timesteps",
+            default=-1,
+            min=-1,
+            max=100,
+            optional=True,
+            **ADVANCED,
+            tooltip=(
+                "How many of this sampler's first steps PyTorch computes instead of an 8- or "
+                "4-bit library. -1 is 1 for a 4-bit one (sage_attn3) and 0 for others."
+            ),
+        ),
+        io.Int.Input(
+            "last_exact_timesteps",
+            default=-1,
+            min=-1,
+            max=100,
+            optional=True,
+            **ADVANCED,
+            tooltip="The same for its last steps.",
+        ),
+        io.String.Input(
+            "exact_layers",
+            default="",
+            optional=True,
+            **ADVANCED,
+            tooltip=(
+                "Layers that PyTorch computes in every step instead of an 8- or 4-bit library: "
+                '"0", "0-2, 39", "-1" for the last layer; empty for none.'
+            ),
+        ),
+    ]
+
+
 class SetAttentionBackend(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -45,8 +89,8 @@ class SetAttentionBackend(io.ComfyNode):
             display_name="Set Attention Backend",
             category=CATEGORY,
             description=(
-                "Chooses the library that computes attention, for each place of the model. Works "
-                "together with the sparse nodes in either order: it runs what they leave dense."
+                "Chooses the library for self-attention and for cross-attention. Combines with the "
+                "sparse nodes in either order: it runs what they leave dense."
             ),
             **where_known(
                 io.Schema,
@@ -65,9 +109,9 @@ class SetAttentionBackend(io.ComfyNode):
                         options=type_names(site),
                         default="auto",
                         optional=True,
-                        tooltip=f"{_SITES[site.value]} auto is what an earlier node of this kind "
-                        "chose, else what ComfyUI would use; fastest times all that is installed, "
-                        "once on your GPU, and takes the quickest.",
+                        tooltip=f"{_SITES[site.value]} auto: an earlier such node's choice, else "
+                        "ComfyUI's. fastest: times what is installed, once on your GPU, and uses "
+                        "the quickest.",
                     )
                     for site in AttentionSite
                 ),
@@ -91,6 +135,7 @@ class SetAttentionBackend(io.ComfyNode):
                         "error stops the graph."
                     ),
                 ),
+                *_exact_inputs(),
             ],
             outputs=[io.Model.Output(tooltip="The model with these attention backends.")],
         )
@@ -102,14 +147,17 @@ class SetAttentionBackend(io.ComfyNode):
         cross_attn_1_type: str | None = None,
         cross_attn_2_type: str | None = None,
         config_file: str | None = None,
+        exact_layers: str | None = None,
     ) -> bool | str:
         types = {
             "self_attn_1_type": self_attn_1_type,
             "cross_attn_1_type": cross_attn_1_type,
             "cross_attn_2_type": cross_attn_2_type,
         }
-        right = said(_check_types, types)
-        return right if right is not True else said(_check_config, config_file)
+        for right in (said(_check_types, types), said(_check_layers, exact_layers)):
+            if right is not True:
+                return right
+        return said(_check_config, config_file)
 
     @classmethod
     def fingerprint_inputs(cls, config_file: str | None = "", **inputs: Any) -> str:

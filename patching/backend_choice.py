@@ -14,12 +14,13 @@ from ..third_party import DENSE_BACKENDS
 from ..third_party.routing import ENVIRONMENT_VARIABLE, IMPLEMENTATIONS
 from .choice import make_choice
 from .config_file import find_config_file, plain_path
-from .fastest_dense import FASTEST
+from .exact_calls import ExactCalls
 from .install import describe_model
 from .lightx2v import LightX2VConfig, read_lightx2v
 from .log import log, shown
 from .psa_choice import AUTO, psa_choice
-from .settings import AttentionSettings, AttentionSite, DenseChoice, SparseChoice
+from .schedule import resolve_layers
+from .settings import FASTEST, AttentionSettings, AttentionSite, DenseChoice, SparseChoice
 from .sparge_choice import checkpoint_stamp, sparge_choice
 
 SPARSE_TYPES = ("radial_attn", "psa", "sparge_attn")
@@ -44,7 +45,7 @@ def check_type(site: AttentionSite, name: str) -> str:
         ValueError: no such type, or a sparse one where there is no video to be sparse over.
     """
     if not isinstance(name, str):
-        raise ValueError(f"{site.value} {shown(name)}: it is the name of a backend")
+        raise ValueError(f"{site.value} {shown(name)}: expected the name of a backend")
     known = _OTHER_NAMES.get(name, name)
     if known in SPARSE_TYPES and site is not AttentionSite.SELF:
         raise ValueError(
@@ -162,6 +163,9 @@ def backend_settings(
     cross_attn_2_type: str = AUTO,
     config_file: str = "",
     on_unavailable: str = "fallback",
+    exact_timesteps: int = -1,
+    last_exact_timesteps: int = -1,
+    exact_layers: str = "",
 ) -> AttentionSettings:
     """The settings SetAttentionBackend's inputs make for a MODEL.
 
@@ -204,8 +208,30 @@ def backend_settings(
     able = tuple((site, name) for site, name, _ in asked if name not in unable)
     return AttentionSettings(
         sparse=None if sparse is None else _sparse(model, sparse, sparge_ckpt),
-        dense=DenseChoice(able, tuple(unable.values())),
+        dense=DenseChoice(
+            able,
+            tuple(unable.values()),
+            ExactCalls(exact_timesteps, last_exact_timesteps, _layers(model, exact_layers)),
+        ),
     )
+
+
+def _layers(model: Any, exact_layers: str) -> frozenset[int]:
+    """The layers of a MODEL that a list names.
+
+    Raises:
+        ValueError: it cannot be read, or the model has no such layers.
+    """
+    if not exact_layers:
+        return frozenset()
+    blocks = getattr(model.model.diffusion_model, "blocks", None)
+    if blocks is None:
+        kind = type(model.model.diffusion_model).__name__
+        raise ValueError(
+            f"exact_layers {shown(exact_layers)}: the layers of a {kind} cannot be counted here; "
+            "leave it empty"
+        )
+    return resolve_layers(exact_layers, len(blocks), name="exact_layers")
 
 
 def _with_config(
@@ -228,13 +254,13 @@ def _with_config(
         if own in SPARSE_TYPES and own != "sparge_attn":
             raise ValueError(
                 f"config_file {file_name!r}: self_attn_1_type {own!r} and sparge are two "
-                "sparse methods for one place; leave out one of them"
+                "sparse methods for self-attention; remove one of them"
             )
         return types, "sparge_attn"
     if config.sparge_ckpt and own != "sparge_attn":
         log.warning(
             f"{file_name}: sparge_ckpt is not used, since self_attn_1_type is {own!r}; sparge "
-            "true in the file, or sparge_attn as self_attn_1_type, takes it"
+            "true in the file, or sparge_attn as self_attn_1_type, uses it"
         )
     return types, None
 

@@ -21,8 +21,6 @@ from .log import log
 from .timed_once import Finding, TimedOnce
 from .timed_ways import Stopwatches, TimedWay, faster_in_8_bits, fastest_exact, machine_of
 
-# As the node's input has it.
-FASTEST = "fastest"
 COMFYUI = "ComfyUI's own"
 # Always there and exact: what 8 bits are held against.
 REFERENCE = "torch_sdpa"
@@ -43,7 +41,7 @@ class DenseWay(NamedTuple):
 
 
 NOT_TIMED = DenseWay(why="nothing is timed on this device")
-UNDECIDED = DenseWay(why="for want of memory, timed in a later run")
+UNDECIDED = DenseWay(why="too little memory, so it is timed in a later run")
 
 
 def kind_of(call: AttentionCall) -> Hashable:

@@ -37,24 +37,23 @@ def _video(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["x"]
 
 
-def _step(
-    options: dict[str, Any], run: RunState | None, choice: SparseChoice
-) -> tuple[int | None, str | None]:
-    """(denoising step, why it is dense or None). One device sync, to read the noise level."""
+def _count_step(state: ForwardState, options: dict[str, Any]) -> float | None:
+    """Find the denoising step; returns the noise level. One device sync, to read that."""
     sigmas, sample_sigmas = options.get("sigmas"), options.get("sample_sigmas")
     sigma = None if sigmas is None else float(sigmas.flatten()[0])
-    step, total = None, 0
-    if run is not None and sigma is not None and sample_sigmas is not None:
-        step, total = run.step(sigma, sample_sigmas)
-    bounds = None if run is None else run.bounds
-    return step, choice.schedule.dense_step_reason(step, total, sigma, bounds)
+    if state.run is not None:
+        if sigma is not None and sample_sigmas is not None:
+            state.step, state.total_steps = state.run.step(sigma, sample_sigmas)
+        # The noise level was waited for, so what earlier forwards gave is known.
+        state.run.outputs.read(state.router.nan_watch)
+    return sigma
 
 
 def layout_reason(choice: SparseChoice, tokens: ForwardTokens) -> str | None:
     """Why a layout rules out sparse attention, or None."""
     layout = tokens.layout
     if layout.num_tokens in (tokens.text_length, tokens.image_length):
-        return f"the video has as many tokens as its context ({layout.num_tokens})"
+        return f"the video has as many tokens ({layout.num_tokens}) as its text or image"
     reason = choice.policy.dense_reason(layout)
     if reason is None and layout.num_tokens < choice.min_tokens:
         return f"{layout.num_tokens} tokens are fewer than min_tokens {choice.min_tokens}"
@@ -101,19 +100,21 @@ def _decide(
     options: dict[str, Any],
     args: Sequence[Any],
     kwargs: dict[str, Any],
+    *,
+    counts_steps: bool,
 ) -> None:
     """Find the tokens, and whether this forward may run sparse."""
     tokens = read_tokens(model, args, kwargs)
     state.tokens = None if isinstance(tokens, str) else tokens
+    sigma = _count_step(state, options) if counts_steps else None
     if state.choice is None:
         return
-    state.step, step_reason = _step(options, state.run, state.choice)
-    if state.run is not None:
-        # The noise level was waited for, so what earlier forwards gave is known.
-        state.run.outputs.read(state.router.nan_watch)
     if isinstance(tokens, str):
         state.dense_reason = tokens
         return
+    bounds = None if state.run is None else state.run.bounds
+    schedule = state.choice.schedule
+    step_reason = schedule.dense_step_reason(state.step, state.total_steps, sigma, bounds)
     state.dense_reason = layout_reason(state.choice, tokens) or step_reason
     if state.dense_reason is None:
         _prepare_sparse(state, state.choice, tokens, _video(args, kwargs).device)
@@ -146,7 +147,9 @@ def begin_forward(
     settings: AttentionSettings = options[SETTINGS_KEY]
     state = ForwardState(router, settings.sparse, countable_layers(model), run, model=model)
     try:
-        _decide(state, model, options, args, kwargs)
+        dense = settings.dense
+        counts_steps = settings.sparse is not None or (dense is not None and dense.counts_steps)
+        _decide(state, model, options, args, kwargs, counts_steps=counts_steps)
         if state.dense_reason is None and not order_per_call:
             state.forward_order = _order_for_whole_forward(state, model, options)
     except Exception as error:  # a sampling run must not end for this
@@ -213,8 +216,8 @@ def _look_who_attends(state: ForwardState, run: RunState, options: dict[str, Any
 
 def _reorder_per_call_from_now_on(state: ForwardState) -> None:
     said = (
-        "another patch changed the model's blocks during a forward, which was run again: tokens "
-        "are reordered per attention call"
+        "another patch changed the model's blocks during a forward, which ran again: tokens are "
+        "now reordered per attention call (slower)"
     )
     state.warn_once(said)
     if state.run is not None:
@@ -226,7 +229,7 @@ def _keep_record(state: ForwardState, run: RunState) -> None:
     if state.counted_layers and state.calls_counted % state.counted_layers:
         run.record.note(
             f"{state.calls_counted} attention calls in a forward of {state.counted_layers} "
-            "layers: another attention patch takes some, and layers may be mistaken"
+            "layers: another attention patch takes some, so dense_layers may mean other layers"
         )
     layout = None if state.tokens is None else str(state.tokens.layout)
     run.record.add_forward(layout, state.calls, state.step)
@@ -262,6 +265,6 @@ def diffusion_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         if not attended:
             raise RuntimeError(
                 "another patch changed the model's blocks in the middle of a forward, and a cache "
-                "kept the result: put the sparse attention node after that cache"
+                "kept the result: put the sparse attention node after the cache node"
             )
     return out

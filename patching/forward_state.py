@@ -35,6 +35,7 @@ class ForwardState:
         router: the one that acts in this forward; other routers in the chain pass calls on.
         choice: the sparse method, None where only dense backends were chosen.
         tokens: None if they are not known.
+        step, total_steps: of this sampler's schedule, where somebody has to know.
         dense_reason: why every call of this forward is dense, None if the layers decide.
         plan: of a static policy.
         order: the policy's token order, None if it keeps the tokens in place.
@@ -57,6 +58,7 @@ class ForwardState:
     tokens: ForwardTokens | None = None
     dense_reason: str | None = None
     step: int | None = None
+    total_steps: int = 0
     plan: BlockPlan | None = None
     order: TokenOrder | None = None
     forward_order: ForwardOrder | None = None
@@ -126,11 +128,11 @@ class ForwardState:
         """A call came whose arguments are not known here."""
         given = [type(value).__name__ for value in args[:4]] or sorted(kwargs)
         self.warn_once(
-            f"calls of attention with {', '.join(given)} are left to ComfyUI: this pack knows "
-            "q, k and v as tensors, then heads"
+            f"attention calls with {', '.join(given)} are left to ComfyUI: this pack expects "
+            "tensors q, k and v, then heads"
         )
         if self.run is not None:
-            self.run.record.note("ComfyUI calls attention in a way not known here")
+            self.run.record.note("ComfyUI calls attention in a way this pack does not know")
 
     def say(self, notes: tuple[str, ...], *, aloud: bool = True) -> None:
         """In the run's line and, aloud, as a warning before, once per run."""

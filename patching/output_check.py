@@ -29,7 +29,8 @@ CheckCall = Callable[..., None]
 INSTEAD = "torch_sdpa"
 FROM_ELSEWHERE = (
     "no attention call made it from finite inputs, so it comes from another part of the model: "
-    "mostly fp16 that overflows (try weight_dtype or --bf16-unet), a LoRA, or a broken file"
+    "mostly fp16 that overflows (load it in bf16: weight_dtype, or --bf16-unet), a LoRA, or a "
+    "broken file"
 )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .call_record import CallRecord, dense_layer_reason, finished
 
 NOT_CALLED = "the model was not called"
-_TAKEN = "; another attention patch or an acceleration that skips the model took them all"
+_TAKEN = "; another attention patch, or a cache that skips the model, took them all"
 
 
 class SparseSummary(NamedTuple):
@@ -197,7 +197,7 @@ class RunRecord:
         not_run, taken = self.steps_without_calls()
         told = []
         if not_run:
-            why = "a cache, the sampler or a conditioning's range left them out"
+            why = "a cache, the sampler or a conditioning's range skipped them"
             told.append(f"the model did not run in {_steps(not_run)} ({why})")
         if taken:
             why = f"a cache or {self.attended_by or 'another attention patch'} took them"

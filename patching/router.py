@@ -16,14 +16,14 @@ from .compiled import uncompiled
 from .dense_calls import DenseCalls
 from .dense_default import BY_DEFAULT, faster_default
 from .dense_reason import dense_reason
-from .fastest_dense import FASTEST, NOT_TIMED, UNDECIDED, DenseWay, FastestDense, kind_of
+from .fastest_dense import NOT_TIMED, UNDECIDED, DenseWay, FastestDense, kind_of
 from .log import log
 from .output_check import NanWatch, handed_on
 from .plans import PlanCache
 from .preferred import SAID_OF, preferred_attention
 from .replaced import named
 from .run import RUN_KEY, RunState, in_vain_of
-from .settings import SETTINGS_KEY, AttentionSettings, AttentionSite
+from .settings import FASTEST, SETTINGS_KEY, AttentionSettings, AttentionSite
 from .sparse_calls import run_sparse, to_compare
 from .speed import Fastest, SpeedCheck
 from .timed_ways import can_be_timed, machine_of
@@ -206,6 +206,9 @@ class AttentionRouter:
                     run.record.count_backend(where, said)
         if name is None or site is None:
             return self._computed_outside(received, call, run)
+        if settings.dense is not None:
+            exact = settings.dense.exact
+            name, said = exact.instead_of(name, said, options, options.get(FORWARD_KEY))
         out = self.dense.run(name, call, None if run is None else run.outputs.of_call)
         if isinstance(out, Tensor):
             if run is not None:

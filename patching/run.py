@@ -156,7 +156,8 @@ def _say(record: RunRecord, choice: SparseChoice | None) -> None:
     if schedule.counts_its_own and many and record.starts_inside and record.sparse().calls:
         record.note(
             f"this sampler starts inside the noise schedule, and its first {many} of "
-            f"{record.total_steps} steps are dense all the same ({own} -1)"
+            f"{record.total_steps} steps are dense all the same ({own} -1): if it follows another "
+            "sampler, set that to 0"
         )
     last = min(schedule.last_dense_timesteps, record.total_steps)
     not_run, _ = record.steps_without_calls()

@@ -11,9 +11,13 @@ from torch import Tensor
 
 from ..kernels import BlockPlan, TokenLayout
 from ..kernels.registry import PRECISIONS
+from ..third_party import DENSE_BACKENDS
+from .exact_calls import ExactCalls
 from .schedule import Schedule
 
 SETTINGS_KEY = "sparse_video_attention"
+# In place of a backend's name, as the node's inputs have it: whoever is timed to be.
+FASTEST = "fastest"
 
 
 class AttentionSite(enum.Enum):
@@ -108,10 +112,18 @@ class DenseChoice:
     Attributes:
         backends: (site, name of a dense backend) pairs; a site without one is left to ComfyUI.
         unavailable: what was asked for and cannot run here, with the reason, for the record.
+        exact: calls that those of few bits leave out.
     """
 
     backends: tuple[tuple[AttentionSite, str], ...] = ()
     unavailable: tuple[str, ...] = ()
+    exact: ExactCalls = ExactCalls()
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether it matters which denoising step a call is in."""
+        names = {name for _, name in self.backends}
+        return self.exact.count_steps_for(DENSE_BACKENDS if FASTEST in names else names)
 
     def backend(self, site: AttentionSite | None) -> str | None:
         """The backend for a site, None to leave it to ComfyUI."""
@@ -127,7 +139,9 @@ class DenseChoice:
         chosen = {site.value for site, _ in self.backends}
         kept = tuple(pair for pair in earlier.backends if pair[0].value not in chosen)
         said = dict.fromkeys((*earlier.unavailable, *self.unavailable))
-        return DenseChoice(self.backends + kept, tuple(said))
+        # A node that chooses nothing has nothing to be exact about.
+        exact = self.exact if self.backends else earlier.exact
+        return DenseChoice(self.backends + kept, tuple(said), exact)
 
     def describe(self) -> str:
         """The choice, for the log; empty if everything is left to ComfyUI."""

@@ -79,7 +79,7 @@ class TimedOnce(Generic[T]):
             try:
                 finding = look()
             except Exception as error:  # a sampling run must not end for this
-                log.warning(f"nothing was timed: {one_line(error)}")
+                log.warning(f"timing failed, the defaults are used: {one_line(error)}")
                 finding = Finding(self._failed, lacked_memory=is_out_of_memory(error))
             finally:
                 self._inside = False

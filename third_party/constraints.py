@@ -37,6 +37,7 @@ class Constraints:
         supports_value_dim: v may have another head dim than q and k.
         supports_grad: can be differentiated.
         is_low_precision: computes in 8 bits or less.
+        is_4_bit: in 4 bits.
         in_place_inputs: names of inputs it overwrites; they are copied before the call.
     """
 
@@ -57,6 +58,7 @@ class Constraints:
     supports_value_dim: bool = False
     supports_grad: bool = False
     is_low_precision: bool = False
+    is_4_bit: bool = False
     in_place_inputs: tuple[str, ...] = ()
 
     def check(

@@ -30,6 +30,7 @@ BACKEND = DenseBackend(
         min_tokens=128,
         supports_scale=False,
         is_low_precision=True,
+        is_4_bit=True,
         in_place_inputs=("k",),  # it subtracts the mean key from the caller's tensor
     ),
     load=load,

@@ -133,7 +133,7 @@ def test_a_call_it_cannot_read_is_computed_by_the_host_and_said_once(
     assert torch.equal(run(newer), dense)
     assert len(host.computed) == 2 * LAYERS * STEPS
     assert sum("are left to ComfyUI" in line for line in run_lines()) == 1
-    assert "ComfyUI calls attention in a way not known here" in run_lines()[-1]
+    assert "ComfyUI calls attention in a way this pack does not know" in run_lines()[-1]
 
 
 @pytest.mark.parametrize("pass_on", [by_keyword, with_preference, in_containers])

@@ -230,7 +230,7 @@ def test_a_broken_result_that_a_cache_kept_is_no_result(model, run_shuffled):
     def cached(patched):
         patched.add_wrapper_with_key("diffusion_model", "zy_cache", cache)
 
-    with pytest.raises(RuntimeError, match="put the sparse attention node after that cache"):
+    with pytest.raises(RuntimeError, match="put the sparse attention node after the cache"):
         run_shuffled(model, cached, unhook_midway)
 
 

@@ -187,7 +187,7 @@ def test_a_video_as_long_as_its_text_is_dense_and_says_why(model, install_band, 
     patched = install_band(model)
     out = sample(patched, text_tokens=400)
     assert torch.equal(out, sample(model, text_tokens=400))
-    assert "as many tokens as its context (400)" in run_history(patched).latest.summary()
+    assert "as many tokens (400) as its text or image" in run_history(patched).latest.summary()
 
 
 def test_a_run_without_steps_says_that_the_model_was_not_called(model, install_band, sample):

@@ -120,7 +120,7 @@ def test_what_never_has_the_memory_is_left_out(libraries, ask):
     assert ran == [["comfyui"] * 3] * 3 + [["flash"] * 3] * 3
     # Once per run: the next layer will hardly have more.
     assert libraries.ran.count("hungry") == 4
-    later = "ComfyUI's choice (for want of memory, timed in a later run)"
+    later = "ComfyUI's choice (too little memory, so it is timed in a later run)"
     assert ask.record.backend_calls["self_attn_1_type", later] == 3 * 3
 
 

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import torch
-from sparse_video_attention.patching import dense_calls, fastest_dense, timed_ways
+from sparse_video_attention.patching import dense_calls, exact_calls, fastest_dense, timed_ways
 from sparse_video_attention.patching import router as router_module
 from sparse_video_attention.patching.record import RunRecord
 from sparse_video_attention.patching.router import AttentionRouter
@@ -28,7 +28,7 @@ class Libraries:
         self.now, self.ran, self.took, self.known = 0.0, [], {"comfyui": 0.040}, {}
         monkeypatch.setattr(router_module, "can_be_timed", lambda device: True)
         monkeypatch.setattr(timed_ways, "time", SimpleNamespace(perf_counter=lambda: self.now))
-        for module in (dense_calls, fastest_dense):
+        for module in (dense_calls, fastest_dense, exact_calls):
             monkeypatch.setattr(module, "DENSE_BACKENDS", self.known)
         self.has("torch_sdpa", 0.038)
 
@@ -44,7 +44,7 @@ class Libraries:
             refuses=lambda *call: refuses,
             run=run,
             is_sound=has_no_nan,
-            constraints=SimpleNamespace(is_low_precision=low),
+            constraints=SimpleNamespace(is_low_precision=low, is_4_bit=False),
         )
 
     def _tick(self, name):
