@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .triton_install import cannot_build
+
 # Triton, cuBLAS and hipBLAS raise RuntimeErrors of their own.
 _SAYINGS = ("out of memory", "blas_status_alloc_failed")
 # One type under two names; the shorter came with torch 2.5.
@@ -31,5 +33,7 @@ def short_error(error: BaseException, limit: int) -> str:
     """
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
+    if (advice := cannot_build(error)) is not None:
+        return advice
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:limit]}" if text else type(error).__name__

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .memory_errors import short_error
 from .plan import BlockPlan
 
 PRECISIONS = ("auto", "native", "int8", "fp8")
@@ -117,7 +118,7 @@ def unavailable_reason(name: str) -> str | None:
     try:
         return kernels()[name].unavailable()
     except Exception as error:  # a broken wheel can raise anything
-        return f"its probe failed: {type(error).__name__}: {error}"
+        return f"its probe failed: {short_error(error, 300)}"
 
 
 def available() -> dict[str, str | None]:

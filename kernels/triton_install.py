@@ -11,8 +11,9 @@ import importlib.metadata
 import importlib.util
 import platform
 import re
+import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 # Releases of PyTorch, and the Triton that torch's wheels for Linux name, without its last part.
 # torch.compile breaks with another.
@@ -30,6 +31,9 @@ FITTING = {
     (2, 14): (3, 8),
     (2, 15): (3, 9),
 }
+
+
+_C_COMPILER = re.compile(r"(.*-)?(gcc|g\+\+|cc|clang|cl|tcc)(-[0-9.]+)?", re.IGNORECASE)
 
 
 def installed_version(package: str) -> str:
@@ -103,6 +107,28 @@ def what_to_install(system: str, torch: str) -> tuple[str | None, str]:
     if wanted is None:
         return None, f"no matching Triton is known for PyTorch {torch}; try: {command()}"
     return wanted, f"it is the one for PyTorch {torch}"
+
+
+def cannot_build(error: BaseException) -> str | None:
+    """What a person does about Triton finding no C compiler or no Python.h; None for other errors.
+
+    Triton builds a small library on each machine. The compiler's own words go to stderr, and the
+    error has only its long command.
+    """
+    ran = getattr(error, "cmd", None) if isinstance(error, subprocess.CalledProcessError) else None
+    # It reads both systems' paths.
+    compiler = PureWindowsPath(str(ran[0])).stem if isinstance(ran, list | tuple) and ran else ""
+    if not _C_COMPILER.fullmatch(compiler) and "Failed to find C compiler" not in str(error):
+        return None
+    if platform.system() == "Windows":
+        version = ".".join(map(str, sys.version_info[:2]))
+        what = (
+            "it needs the folders include and libs of a usual Python "
+            f"{version} beside {Path(sys.executable).name}"
+        )
+    else:
+        what = "install gcc and Python's headers (on Debian and Ubuntu: gcc python3-dev)"
+    return f"Triton cannot build what it needs on this machine: {what}, then restart ComfyUI"
 
 
 def command() -> str:
