@@ -15,6 +15,7 @@ from ..third_party import DENSE_BACKENDS
 from ..third_party.backend import has_no_nan
 from .attention_call import AttentionCall
 from .log import one_line
+from .recorded_memory import outside_recorded_memory
 
 MAX_SHAPES = 256
 
@@ -38,6 +39,7 @@ class DenseCalls:
         self._unsure: Counter[Hashable] = Counter()
         self._lock = threading.Lock()
 
+    @outside_recorded_memory
     def run(
         self, name: str, call: AttentionCall, check: Callable[..., None] | None = None
     ) -> Tensor | str:

@@ -14,6 +14,7 @@ from .forward_state import ForwardState
 from .frame_calls import FrameCalls
 from .layout import ForwardTokens, countable_layers, read_tokens
 from .log import one_line
+from .recorded_memory import outside_recorded_memory
 from .replaced import named, who_attends
 from .router import FORWARD_KEY, OVERRIDE_KEY, AttentionRouter, acting_router
 from .run import RUN_KEY, RunState
@@ -121,6 +122,7 @@ def _decide(
 
 
 @uncompiled
+@outside_recorded_memory
 def begin_forward(
     model: nn.Module,
     args: Sequence[Any],
@@ -164,6 +166,7 @@ def begin_forward(
 
 
 @uncompiled
+@outside_recorded_memory
 def end_forward(options: dict[str, Any] | None, out: Any = None, *, completed: bool) -> str:
     """Take the forward's state out of transformer_options and keep its record.
 

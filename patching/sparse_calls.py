@@ -10,12 +10,14 @@ from torch import Tensor
 from ..kernels import BlockPlan
 from ..kernels.fallback import KernelFallback, KernelRun
 from .attention_call import AttentionCall
+from .recorded_memory import outside_recorded_memory
 from .speed import Asked, Fastest
 
 if TYPE_CHECKING:
     from .forward_state import ForwardState
 
 
+@outside_recorded_memory
 def run_sparse(
     kernels: KernelFallback,
     call: AttentionCall,

@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 
 from ..kernels.memory_errors import is_out_of_memory
 from .log import log, one_line
+from .recorded_memory import outside_recorded_memory
 
 MAX_SHAPES = 64
 # Runs in which something could not be timed for want of memory, before it is left out.
@@ -52,6 +53,7 @@ class TimedOnce(Generic[T]):
         """What was found for calls of a kind, None if none was timed."""
         return self._found.get(key)
 
+    @outside_recorded_memory
     def find(
         self,
         key: Hashable,
