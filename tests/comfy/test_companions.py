@@ -260,11 +260,11 @@ def test_cond_and_uncond_on_two_devices_at_once(
     threads, meet = set(), threading.Barrier(2, timeout=60)
     begin = forward.begin_forward
 
-    def together(*args):
+    def together(*args, **how):
         # Both forwards of a step are under way before either goes on.
         threads.add(threading.get_ident())
         meet.wait()
-        return begin(*args)
+        return begin(*args, **how)
 
     monkeypatch.setattr(forward, "begin_forward", together)
     out = companions.run_ksampler(patched, plain, conditioning)

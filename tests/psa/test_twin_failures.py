@@ -240,3 +240,27 @@ def test_memory_shortage_is_not_hidden(pretend_cuda, error):
     with pytest.raises(type(error)):
         ask(twins, SAMPLING, pretend_cuda, fail)
     assert twins.failures() == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_left_of_identical_keys_is_no_judgement(dtype):
+    """Nothing but rounding is, once their mean is taken off: a twin's differs from torch's."""
+    verdicts = []
+
+    class Asked(Twins):
+        def run(self, module, x, refuses, run, wrong, kind):
+            verdicts.append(wrong)
+
+    def ask_about(x):
+        block_statistics(x, 64, x.mean(2, keepdim=True, dtype=torch.float32), Asked())
+        return verdicts.pop()
+
+    generator = torch.Generator().manual_seed(0)
+    alike = torch.randn(1, 1, 1, 32, generator=generator).to(dtype).expand(1, 1, 333, 32)
+    other = block_statistics(alike + 0.1, 64)
+    with pytest.raises(CannotTell):
+        ask_about(alike)(other)
+    apart = torch.randn(1, 1, 333, 32, generator=generator).to(dtype)
+    right = block_statistics(apart, 64, apart.mean(2, keepdim=True, dtype=torch.float32))
+    assert ask_about(apart)(right) is None
+    assert "off by" in ask_about(apart)(other)
