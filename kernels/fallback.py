@@ -118,7 +118,7 @@ def choose_kernels(call: KernelCall, kernel: str) -> KernelChoice:
         notes.append(f"precision {call.precision} is not to be had here{why}; native is used")
     if kernel in reasons:
         notes.append(f"kernel {kernel} is not used: {reasons[kernel]}")
-    slow = call.q.device.type == "cuda" and able and able[0][0].name == "torch"
+    slow = call.q.device.type not in ("cpu", "meta") and able and able[0][0].name == "torch"
     if slow and kernel == "auto" and "triton" in reasons:
         notes.append(
             f"plain PyTorch serves on this GPU, slowly; kernel triton does not: {reasons['triton']}"

@@ -169,7 +169,12 @@ def test_native_is_never_given_up_for_8_bits(named):
 
 @pytest.mark.parametrize(
     ("device", "named", "said"),
-    [("cuda", "auto", True), ("cuda", "torch", False), ("cpu", "auto", False)],
+    [
+        ("cuda", "auto", True),
+        ("xpu", "auto", True),
+        ("cuda", "torch", False),
+        ("cpu", "auto", False),
+    ],
 )
 def test_a_gpu_without_triton_is_told_so(device, named, said):
     Fast(0.0, name="triton", refuses=lambda call: "triton is not installed: pip install triton")
