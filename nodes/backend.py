@@ -53,7 +53,8 @@ def _exact_inputs() -> list[io.Input]:
             **ADVANCED,
             tooltip=(
                 "How many of this sampler's first steps PyTorch computes instead of an 8- or "
-                "4-bit library. -1 is 1 for a 4-bit one (sage_attn3) and 0 for others."
+                "4-bit library. -1: 1 for a 4-bit one (sage_attn3) in runs of 8 steps or more, "
+                "else 0."
             ),
         ),
         io.Int.Input(

@@ -14,8 +14,9 @@ from ..third_party import DENSE_BACKENDS
 from ..third_party.routing import ENVIRONMENT_VARIABLE, IMPLEMENTATIONS
 from .choice import make_choice
 from .config_file import find_config_file, plain_path
-from .exact_calls import ExactCalls
+from .exact_calls import BY_DEFAULT, ExactCalls
 from .install import describe_model
+from .layout import model_family
 from .lightx2v import LightX2VConfig, read_lightx2v
 from .log import log, shown
 from .psa_choice import AUTO, psa_choice
@@ -204,16 +205,22 @@ def backend_settings(
     ]
     if asked and by == ENVIRONMENT_VARIABLE:
         log.info(f"{by} chooses {asked[0].name} for {', '.join(site.value for site in wanted)}")
+    exact = ExactCalls(exact_timesteps, last_exact_timesteps, _layers(model, exact_layers))
     unable = _unavailable(asked, on_unavailable)
     able = tuple((site, name) for site, name, _ in asked if name not in unable)
     return AttentionSettings(
         sparse=None if sparse is None else _sparse(model, sparse, sparge_ckpt),
-        dense=DenseChoice(
-            able,
-            tuple(unable.values()),
-            ExactCalls(exact_timesteps, last_exact_timesteps, _layers(model, exact_layers)),
-        ),
+        dense=DenseChoice(able, tuple(unable.values()), _exact(able, exact)),
     )
+
+
+def _exact(
+    able: Iterable[tuple[AttentionSite, str]], exact: ExactCalls
+) -> tuple[tuple[AttentionSite, ExactCalls], ...]:
+    """Where a node's exact calls hold: with its own backends and, if they are not the default
+    ones, with those of earlier nodes that it keeps."""
+    sites = [site for site, _ in able] if exact == BY_DEFAULT else AttentionSite
+    return tuple((site, exact) for site in sites)
 
 
 def _layers(model: Any, exact_layers: str) -> frozenset[int]:
@@ -224,14 +231,13 @@ def _layers(model: Any, exact_layers: str) -> frozenset[int]:
     """
     if not exact_layers:
         return frozenset()
-    blocks = getattr(model.model.diffusion_model, "blocks", None)
-    if blocks is None:
-        kind = type(model.model.diffusion_model).__name__
+    network = model.model.diffusion_model
+    if model_family(network) is None:
         raise ValueError(
-            f"exact_layers {shown(exact_layers)}: the layers of a {kind} cannot be counted here; "
-            "leave it empty"
+            f"exact_layers {shown(exact_layers)}: the layers of a {type(network).__name__} cannot "
+            "be counted here; leave it empty"
         )
-    return resolve_layers(exact_layers, len(blocks), name="exact_layers")
+    return resolve_layers(exact_layers, len(network.blocks), name="exact_layers")
 
 
 def _with_config(

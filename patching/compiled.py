@@ -38,7 +38,11 @@ def is_compiled(model_options: dict[str, Any], model_patcher: Any) -> bool:
 
 
 def uncompiled(function: Function) -> Function:
-    """A function that compiled graphs leave out, with the reason where torch can say it."""
+    """A function that compiled graphs leave out, with the reason where torch can say it.
+
+    A graph would freeze what the first layer decides for all: hosts drop the guards that name
+    transformer_options.
+    """
     try:
         return torch.compiler.disable(function, reason=_WHY)
     except TypeError:  # torch older than 2.7

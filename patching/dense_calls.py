@@ -39,7 +39,6 @@ class DenseCalls:
         self._unsure: Counter[Hashable] = Counter()
         self._lock = threading.Lock()
 
-    @outside_recorded_memory
     def run(
         self, name: str, call: AttentionCall, check: Callable[..., None] | None = None
     ) -> Tensor | str:
@@ -47,37 +46,46 @@ class DenseCalls:
 
         Args:
             name: of a backend in third_party.DENSE_BACKENDS.
-            check: called with the output, q, k and v; what it raises counts as the backend's.
+            check: called with the output, q, k and v of calls without a mask; what it raises counts
+                as the backend's.
         """
-        backend = DENSE_BACKENDS[name]
         key = (name, tuple(call.q.shape), tuple(call.k.shape), call.q.dtype, call.q.device)
-        reason = backend.unavailable() or self._failed.get(key)
+        reason = DENSE_BACKENDS[name].unavailable() or self._failed.get(key)
         if reason is not None:
             return reason
         try:
-            k_heads = call.heads
-            if call.enable_gqa and not call.skip_reshape:
-                k_heads = call.k.shape[-1] // (call.q.shape[-1] // call.heads)
-            q = call.heads_first(call.q, call.heads)
-            k, v = (call.heads_first(x, k_heads) for x in (call.k, call.v))
-            mask = _mask_for_heads(call.mask)
-            reason = backend.refuses(q, k, v, mask, call.scale, call.low_precision_allowed)
-            if reason is not None:
-                return reason
-            out = backend.run(q, k, v, scale=call.scale, mask=mask)
-            if key not in self._verified and not is_captured(q.device):
-                # A few syncs per backend and shape, on its first output only.
-                is_sound = backend.is_sound if mask is None else has_no_nan
-                if is_sound(q, k, v, call.scale, out) or self._was_put_off(key):
-                    self._remember(self._verified, key, "")
-            if check is not None:
-                check(out, q, k, v)
-            return call.as_asked(out)
+            if key in self._verified:
+                return self._attempt(name, call, key, check)
+            # Workspaces and the like are made at a first call, and kept.
+            return outside_recorded_memory(self._attempt)(name, call, key, check)
         except Exception as error:  # whatever a library raises, the run goes on
             reason = one_line(error)
             if not is_out_of_memory(error):
                 self._remember(self._failed, key, reason)
             return reason
+
+    def _attempt(
+        self, name: str, call: AttentionCall, key: Hashable, check: Callable[..., None] | None
+    ) -> Tensor | str:
+        backend, k_heads = DENSE_BACKENDS[name], call.heads
+        if call.enable_gqa and not call.skip_reshape:
+            k_heads = call.k.shape[-1] // (call.q.shape[-1] // call.heads)
+        q = call.heads_first(call.q, call.heads)
+        k, v = (call.heads_first(x, k_heads) for x in (call.k, call.v))
+        mask = _mask_for_heads(call.mask)
+        reason = backend.refuses(q, k, v, mask, call.scale, call.low_precision_allowed)
+        if reason is not None:
+            return reason
+        out = backend.run(q, k, v, scale=call.scale, mask=mask)
+        if key not in self._verified and not is_captured(q.device):
+            # A few syncs per backend and shape, on its first output only.
+            is_sound = backend.is_sound if mask is None else has_no_nan
+            if is_sound(q, k, v, call.scale, out) or self._was_put_off(key):
+                self._remember(self._verified, key, "")
+        # A row that is masked out whole has no finite answer.
+        if check is not None and mask is None:
+            check(out, q, k, v)
+        return call.as_asked(out)
 
     def _was_put_off(self, key: Hashable) -> bool:
         """Whether it could not be told often enough for nobody to try any more."""

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from .forward_state import ForwardState
 
 EXACT = "torch_sdpa"
+# Of fewer, as with LoRAs for 4 steps, two exact ones would be half of the run.
+FEWEST = 8
 UNKNOWN_STEP = "the sampler's schedule is unknown, so exact steps cannot be counted"
+UNKNOWN_LAYER = "exact_layers had no effect: which layer a call is of is not known here"
 
 
 @functools.cache
@@ -32,7 +35,7 @@ class ExactCalls:
 
     Attributes:
         timesteps, last_timesteps: the first and the last denoising steps of each sampler; -1 is
-            one step for libraries of 4 bits and none for others.
+            one of FEWEST steps or more for libraries of 4 bits, and none for others.
         layers: in all steps.
     """
 
@@ -53,7 +56,7 @@ class ExactCalls:
     def count_steps_for(self, backends: Iterable[str]) -> bool:
         """Whether it matters for one of these backends which step it is."""
         able = (name for name in backends if DENSE_BACKENDS[name].unavailable() is None)
-        return any(self._steps(name) != (0, 0) for name in able)
+        return any(self._steps(name, FEWEST) != (0, 0) for name in able)
 
     def instead_of(
         self, name: str, said: str, options: dict[str, Any], forward: ForwardState | None
@@ -64,30 +67,36 @@ class ExactCalls:
             name, said: the same, as chosen.
             options: the call's transformer_options.
         """
+        if not DENSE_BACKENDS[name].constraints.is_low_precision:
+            return name, said
         why = self._reason(name, options, forward)
         return (name, said) if why is None else (EXACT, f"{EXACT} ({why})")
 
     def _reason(
         self, name: str, options: dict[str, Any], forward: ForwardState | None
     ) -> str | None:
-        layer = options.get("block_index") if self.layers else None
-        if layer in self.layers and DENSE_BACKENDS[name].constraints.is_low_precision:
-            return f"layer {layer} is in exact_layers"
-        first, last = self._steps(name)
-        if not first and not last:
-            return None
+        if self.layers:
+            layer = options.get("block_index")
+            if layer is None and forward is not None:
+                layer = forward.latest_layer
+                if layer is None and forward.run is not None:
+                    forward.run.record.note(UNKNOWN_LAYER)
+            if layer in self.layers:
+                return f"layer {layer} is in exact_layers"
         if forward is None or forward.step is None:
             # What was asked for is done to be sure; what nobody asked for is not done everywhere.
             return UNKNOWN_STEP if max(self.timesteps, self.last_timesteps) > 0 else None
-        return _schedule(first, last).dense_step_reason(
-            forward.step, forward.total_steps, None, None
-        )
+        steps = _schedule(*self._steps(name, forward.total_steps))
+        return steps.dense_step_reason(forward.step, forward.total_steps, None, None)
 
-    def _steps(self, name: str) -> tuple[int, int]:
-        """The first and the last steps that a backend leaves out."""
+    def _steps(self, name: str, total: int) -> tuple[int, int]:
+        """The first and the last steps of a run that a backend leaves out."""
         limits = DENSE_BACKENDS[name].constraints
         if not limits.is_low_precision:
             return 0, 0
-        own = int(limits.is_4_bit)
+        own = int(limits.is_4_bit and total >= FEWEST)
         first, last = (own if n < 0 else n for n in (self.timesteps, self.last_timesteps))
         return first, last
+
+
+BY_DEFAULT = ExactCalls()

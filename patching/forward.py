@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -150,6 +150,7 @@ def begin_forward(
     state = ForwardState(router, settings.sparse, countable_layers(model), run, model=model)
     try:
         dense = settings.dense
+        state.backends_need_layers = dense is not None and dense.names_layers
         counts_steps = settings.sparse is not None or (dense is not None and dense.counts_steps)
         _decide(state, model, options, args, kwargs, counts_steps=counts_steps)
         if state.dense_reason is None and not order_per_call:
@@ -167,11 +168,17 @@ def begin_forward(
 
 @uncompiled
 @outside_recorded_memory
-def end_forward(options: dict[str, Any] | None, out: Any = None, *, completed: bool) -> str:
+def end_forward(
+    options: dict[str, Any] | None,
+    out: Any = None,
+    inputs: Iterable[Any] = (),
+    *,
+    completed: bool,
+) -> str:
     """Take the forward's state out of transformer_options and keep its record.
 
     Args:
-        out: what the model returned.
+        out, inputs: what the model returned, and of what.
         completed: the forward has not raised.
 
     Returns:
@@ -185,20 +192,34 @@ def end_forward(options: dict[str, Any] | None, out: Any = None, *, completed: b
         state.vace.stop(options)
     if state.forward_order is not None:
         state.forward_order.stop(options)
-        if completed and state.forward_order.is_broken:
-            _reorder_per_call_from_now_on(state)
-            return ORDERED_PER_CALL
+    again = _how_to_run_again(state, out, inputs) if completed else ""
     if state.run is not None:
-        run, watch = state.run, state.router.nan_watch
-        repeat = completed and run.outputs.forward_ran(
-            out, state.calls, state.step, watch, can_repeat=run.can_repeat
-        )
-        if repeat:
-            return WATCHED
+        if again:
+            assert state.counted is not None
+            state.run.record.uncount_backends(state.counted)
+            return again
         if state.choice is not None:
             _look_who_attends(state, state.run, options)
         _keep_record(state, state.run)
-    return ""
+    return again
+
+
+def _how_to_run_again(state: ForwardState, out: Any, inputs: Iterable[Any]) -> str:
+    """As end_forward returns."""
+    if state.forward_order is not None and state.forward_order.is_broken:
+        _reorder_per_call_from_now_on(state)
+        return ORDERED_PER_CALL
+    run = state.run
+    repeat = run is not None and run.outputs.forward_ran(
+        state.begun,
+        out,
+        inputs,
+        state.calls,
+        state.step,
+        state.router.nan_watch,
+        can_repeat=run.can_repeat,
+    )
+    return WATCHED if repeat else ""
 
 
 def _look_who_attends(state: ForwardState, run: RunState, options: dict[str, Any]) -> None:
@@ -249,7 +270,7 @@ def _forward(
     except BaseException:
         end_forward(options, completed=False)
         raise
-    again = end_forward(options, out, completed=True)
+    again = end_forward(options, out, (*args, *kwargs.values()), completed=True)
     return out, again, state is not None and bool(state.calls)
 
 
@@ -260,14 +281,17 @@ def diffusion_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         RuntimeError: another patch changed the model's blocks in the middle of a forward, and
             yet another one would not have it run again.
     """
-    out, again, _ = _forward(executor, args, kwargs, False)
-    if again == WATCHED:
-        out, again, _ = _forward(executor, args, kwargs, False)
-    if again == ORDERED_PER_CALL:
-        out, _, attended = _forward(executor, args, kwargs, True)
-        if not attended:
+    again, order_per_call = "", False
+    # Each reason comes once at most.
+    for _ in range(3):
+        why = again
+        out, again, attended = _forward(executor, args, kwargs, order_per_call)
+        if why == ORDERED_PER_CALL and not attended:
             raise RuntimeError(
                 "another patch changed the model's blocks in the middle of a forward, and a cache "
                 "kept the result: put the sparse attention node after the cache node"
             )
+        if not again:
+            break
+        order_per_call = order_per_call or again == ORDERED_PER_CALL
     return out

@@ -17,7 +17,9 @@ from .forward_order import ForwardOrder
 from .frame_calls import FrameCalls
 from .layout import ForwardTokens
 from .log import log
+from .output_check import Begun
 from .plans import TokenOrder
+from .record import Counted
 from .router import OVERRIDE_KEY
 from .run import RunState
 from .settings import SparseChoice
@@ -48,6 +50,8 @@ class ForwardState:
         failures: sparse calls that failed; those of the whole run where there is one.
         frames: whose call comes now, where attention comes frame by frame and the policy serves it.
         model: the diffusion model.
+        begun, counted: what there was of the run before it.
+        latest_layer: of the self-attention call that came last, where layers are needed.
     """
 
     router: AttentionRouter
@@ -67,13 +71,27 @@ class ForwardState:
     calls_counted: int = 0
     frames: FrameCalls | None = None
     model: nn.Module | None = None
+    begun: Begun = Begun()
+    counted: Counted | None = None
+    latest_layer: int | None = None
+    backends_need_layers: bool = False
 
     def __post_init__(self) -> None:
         if self.run is not None:
             self.failures = self.run.failures
+            self.begun, self.counted = self.run.outputs.begin(), self.run.record.counted()
+
+    @property
+    def needs_layers(self) -> bool:
+        """Whether somebody has to know the layers of self-attention calls."""
+        return self.choice is not None or self.backends_need_layers
 
     def next_layer(self, options: dict[str, Any]) -> int | None:
-        """The layer of this self-attention call, None if the host does not say."""
+        """The layer of this self-attention call, None if it is not known; ask once per call."""
+        self.latest_layer = self._next_layer(options)
+        return self.latest_layer
+
+    def _next_layer(self, options: dict[str, Any]) -> int | None:
         layer = options.get("block_index")
         if layer is not None:
             return int(layer)

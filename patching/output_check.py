@@ -8,9 +8,10 @@ makes a NaN of finite inputs is set aside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..kernels.capture import is_captured
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
 CheckCall = Callable[..., None]
 
 INSTEAD = "torch_sdpa"
+CAME_IN = "it came in with the latent, the conditioning or another input of the model"
 FROM_ELSEWHERE = (
     "no attention call made it from finite inputs, so it comes from another part of the model: "
     "mostly fp16 that overflows (load it in bf16: weight_dtype, or --bf16-unet), a LoRA, or a "
     "broken file"
 )
+FROM_A_CACHE = "no attention call came in that step: a cache may keep it"
 
 
 class NanWatch:
@@ -39,27 +42,45 @@ class NanWatch:
 
     Attributes:
         suspected: a NaN came that was not traced: the next run looks at every call.
+        elsewhere: one did, and it was none of the calls'; a run without NaN takes that back.
         settled: kinds of forwards whose output was finite, or not and nothing was found.
     """
 
     def __init__(self) -> None:
-        self.suspected = False
+        self.suspected = self.elsewhere = False
         self.settled: set[Hashable] = set()
 
 
-def _finite(out: Tensor) -> Tensor:
-    return out.detach().isfinite().all()
+class Begun(NamedTuple):
+    """What holds when a forward begins: whether its calls are looked at, and how many were."""
+
+    watched: bool = False
+    looked_at: int = 0
 
 
-def _checkable(out: Any) -> bool:
-    return isinstance(out, Tensor) and out.is_floating_point() and not is_captured(out.device)
+class _Output(NamedTuple):
+    """A forward's output. finite, inputs_finite: on the device. looked_at: calls in it."""
+
+    step: int | None
+    finite: Tensor
+    inputs_finite: list[Tensor]
+    watched: bool
+    looked_at: int
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.detach().isfinite().all()
+
+
+def _checkable(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and not is_captured(x.device)
 
 
 class OutputCheck:
     """The outputs of one run's forwards.
 
     Attributes:
-        watched: every attention call of the run is looked at.
+        watched: every attention call from now on is looked at.
         traced: something was found to make NaN in this run.
         replaced: something that this pack cannot set aside, so it has to be looked at next time.
     """
@@ -68,13 +89,19 @@ class OutputCheck:
         self.watched = False
         self.traced = self.replaced = False
         self._record = record
-        self._pending: list[tuple[int | None, Tensor]] = []
+        self._pending: list[_Output] = []
         self._looked_at = 0
         self._seen = False
 
+    def begin(self) -> Begun:
+        """A forward begins."""
+        return Begun(self.watched, self._looked_at)
+
     def forward_ran(
         self,
+        begun: Begun,
         out: Any,
+        inputs: Iterable[Any],
         calls: list[CallRecord],
         step: int | None,
         watch: NanWatch,
@@ -83,20 +110,27 @@ class OutputCheck:
     ) -> bool:
         """Note a forward's output. Waits for it in the first forward of its kind only.
 
+        Args:
+            inputs: of the model, tensors among them.
+
         Returns:
             Whether the forward is to be run again, with its calls watched.
         """
-        if not _checkable(out):
+        if not _checkable(out) or self._seen:
             return False
-        flag, kind = _finite(out), (frozenset(call.ran for call in calls), out.shape, out.dtype)
-        if self.watched or self._seen or kind in watch.settled:
-            self._pending.append((step, flag))
+        came_in = [_finite(x) for x in inputs if _checkable(x)]
+        looked_at = self._looked_at - begun.looked_at
+        found = _Output(step, _finite(out), came_in, begun.watched, looked_at)
+        kind = frozenset(call.ran for call in calls), out.shape, out.dtype, out.device
+        if begun.watched or kind in watch.settled:
+            self._pending.append(found)
             return False
         watch.settled.add(kind)
-        if bool(flag):
+        if bool(found.finite):
             return False
-        if not can_repeat:  # the next run looks, from its start
-            self._pending.append((step, flag))
+        # One that cannot be run again is looked at in the next run, from its start.
+        if not can_repeat or not all(map(bool, came_in)):
+            self._pending.append(found)
             return False
         self.watched = True
         self.say_once(
@@ -108,17 +142,22 @@ class OutputCheck:
     def read(self, watch: NanWatch) -> None:
         """Say what earlier forwards gave. Waits for the device, if it has not come that far."""
         pending, self._pending = self._pending, []
-        for step, flag in pending:
-            if not self._seen and not bool(flag):
-                self._say(f"the model's output in {self._step(step)}", watch)
+        for found in pending:
+            if not self._seen and not bool(found.finite):
+                self._say(f"the model's output in {self._step(found.step)}", found, watch)
 
     def finish(self, result: Any, watch: NanWatch) -> None:
         """The run is over, with this result."""
         self.read(watch)
-        if not self._seen and type(result) is Tensor and _checkable(result):
-            if not bool(_finite(result)):
-                self._say("the sampler's result", watch)
-        if self.watched and not self._seen:
+        if self._seen:
+            return
+        if type(result) is Tensor and _checkable(result) and not bool(_finite(result)):
+            finite = torch.tensor(False)
+            found = _Output(None, finite, [], self.watched, self._looked_at)
+            self._say("the sampler's result", found, watch)
+            return
+        watch.elsewhere = False
+        if self.watched:
             watch.suspected = self.replaced
 
     @property
@@ -127,6 +166,9 @@ class OutputCheck:
         return self.look if self.watched else None
 
     def look(self, out: Tensor, *inputs: Tensor) -> None:
+        """Raise ArithmeticError for NaN or infinities of finite inputs. Waits for the device."""
+        if is_captured(out.device):
+            return
         self._looked_at += 1
         if makes_nan(out, *inputs):
             self.traced = True
@@ -142,18 +184,25 @@ class OutputCheck:
         total = self._record.total_steps
         return "a step" if step is None else f"step {step + 1} of {total}"
 
-    def _say(self, what: str, watch: NanWatch) -> None:
+    def _say(self, what: str, found: _Output, watch: NanWatch) -> None:
         """A NaN that stays in the video."""
         self._seen = True
+        why, suspected = "", False
+        if not all(map(bool, found.inputs_finite)):
+            why = CAME_IN
+        elif watch.elsewhere:
+            why = FROM_ELSEWHERE
+        elif not found.watched:
+            who = self._record.ran_on()
+            suspected = who is not None
+            why = f"attention ran on {who}; the next run looks at every call" if who else ""
+        elif not found.looked_at:
+            why, suspected = FROM_A_CACHE, True
+        elif not self.traced:
+            why, watch.elsewhere = FROM_ELSEWHERE, True
+        watch.suspected = suspected
         said = f"{what} is not finite (NaN), which makes a black video"
-        if not self.watched:
-            watch.suspected = True
-            said += f"; attention ran on {self._record.ran_on()}; the next run looks at every call"
-        else:
-            watch.suspected = False
-            if self._looked_at and not self.traced:
-                said += f"; {FROM_ELSEWHERE}"
-        self.say_once(said)
+        self.say_once(f"{said}; {why}" if why else said)
 
 
 def handed_on(
@@ -171,11 +220,16 @@ def handed_on(
         who: they are, for the log.
         replace: plain attention may stand in for them.
     """
+    # A row that is masked out whole has no finite answer.
+    if call.mask is not None:
+        return out, "dense"
     try:
         check.look(out, call.q, call.k, call.v)
         return out, "dense"
     except ArithmeticError as error:
         said = f"{who}: {error}"
+    except Exception:  # of memory, say: there is an output, which may be right
+        return out, "dense"
     instead = dense.run(INSTEAD, call) if replace else ""
     if not isinstance(instead, Tensor) or not bool(_finite(instead)):
         check.say_once(said)

@@ -115,11 +115,16 @@ class RunRecord:
             del self.calls[counted.calls :]
             self.forwards, self.backend_calls = counted.forwards, counted.backend_calls
 
-    def ran_on(self) -> str:
-        """Who has computed attention so far."""
+    def ran_on(self) -> str | None:
+        """Who has computed attention so far, None if no call came here."""
         with self._lock:
             names = [call.ran for call in self.calls] + [ran for _, ran in self.backend_calls]
-        return ", ".join(dict.fromkeys(names)) or "ComfyUI's own choice"
+        return ", ".join(dict.fromkeys(names)) or None
+
+    def uncount_backends(self, counted: Counted) -> None:
+        """Forget who ran the calls of a forward whose record is not kept."""
+        with self._lock:
+            self.backend_calls = counted.backend_calls.copy()
 
     def note(self, text: str) -> None:
         """Add to what the run's line says at its end, once."""

@@ -96,14 +96,11 @@ class AttentionRouter:
         router.speed, router.fastest, router.nan_watch = self.speed, self.fastest, self.nan_watch
         return router
 
-    # A compiled graph would freeze the decision of the first layer for all: hosts drop the
-    # guards that name transformer_options.
     @uncompiled
     def __call__(self, func: Override, *args: Any, **kwargs: Any) -> Tensor:
         received, call = Received(func, args, kwargs), read_call(args, kwargs)
         if call is None:
-            self._say_unread(received)
-            return self._hand_on(received)
+            return self._unread(received)
         forward: ForwardState | None = call.transformer_options.get(FORWARD_KEY)
         if not self._acts(call, forward):
             return self._hand_on(received)
@@ -113,10 +110,11 @@ class AttentionRouter:
         run: RunState | None = call.transformer_options.get(RUN_KEY)
         if may_be_self and run is not None:
             run.self_calls += 1
+        layer = None
+        if may_be_self and forward is not None and forward.needs_layers:
+            layer = forward.next_layer(call.transformer_options)
         if not may_be_self or forward is None or forward.choice is None:
             return self._run_dense(received, call, site)[0]
-
-        layer = forward.next_layer(call.transformer_options)
         plan = forward.plan_of(call, layer)
         reason = dense_reason(call, forward, layer, forward.from_vace_block(layer), plan)
         kind: Hashable = None
@@ -165,11 +163,12 @@ class AttentionRouter:
         options = call.transformer_options
         return SETTINGS_KEY in options and acting_router(options) is self
 
-    def _say_unread(self, received: Received) -> None:
+    def _unread(self, received: Received) -> Tensor:
         options = received.kwargs.get("transformer_options") or {}
         forward: ForwardState | None = options.get(FORWARD_KEY)
         if forward is not None and forward.router is self:
             forward.say_unread(received.args, received.kwargs)
+        return self._hand_on(received)
 
     def _run_dense(
         self,
@@ -206,8 +205,9 @@ class AttentionRouter:
                     run.record.count_backend(where, said)
         if name is None or site is None:
             return self._computed_outside(received, call, run)
-        if settings.dense is not None:
-            exact = settings.dense.exact
+        # What is timed holds for all steps and layers.
+        if settings.dense is not None and run is not None:
+            exact = settings.dense.exact_at(site)
             name, said = exact.instead_of(name, said, options, options.get(FORWARD_KEY))
         out = self.dense.run(name, call, None if run is None else run.outputs.of_call)
         if isinstance(out, Tensor):

@@ -210,10 +210,10 @@ class OuterSampleWrapper:
         run = options[RUN_KEY] = RunState(
             record, bounds, watched_calls=watched, can_repeat=is_readable(network)
         )
-        out = None
+        out, watch = None, NanWatch()
         try:
             self._at_start(options)
-            watch = NanWatch() if run.router is None else run.router.nan_watch
+            watch = watch if run.router is None else run.router.nan_watch
             run.outputs.watched = watch.suspected
             out = executor(*run.steps.follow(args), **kwargs)
         except BaseException:
@@ -232,8 +232,8 @@ class OuterSampleWrapper:
     ) -> None:
         record = run.record
         try:
-            run.outputs.finish(result, watch)
             self._history.add(record, result)
+            run.outputs.finish(result, watch)
             record.finish()
             _say(record, choice)
         except Exception as error:  # it must not hide what ended the run

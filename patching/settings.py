@@ -12,7 +12,7 @@ from torch import Tensor
 from ..kernels import BlockPlan, TokenLayout
 from ..kernels.registry import PRECISIONS
 from ..third_party import DENSE_BACKENDS
-from .exact_calls import ExactCalls
+from .exact_calls import BY_DEFAULT, ExactCalls
 from .schedule import Schedule
 
 SETTINGS_KEY = "sparse_video_attention"
@@ -112,18 +112,29 @@ class DenseChoice:
     Attributes:
         backends: (site, name of a dense backend) pairs; a site without one is left to ComfyUI.
         unavailable: what was asked for and cannot run here, with the reason, for the record.
-        exact: calls that those of few bits leave out.
+        exact: (site, calls that backends of few bits leave out there) pairs.
     """
 
     backends: tuple[tuple[AttentionSite, str], ...] = ()
     unavailable: tuple[str, ...] = ()
-    exact: ExactCalls = ExactCalls()
+    exact: tuple[tuple[AttentionSite, ExactCalls], ...] = ()
 
     @property
     def counts_steps(self) -> bool:
         """Whether it matters which denoising step a call is in."""
-        names = {name for _, name in self.backends}
-        return self.exact.count_steps_for(DENSE_BACKENDS if FASTEST in names else names)
+        return any(
+            self.exact_at(site).count_steps_for(DENSE_BACKENDS if name == FASTEST else (name,))
+            for site, name in self.backends
+        )
+
+    @property
+    def names_layers(self) -> bool:
+        """Whether it matters which layer a call is of."""
+        return any(calls.layers for _, calls in self.exact)
+
+    def exact_at(self, site: AttentionSite) -> ExactCalls:
+        """What backends of few bits leave out at a site."""
+        return next((calls for place, calls in self.exact if place.value == site.value), BY_DEFAULT)
 
     def backend(self, site: AttentionSite | None) -> str | None:
         """The backend for a site, None to leave it to ComfyUI."""
@@ -139,9 +150,9 @@ class DenseChoice:
         chosen = {site.value for site, _ in self.backends}
         kept = tuple(pair for pair in earlier.backends if pair[0].value not in chosen)
         said = dict.fromkeys((*earlier.unavailable, *self.unavailable))
-        # A node that chooses nothing has nothing to be exact about.
-        exact = self.exact if self.backends else earlier.exact
-        return DenseChoice(self.backends + kept, tuple(said), exact)
+        own = {site.value for site, _ in self.exact}
+        others = tuple(pair for pair in earlier.exact if pair[0].value not in own)
+        return DenseChoice(self.backends + kept, tuple(said), self.exact + others)
 
     def describe(self) -> str:
         """The choice, for the log; empty if everything is left to ComfyUI."""

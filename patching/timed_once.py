@@ -77,7 +77,7 @@ class TimedOnce(Generic[T]):
             if self._inside or key in in_vain:
                 return self._unknown
             self._inside = True
-            log.info(f"{calls}: timing what can run them, once; compiling may take a minute")
+            log.info(f"{calls}: finding what runs them fastest, once; compiling may take a minute")
             try:
                 finding = look()
             except Exception as error:  # a sampling run must not end for this

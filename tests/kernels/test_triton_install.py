@@ -251,6 +251,7 @@ def test_triton_that_cannot_build_its_launcher_says_what_to_install(error, syste
     [
         subprocess.CalledProcessError(1, ["/usr/local/bin/ptxas", "kernel.ptx"]),
         subprocess.CalledProcessError(255, "git describe"),
+        subprocess.TimeoutExpired(GCC, 5),
         RuntimeError("CUDA error: an illegal memory access was encountered"),
     ],
 )

@@ -54,6 +54,32 @@ def test_what_is_no_attention_is_not(qkv, allowed):
             pytest.fail(what)
 
 
+def test_rows_all_through_a_head_are_looked_at(qkv):
+    q, k, v = qkv
+    out = attention(q, k, v)
+    out[:, :, 350:] = 0
+    with pytest.raises(ArithmeticError, match=OFF):
+        near_exact(IN_8_BITS)(q, k, v, None, out)
+
+
+def test_nan_is_found_wherever_it_is(qkv):
+    q, k, v = qkv
+    out = attention(q, k, v)
+    out[0, 1, 3, 5] = torch.nan
+    with pytest.raises(ArithmeticError, match="holds a NaN"):
+        near_exact(IN_8_BITS)(q, k, v, None, out)
+
+
+def test_what_fails_otherwise_is_not_asked_again(qkv, monkeypatch):
+    q, k, v = qkv
+
+    def broken(*_):
+        raise NotImplementedError("no such operation on this device")
+
+    monkeypatch.setattr(module, "_error", broken)
+    assert near_exact(IN_8_BITS)(q, k, v, None, attention(q, k, v))
+
+
 def test_only_the_last_head_of_the_last_sample_being_wrong_is_seen(qkv):
     q, k, v = qkv
     out = attention(q, k, v)
