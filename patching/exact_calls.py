@@ -1,7 +1,7 @@
 """Dense calls that no library of few bits computes: in the first and last steps, and in layers.
 
 What is wrong in the first steps moves the whole picture and what is wrong in the last ones stays
-in it, so makers of 4-bit attention keep it out of both (SageAttention 3, arXiv 2505.11594).
+in it, so others who run 4-bit attention (SageAttention 3, arXiv 2505.11594) keep it out of both.
 """
 
 from __future__ import annotations
