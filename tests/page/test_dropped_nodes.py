@@ -15,6 +15,7 @@ BACKEND = {
     **{"self_attn_1_type": "auto", "cross_attn_1_type": "auto", "cross_attn_2_type": "auto"},
     **{"config_file": "", "on_unavailable": "fallback"},
 }
+EXACT = {"exact_timesteps": -1, "last_exact_timesteps": -1, "exact_layers": ""}
 SCHEDULE = {"last_dense_timesteps": 0, "start_percent": 0.0, "end_percent": 1.0}
 KERNEL = {"kernel": "auto", "precision": "auto", "min_tokens": 4096, "dense_vace_blocks": False}
 SPARGE_ADVANCED = {"cdfthreshd": 0.0, "attention_sink": False, "block_order": "raster"}
@@ -26,7 +27,7 @@ DROPPED = {
         SPARGE,
         SCHEDULE | SPARGE_ADVANCED | {"skipped_blocks": "drop"} | KERNEL,
     ),
-    "SetAttentionBackend": (BACKEND, {}),
+    "SetAttentionBackend": (BACKEND, EXACT),
     "PreviewAttentionMask": ({"steps": 20}, {}),
     "AttentionReport": ({}, {}),
 }
