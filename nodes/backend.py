@@ -64,7 +64,10 @@ def _exact_inputs() -> list[io.Input]:
             max=100,
             optional=True,
             **ADVANCED,
-            tooltip="The same for its last steps.",
+            tooltip=(
+                "How many of this sampler's last steps PyTorch computes instead of an 8- or 4-bit "
+                "library; -1 as for the first steps."
+            ),
         ),
         io.String.Input(
             "exact_layers",
