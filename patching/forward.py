@@ -13,7 +13,7 @@ from .forward_order import ForwardOrder, may_reorder_whole_forward
 from .forward_state import ForwardState
 from .frame_calls import FrameCalls
 from .layout import ForwardTokens, countable_layers, read_tokens
-from .log import one_line
+from .log import log, one_line
 from .recorded_memory import outside_recorded_memory
 from .replaced import named, who_attends
 from .router import FORWARD_KEY, OVERRIDE_KEY, AttentionRouter, acting_router
@@ -209,16 +209,14 @@ def _how_to_run_again(state: ForwardState, out: Any, inputs: Iterable[Any]) -> s
     if state.forward_order is not None and state.forward_order.is_broken:
         _reorder_per_call_from_now_on(state)
         return ORDERED_PER_CALL
-    run = state.run
-    repeat = run is not None and run.outputs.forward_ran(
-        state.begun,
-        out,
-        inputs,
-        state.calls,
-        state.step,
-        state.router.nan_watch,
-        can_repeat=run.can_repeat,
-    )
+    run, watch = state.run, state.router.nan_watch
+    try:
+        repeat = run is not None and run.outputs.forward_ran(
+            state.begun, out, inputs, state.calls, state.step, watch, can_repeat=run.can_repeat
+        )
+    except Exception as error:  # a sampling run must not end for this
+        log.debug(f"an output was not looked at: {one_line(error)}")
+        repeat = False
     return WATCHED if repeat else ""
 
 

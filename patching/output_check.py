@@ -73,7 +73,8 @@ def _finite(x: Tensor) -> Tensor:
 
 
 def _checkable(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point() and not is_captured(x.device)
+    # Other packs' tensors of types of their own may not know what they are asked.
+    return type(x) is Tensor and x.is_floating_point() and not is_captured(x.device)
 
 
 class OutputCheck:
@@ -151,7 +152,7 @@ class OutputCheck:
         self.read(watch)
         if self._seen:
             return
-        if type(result) is Tensor and _checkable(result) and not bool(_finite(result)):
+        if _checkable(result) and not bool(_finite(result)):
             finite = torch.tensor(False)
             found = _Output(None, finite, [], self.watched, self._looked_at)
             self._say("the sampler's result", found, watch)

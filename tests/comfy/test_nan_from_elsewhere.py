@@ -111,6 +111,20 @@ def test_nan_that_came_in_is_not_blamed_on_the_model(model, install_band, sample
     assert "it came in with the latent, the conditioning or another input" in run_lines()[-1]
 
 
+def test_an_output_that_cannot_be_looked_at_does_not_end_the_run(
+    model, install_band, sample, monkeypatch
+):
+    from sparse_video_attention.patching import output_check
+
+    expected = sample(install_band(model))
+
+    def no_memory(x):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(output_check, "_finite", no_memory)
+    assert torch.equal(sample(install_band(model)), expected)
+
+
 def test_a_device_that_is_lost_leaves_the_run_its_record(
     model, install_band, sample, run_lines, monkeypatch
 ):
