@@ -14,7 +14,7 @@ from ..third_party import DENSE_BACKENDS
 from ..third_party.routing import ENVIRONMENT_VARIABLE, IMPLEMENTATIONS
 from .choice import make_choice
 from .config_file import find_config_file, plain_path
-from .exact_calls import BY_DEFAULT, ExactCalls
+from .exact_calls import EXACT_BY_DEFAULT, ExactCalls
 from .install import describe_model
 from .layout import model_family
 from .lightx2v import LightX2VConfig, read_lightx2v
@@ -219,7 +219,7 @@ def _exact(
 ) -> tuple[tuple[AttentionSite, ExactCalls], ...]:
     """Where a node's exact calls hold: with its own backends and, if they are not the default
     ones, with those of earlier nodes that it keeps."""
-    sites = [site for site, _ in able] if exact == BY_DEFAULT else AttentionSite
+    sites = [site for site, _ in able] if exact == EXACT_BY_DEFAULT else AttentionSite
     return tuple((site, exact) for site in sites)
 
 

@@ -99,4 +99,4 @@ class ExactCalls:
         return first, last
 
 
-BY_DEFAULT = ExactCalls()
+EXACT_BY_DEFAULT = ExactCalls()

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..kernels.capture import is_captured
@@ -152,8 +151,7 @@ class OutputCheck:
         self.read(watch)
         if self._seen:
             return
-        if _checkable(result) and not bool(_finite(result)):
-            finite = torch.tensor(False)
+        if _checkable(result) and not bool(finite := _finite(result)):
             found = _Output(None, finite, [], self.watched, self._looked_at)
             self._say("the sampler's result", found, watch)
             return

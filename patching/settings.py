@@ -12,7 +12,7 @@ from torch import Tensor
 from ..kernels import BlockPlan, TokenLayout
 from ..kernels.registry import PRECISIONS
 from ..third_party import DENSE_BACKENDS
-from .exact_calls import BY_DEFAULT, ExactCalls
+from .exact_calls import EXACT_BY_DEFAULT, ExactCalls
 from .schedule import Schedule
 
 SETTINGS_KEY = "sparse_video_attention"
@@ -134,7 +134,9 @@ class DenseChoice:
 
     def exact_at(self, site: AttentionSite) -> ExactCalls:
         """What backends of few bits leave out at a site."""
-        return next((calls for place, calls in self.exact if place.value == site.value), BY_DEFAULT)
+        return next(
+            (calls for place, calls in self.exact if place.value == site.value), EXACT_BY_DEFAULT
+        )
 
     def backend(self, site: AttentionSite | None) -> str | None:
         """The backend for a site, None to leave it to ComfyUI."""

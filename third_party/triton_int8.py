@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ..kernels.attention import block_sparse_attention
 from ..kernels.capture import is_captured
-from ..kernels.first_output import is_sound
+from ..kernels.first_output import ALLOWED_ERROR
 from ..kernels.plan import BlockPlan
-from ..kernels.registry import KernelCall, kernels, unavailable_reason
+from ..kernels.registry import unavailable_reason
 from ..kernels.triton_install import pip_install
 from .backend import DenseBackend, Loaded
 from .constraints import Constraints
 from .library import Library
+from .near_exact import near_exact
 
 KERNEL, PRECISION = "triton", "int8"
 
@@ -38,12 +39,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, mask: Tensor
     )
 
 
-def _is_sound(q: Tensor, k: Tensor, v: Tensor, scale: float | None, out: Tensor) -> bool:
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    call = KernelCall(q, k, v, _plan(q, k), scale, PRECISION)
-    return is_sound(out, call, kernels()[KERNEL])
-
-
 def load() -> Loaded:
     import triton  # noqa: F401
 
@@ -59,6 +54,6 @@ BACKEND = DenseBackend(
         linux=pip_install("triton"),
         windows=pip_install("triton-windows"),
     ),
-    is_sound=_is_sound,
+    is_sound=near_exact(ALLOWED_ERROR[PRECISION]),
     unfit=lambda: unavailable_reason(KERNEL),
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sparse_video_attention.patching import exact_calls
 from sparse_video_attention.patching import settings as settings_module
-from sparse_video_attention.patching.exact_calls import BY_DEFAULT, UNKNOWN_LAYER, ExactCalls
+from sparse_video_attention.patching.exact_calls import EXACT_BY_DEFAULT, UNKNOWN_LAYER, ExactCalls
 from sparse_video_attention.patching.fastest_dense import DenseWay
 from sparse_video_attention.patching.record import RunRecord
 from sparse_video_attention.patching.router import AttentionRouter
@@ -34,7 +34,7 @@ def known(monkeypatch):
     return found
 
 
-def choice(name, exact=BY_DEFAULT):
+def choice(name, exact=EXACT_BY_DEFAULT):
     site = AttentionSite.SELF
     return DenseChoice(((site, name),), exact=((site, exact),))
 
