@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,8 @@ QUARTER = STEPS // 4
 # First and last denoising steps that stay dense, of few.
 FEW_DENSE = ((0, 0), (1, 0), (2, 0), (1, 1))
 GRIDS = ("small", "full", "few_steps", "ends")
+# Ends the name of a curve whose settings do not take turns with the mirrored order.
+ONE_ORDER = " one order"
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,19 @@ class Setting:
         curve: settings of one curve differ by one dial alone.
         own: inputs of the method's own.
         schedule: inputs that all methods share.
+        policy: attributes of the policy that no node has an input for.
     """
 
     method: str
     curve: str
     own: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
+    policy: dict[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
         """The method and what differs from its defaults."""
-        said = {**self.own, **self.schedule}
+        said = {**self.own, **self.schedule, **self.policy}
         if not said:
             return f"{self.method} at its defaults"
         return " ".join([self.method, *(f"{name}={value}" for name, value in said.items())])
@@ -52,6 +56,11 @@ class Setting:
         Raises:
             ValueError: an input is not allowed.
         """
+        choice = self._choice(model)
+        policy: Any = choice.policy
+        return replace(choice, policy=replace(policy, **self.policy)) if self.policy else choice
+
+    def _choice(self, model: Any) -> SparseChoice:
         if self.method in ("radial", "dense"):
             policy = RadialPolicy(**self.own) if self.method == "radial" else _Everything()
             schedule: dict[str, Any] = {"dense_layers": "0", "min_tokens": 0} | self.schedule
@@ -133,6 +142,18 @@ def _sparge(full: bool) -> Iterator[Setting]:
             yield Setting("sparge", "sparge by sum", own)
 
 
+def _one_order(settings: Iterable[Setting]) -> Iterator[Setting]:
+    """Of the settings given: those that move tokens and pool, without the mirrored order."""
+    presets = load_presets()
+    for setting in settings:
+        section, _, name = setting.own.get("preset", "").partition("/")
+        moves = setting.own.get("block_order") == "Gilbert"
+        moves |= bool(name) and presets[section][name].token_order is not None
+        if moves and setting.own["skipped_blocks"] == "pool":
+            curve = f"{setting.curve}{ONE_ORDER}"
+            yield replace(setting, curve=curve, policy={"alternate_orders": False})
+
+
 def _defaults() -> Iterator[Setting]:
     """The nodes as they are dragged in."""
     for method in METHODS:
@@ -195,10 +216,11 @@ def settings(family: str, grid: str, steps: int = STEPS) -> list[Setting]:
     if grid == "ends":
         return list(_ends(steps))
     full = grid == "full"
+    choosing = [*_psa(family), *_sparge(full)]
     return [
         *_defaults(),
         *_radial(full),
-        *_psa(family),
-        *_sparge(full),
+        *choosing,
+        *_one_order(choosing),
         *_schedules(full),
     ]

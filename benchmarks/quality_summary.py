@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .quality_settings import METHODS
+from .quality_settings import METHODS, ONE_ORDER
 
 Row = dict[str, Any]
 
@@ -109,6 +109,19 @@ def _pooled(summaries: list[Summary]) -> Direction:
     return Direction("pooling skipped blocks is closer than dropping them", held, compared)
 
 
+def _in_turn(summaries: list[Summary]) -> Direction:
+    in_turn = {(s.family, s.size, s.label): s for s in summaries}
+    held = compared = 0
+    for summary in summaries:
+        if summary.curve.endswith(ONE_ORDER):
+            twin = summary.label.replace(" alternate_orders=False", "")
+            other = in_turn.get((summary.family, summary.size, twin))
+            if other is not None:
+                compared += 1
+                held += other.psnr > summary.psnr
+    return Direction("orders that take turns are closer than one order", held, compared)
+
+
 def _more_dense(summaries: list[Summary], dial: str, amount: Callable[[str], int]) -> Direction:
     """More of something dense is closer, within the curve that varies it."""
     held = compared = 0
@@ -129,7 +142,8 @@ def _dial(label: str, name: str) -> str:
 def is_over_density(curve: str) -> bool:
     """Whether what differs along a curve is how much is kept, not when or in what precision."""
     dials = ("dense_timesteps", "dense_layers", "last_dense", "precision")
-    return curve not in dials and " few" not in curve and not curve.endswith(" ends")
+    apart = " ends", ONE_ORDER
+    return curve not in dials and " few" not in curve and not curve.endswith(apart)
 
 
 def directions(summaries: list[Summary]) -> list[Direction]:
@@ -147,6 +161,7 @@ def directions(summaries: list[Summary]) -> list[Direction]:
     return [
         _density(over_density),
         _pooled(summaries),
+        _in_turn(summaries),
         _more_dense(summaries, "dense_timesteps", steps),
         _more_dense(summaries, "dense_layers", layers),
     ]

@@ -74,6 +74,39 @@ def video_order(
     return order
 
 
+def mirrored_order(order: Tensor, layout: TokenLayout) -> Tensor:
+    """The same order begun at the opposite corner: frames, rows and columns run backwards.
+
+    Blocks of consecutive tokens are as compact, and hold other tokens together.
+
+    Args:
+        order: int64 [layout.num_tokens], attention position -> token.
+
+    Returns:
+        int64 [layout.num_tokens]; tokens outside the video keep their positions.
+    """
+    first, last = layout.prefix_tokens, layout.prefix_tokens + layout.video_tokens - 1
+    # Video tokens are counted frame by frame, row by row: opposite ones add up to the ends.
+    return torch.where((order < first) | (order > last), order, first + last - order)
+
+
+def mirrored_in_turn(
+    order: Tensor | None, layout: TokenLayout, alternate: bool
+) -> tuple[Tensor | None, ...]:
+    """The orders that denoising steps take turns with: an order and the mirrored one.
+
+    What one partition into blocks gets wrong it gets wrong alike in every step, and that adds up.
+    Two partitions are wrong about different tokens.
+
+    Args:
+        order: None if tokens keep their places, which then is all.
+        alternate: False for the order alone.
+    """
+    if order is None or not alternate:
+        return (order,)
+    return order, mirrored_order(order, layout)
+
+
 def inverse_order(order: Tensor) -> Tensor:
     """Token -> attention position, for an order int64 [tokens] of any device."""
     inverse = torch.empty_like(order)

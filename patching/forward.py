@@ -66,7 +66,7 @@ def _prepare_sparse(
 ) -> None:
     """What does not depend on the layer, built here since hosts capture the blocks in graphs."""
     plans, layout = state.router.plans, tokens.layout
-    state.order = plans.order(choice.policy, layout, device)
+    state.order = plans.order(choice.policy, layout, device, state.step or 0)
     if tokens.frame_by_frame:
         # A method that reorders tokens or looks at them needs all queries at once.
         if choice.policy.is_static and state.order is None:

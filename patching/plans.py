@@ -94,7 +94,7 @@ class PlanCache:
 
     def __init__(self, limit: int = MAX_GRIDS) -> None:
         self._plans: _BoundedCache[BlockPlan] = _BoundedCache(limit)
-        self._orders: _BoundedCache[TokenOrder | None] = _BoundedCache(limit)
+        self._orders: _BoundedCache[tuple[TokenOrder | None, ...]] = _BoundedCache(limit)
         self._frames: _BoundedCache[FramePlans] = _BoundedCache(limit)
 
     def plan(self, policy: StaticPolicy, layout: TokenLayout, device: torch.device) -> BlockPlan:
@@ -107,13 +107,18 @@ class PlanCache:
         return self._frames.get(key, lambda: frame_plans(policy, layout, device))
 
     def order(
-        self, policy: SparsePolicy, layout: TokenLayout, device: torch.device
+        self, policy: SparsePolicy, layout: TokenLayout, device: torch.device, step: int = 0
     ) -> TokenOrder | None:
-        def build() -> TokenOrder | None:
-            order = policy.order(layout)
-            return None if order is None else TokenOrder(order, device)
+        """A policy's order at a denoising step; None if tokens keep their places."""
 
-        return self._orders.get((policy, layout, device), build)
+        def build() -> tuple[TokenOrder | None, ...]:
+            in_turn = getattr(policy, "orders", None)
+            # A policy of somebody's own may know one order only.
+            orders = (policy.order(layout),) if in_turn is None else in_turn(layout)
+            return tuple(None if order is None else TokenOrder(order, device) for order in orders)
+
+        orders = self._orders.get((policy, layout, device), build)
+        return orders[step % len(orders)]
 
     def __len__(self) -> int:
         return len(self._plans) + len(self._orders) + len(self._frames)

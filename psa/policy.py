@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import BlockPlan, TokenLayout
-from ..kernels.orders import video_order
+from ..kernels.orders import mirrored_in_turn, video_order
 from ..kernels.plan import POOLING, PYRAMID_LEVELS, SKIPPED_BLOCKS
 from ..kernels.twins import Twins
 from .importance import token_importance
@@ -30,6 +30,7 @@ class PsaPolicy:
         rearrange_method: "Gilbert", "STA" or None for the model's own token order.
         skipped_blocks: "drop" as published, or "pool" to attend to each block that the levels
             leave out through one mean key and value.
+        alternate_orders: every other denoising step has its tokens in the mirrored order.
         twins: what failed on which device, for as long as this policy lives.
 
     The other attributes are a preset's. Hashable: equal policies make equal plans.
@@ -45,6 +46,7 @@ class PsaPolicy:
     tile_size: tuple[int, int, int] = (2, 8, 8)
     skipped_blocks: str = "drop"
     label: str = "custom"
+    alternate_orders: bool = True
     twins: Twins = field(default_factory=Twins, repr=False, compare=False)
 
     name: ClassVar[str] = "psa"
@@ -126,6 +128,10 @@ class PsaPolicy:
         if self.rearrange_method is None:
             return None
         return video_order(layout, self.rearrange_method, self.tile_size)
+
+    def orders(self, layout: TokenLayout) -> tuple[Tensor | None, ...]:
+        """What denoising steps take turns with, each as `order`, that one first."""
+        return mirrored_in_turn(self.order(layout), layout, self.alternate_orders)
 
     def plan(
         self, q: Tensor, k: Tensor, layout: TokenLayout, *, layer: int, scale: float

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import BlockPlan, TokenLayout
-from ..kernels.orders import video_order
+from ..kernels.orders import mirrored_in_turn, video_order
 from ..kernels.plan import BLOCK_SIZES, POOLING, SKIPPED_BLOCKS
 from ..kernels.twins import Twins
 from .checkpoint import SpargeCheckpoint
@@ -37,6 +37,7 @@ class SpargePolicy:
         checkpoint: tuned thresholds per layer and head; they replace topk, cdfthreshd and
             simthreshd1.
         block_m, block_n: tokens per query block and per key block.
+        alternate_orders: in Gilbert order, every other denoising step has the mirrored one.
         twins: what failed on which device, for as long as this policy lives.
     """
 
@@ -52,6 +53,7 @@ class SpargePolicy:
     checkpoint: SpargeCheckpoint | None = None
     block_m: int = PUBLISHED_BLOCKS[0]
     block_n: int = PUBLISHED_BLOCKS[1]
+    alternate_orders: bool = True
     twins: Twins = field(default_factory=Twins, repr=False, compare=False)
 
     name: ClassVar[str] = "sparge"
@@ -122,6 +124,10 @@ class SpargePolicy:
         if self.block_order == "raster":
             return None
         return video_order(layout, self.block_order)
+
+    def orders(self, layout: TokenLayout) -> tuple[Tensor | None, ...]:
+        """What denoising steps take turns with, each as `order`, that one first."""
+        return mirrored_in_turn(self.order(layout), layout, self.alternate_orders)
 
     def plan(
         self, q: Tensor, k: Tensor, layout: TokenLayout, *, layer: int, scale: float

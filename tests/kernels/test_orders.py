@@ -10,7 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse_video_attention.kernels import TokenLayout, gilbert_order
-from sparse_video_attention.kernels.orders import inverse_order, tile_order, video_order
+from sparse_video_attention.kernels.orders import (
+    inverse_order,
+    mirrored_in_turn,
+    mirrored_order,
+    tile_order,
+    video_order,
+)
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "gilbert_orders.npz")
 
@@ -140,6 +146,48 @@ def test_inverse_puts_every_token_back():
     tokens = torch.randn(order.numel(), 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(tokens[order][inverse_order(order)], tokens)
     assert inverse_order(torch.tensor([2, 0, 1])).tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize("method", ["Gilbert", "STA"])
+@pytest.mark.parametrize(
+    "layout",
+    [TokenLayout(3, 5, 7), TokenLayout(4, 9, 1, 226), TokenLayout(5, 16, 10, 3, 2)],
+    ids=["video", "text-first", "both"],
+)
+def test_the_mirrored_order_begins_at_the_opposite_corner(layout, method):
+    order = video_order(layout, method, (2, 4, 4))
+    mirrored = mirrored_order(order, layout)
+    begin, end = layout.prefix_tokens, layout.prefix_tokens + layout.video_tokens
+    outside = [*range(begin), *range(end, layout.num_tokens)]
+    assert mirrored[outside].tolist() == outside
+    grid = layout.width, layout.height
+    there, back = (coordinates(found[begin:end] - begin, *grid) for found in (order, mirrored))
+    ends = torch.tensor([layout.width - 1, layout.height - 1, layout.frames - 1])
+    assert torch.equal(back, ends - there)
+    assert torch.equal(mirrored_order(mirrored, layout), order)
+
+
+def test_orders_take_turns_unless_there_is_one():
+    layout = TokenLayout(3, 5, 7)
+    order = video_order(layout, "Gilbert")
+    turns = mirrored_in_turn(order, layout, True)
+    assert len(turns) == 2 and turns[0] is order
+    assert torch.equal(turns[1], mirrored_order(order, layout))
+    assert mirrored_in_turn(order, layout, False) == (order,)
+    assert mirrored_in_turn(None, layout, True) == (None,)
+
+
+@pytest.mark.parametrize("grid", [(52, 30, 21), (45, 30, 13)], ids=["480p", "cogvideox"])
+def test_mirrored_blocks_hold_other_tokens_together(grid):
+    layout = TokenLayout(*reversed(grid))
+    order = video_order(layout, "Gilbert")
+    last = layout.num_tokens // 128 * 128
+
+    def blocks(found):
+        return {frozenset(block) for block in found[:last].view(-1, 128).tolist()}
+
+    ours, mirrored = blocks(order), blocks(mirrored_order(order, layout))
+    assert len(ours & mirrored) < 0.02 * len(ours)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,6 +85,18 @@ def test_one_more_dense_step_comes_first_or_last():
     assert found == [(12, 0), (13, 0), (12, 1), (11, 1)]
 
 
+@pytest.mark.parametrize("family", ["wan", "cogvideox"])
+def test_what_moves_tokens_is_also_measured_in_one_order(family):
+    found = settings(family, "small")
+    alone = [setting for setting in found if setting.policy]
+    twins = [replace(s, curve=s.curve.removesuffix(" one order"), policy={}) for s in alone]
+    assert all(twin in found for twin in twins)
+    # Of CogVideoX's presets one moves tokens.
+    assert len([s for s in alone if s.method == "psa"]) == {"wan": 5, "cogvideox": 1}[family]
+    assert len([s for s in alone if s.method == "sparge"]) == 2
+    assert all(s.label.endswith(" alternate_orders=False") for s in alone)
+
+
 def test_an_unknown_grid_is_named():
     with pytest.raises(ValueError, match="grid 'huge': allowed are small, full, few_steps, ends"):
         settings("wan", "huge")
@@ -136,11 +149,17 @@ class TestSummary:
             row("dense_layers", "sparge dense_layers=", 0.2, 18.0),
             row("dense_layers", "sparge dense_layers=0", 0.2, 17.0),
             row("dense_layers", "sparge dense_layers=0, -1", 0.2, 19.0),
+            row("psa topk", "psa a", 0.1, 22.0),
+            row("psa topk", "psa b", 0.1, 23.0),
+            row("psa topk one order", "psa a alternate_orders=False", 0.1, 21.0),
+            row("psa topk one order", "psa b alternate_orders=False", 0.1, 24.0),
+            row("psa topk one order", "psa c alternate_orders=False", 0.3, 9.0),
         ]
         found = {d.claim: (d.held, d.compared) for d in directions(summarise(rows))}
         assert found == {
             "quality falls with density": (2, 3),
             "pooling skipped blocks is closer than dropping them": (1, 2),
+            "orders that take turns are closer than one order": (1, 2),
             "more dense_timesteps is closer": (1, 1),
             "more dense_layers is closer": (1, 2),
         }

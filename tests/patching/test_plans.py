@@ -61,6 +61,35 @@ def test_changing_grids_do_not_fill_memory_and_the_latest_stay():
     assert policy.asked == [("plan", layouts[0])]
 
 
+@dataclass(frozen=True)
+class InTurn(Everything):
+    """Knows three orders, of which one keeps the tokens in place."""
+
+    def __hash__(self):
+        return 1
+
+    def orders(self, layout):
+        self.asked.append(("orders", layout))
+        tokens = torch.arange(layout.num_tokens)
+        return tokens.roll(1), None, tokens.roll(2)
+
+
+def test_steps_take_turns_with_the_orders_of_a_policy():
+    policy, cache, layout = InTurn([]), PlanCache(), TokenLayout(2, 5, 7)
+    orders = [cache.order(policy, layout, CPU, step) for step in range(6)]
+    assert all(orders[step] is orders[step + 3] for step in range(3))
+    assert policy.asked == [("orders", layout)]
+    assert orders[1] is None
+    for step, shift in ((0, 1), (2, 2)):
+        assert torch.equal(orders[step].forward, torch.arange(70).roll(shift))
+
+
+def test_a_policy_that_knows_one_order_keeps_it():
+    policy, cache = Everything([]), PlanCache()
+    orders = {cache.order(policy, TokenLayout(2, 5, 7), CPU, step) for step in range(4)}
+    assert len(orders) == 1
+
+
 def test_an_order_undoes_itself():
     order = PlanCache().order(Everything([]), TokenLayout(2, 5, 7), CPU)
     tokens = torch.randn(70)

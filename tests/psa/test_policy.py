@@ -90,6 +90,22 @@ def test_no_rearrangement_has_no_order():
     assert PsaPolicy(PYRAMID).order(LAYOUTS["N1000"]) is None
 
 
+@pytest.mark.parametrize("method", ["Gilbert", "STA"])
+def test_steps_take_turns_with_the_mirrored_order(method):
+    layout = TokenLayout(5, 6, 9, prefix_tokens=7)
+    policy = PsaPolicy(PYRAMID, rearrange_method=method)
+    there, mirrored = policy.orders(layout)
+    assert torch.equal(there, policy.order(layout))
+    # The opposite of the video's token t of 270 is 269 - t; 7 tokens of text come before.
+    assert torch.equal(mirrored[7:], 269 - (there[7:] - 7) + 7)
+    (alone,) = dataclasses.replace(policy, alternate_orders=False).orders(layout)
+    assert torch.equal(alone, there)
+
+
+def test_tokens_that_keep_their_places_keep_them_in_every_step():
+    assert PsaPolicy(PYRAMID).orders(LAYOUTS["N1000"]) == (None,)
+
+
 @pytest.mark.parametrize("name", BUNDLED)
 @pytest.mark.parametrize(
     ("layout", "head_dim", "dtype"),

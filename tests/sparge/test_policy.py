@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from sparse_video_attention.kernels import TokenLayout
+from sparse_video_attention.kernels.orders import mirrored_order
 from sparse_video_attention.sparge import (
     LayerThresholds,
     SpargeCheckpoint,
@@ -199,7 +200,12 @@ def test_a_wrong_field_is_a_sentence(field, value):
 def test_gilbert_order_moves_video_tokens_alone_and_raster_none():
     layout = TokenLayout(4, 6, 8, prefix_tokens=5, suffix_tokens=3)
     assert SpargePolicy().order(layout) is None
+    assert SpargePolicy().orders(layout) == (None,)
     order = SpargePolicy(block_order="Gilbert").order(layout)
+    turns = SpargePolicy(block_order="Gilbert").orders(layout)
+    assert torch.equal(turns[0], order) and torch.equal(turns[1], mirrored_order(order, layout))
+    (alone,) = SpargePolicy(block_order="Gilbert", alternate_orders=False).orders(layout)
+    assert torch.equal(alone, order)
     assert torch.equal(order.sort().values, torch.arange(layout.num_tokens))
     assert order[:5].tolist() == list(range(5)) and order[-3:].tolist() == [197, 198, 199]
     place = order[5:-3] - 5

@@ -1,0 +1,92 @@
+"""Methods that choose their blocks take turns with the mirrored token order, step by step."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from sparse_video_attention.kernels import BlockPlan
+from sparse_video_attention.kernels.orders import mirrored_in_turn, video_order
+from sparse_video_attention.patching import AttentionSettings, Schedule, SparseChoice, install
+from sparse_video_attention.patching.plans import TokenOrder
+
+from .conftest import BandPolicy, relative_error, sparse_calls
+
+pytestmark = pytest.mark.comfy
+
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Chosen(BandPolicy):
+    """Every block, or a band of them, in Gilbert's order; made anew for every call."""
+
+    alternate: bool = True
+    is_static = False
+
+    def order(self, layout):
+        return video_order(layout, "Gilbert")
+
+    def orders(self, layout):
+        return mirrored_in_turn(self.order(layout), layout, self.alternate)
+
+    def plan(self, q, k, layout, *, layer, scale):
+        block = torch.arange(-(-layout.num_tokens // 64))
+        kept = (block[:, None] - block).abs() <= self.reach
+        tokens = {"q_len": layout.num_tokens, "k_len": layout.num_tokens}
+        return BlockPlan.from_mask(kept, block_m=64, block_n=64, **tokens)
+
+
+@pytest.fixture
+def install_chosen():
+    def run(model, reach, alternate=True, **schedule):
+        schedule = Schedule(**{"dense_layers": frozenset(), "dense_timesteps": 0} | schedule)
+        choice = SparseChoice(Chosen(reach, alternate=alternate), schedule, min_tokens=0)
+        return install(model, AttentionSettings(sparse=choice))
+
+    return run
+
+
+@pytest.fixture
+def first_tokens(monkeypatch):
+    """Which of the video's tokens came first in each order that tokens were moved into."""
+    found = []
+    reorder = TokenOrder.reorder
+
+    def watched(self, x):
+        found.append(int(self.forward[0]))
+        return reorder(self, x)
+
+    monkeypatch.setattr(TokenOrder, "reorder", watched)
+    return found
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+def test_with_everything_kept_both_orders_are_dense_attention(models, install_chosen, sample, name):
+    for batch in (1, 2):
+        how = {"steps": STEPS, "shape": (batch, 16, 5, 16, 20)}
+        patched = install_chosen(models(name), reach=1000)
+        assert relative_error(sample(patched, **how), sample(models(name), **how)) < 1e-4
+        assert {call.step for call in sparse_calls(patched)} == set(range(STEPS))
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("cfg", [1.0, 5.0])
+def test_steps_take_turns_and_a_step_has_one_order(
+    models, install_chosen, sample, first_tokens, cfg
+):
+    # 5 x 8 x 10 tokens: the mirrored order begins with the last one.
+    sample(install_chosen(models("wan"), 1, dense_timesteps=1), steps=5, cfg=cfg)
+    per_forward = len(first_tokens) // 4
+    assert per_forward >= 2
+    turns = [set(first_tokens[i * per_forward : (i + 1) * per_forward]) for i in range(4)]
+    assert turns == [{399}, {0}, {399}, {0}]
+
+
+def test_turns_are_the_same_in_every_run_and_differ_from_none(models, install_chosen, sample):
+    model = models("wan")
+    out = sample(install_chosen(model, 1), steps=STEPS)
+    assert torch.equal(out, sample(install_chosen(model, 1), steps=STEPS))
+    assert (
+        relative_error(sample(install_chosen(model, 1, alternate=False), steps=STEPS), out) > 1e-4
+    )
