@@ -53,7 +53,10 @@ class SparsePolicy(Protocol):
         """Why the method cannot act on this layout, or None."""
 
     def order(self, layout: TokenLayout) -> Tensor | None:
-        """int64 [layout.num_tokens]: attention position -> token, or None to keep the order."""
+        """int64 [layout.num_tokens]: attention position -> token, or None to keep the order.
+
+        A policy may also have `orders(layout)`, a tuple of such: denoising steps take turns.
+        """
 
     def plan(
         self, q: Tensor, k: Tensor, layout: TokenLayout, *, layer: int, scale: float
