@@ -186,30 +186,9 @@ _CPU_LONG = {
     ),
 }
 
-_LONG = {
+RECIPES: dict[str, Recipe] = _RECIPES | {
     f"{name}-long": replace(
         _RECIPES[name], stages=_RECIPES[name].stages + stages, cooldown=400, ema_steps=150
     )
     for name, stages in _CPU_LONG.items()
 }
-
-
-def _wide(steps: int, clips: int, frames: int) -> Stage:
-    """Of four times the area: a frame of 960 tokens is seven blocks and a half, not two."""
-    return replace(_shown(steps, clips, frames), height=48, width=80)
-
-
-_WIDE = {
-    "wan-cpu-wide": replace(
-        _LONG["wan-cpu-long"],
-        stages=(
-            *_LONG["wan-cpu-long"].stages,
-            _wide(330, clips=8, frames=1),
-            _wide(260, clips=2, frames=5),
-        ),
-        cooldown=100,
-        ema_steps=60,
-    )
-}
-
-RECIPES: dict[str, Recipe] = _RECIPES | _LONG | _WIDE
