@@ -114,7 +114,7 @@ def _measure(
     grid = [
         setting
         for setting in settings(exact.family, arguments.grid, arguments.steps)
-        if setting.method in arguments.methods
+        if setting.method in arguments.methods and arguments.only in setting.label
     ]
     how = {"steps": arguments.steps, "guidance": arguments.guidance}
     count = arguments.floors
@@ -203,7 +203,7 @@ def run(arguments: argparse.Namespace) -> list[Path]:
             }
             if arguments.keep_others:
                 dense = [] if arguments.floors == 0 else ["dense"]
-                keep_others(result, path, [*arguments.methods, *dense])
+                keep_others(result, path, [*arguments.methods, *dense], arguments.only)
             with int8_twin() if device.type == "cpu" else nullcontext():
                 _measure(arguments, pair, shots, row_writer(result, path))
             _print_summary(result["rows"])
@@ -246,9 +246,15 @@ def parser() -> argparse.ArgumentParser:
         help="(default: all; dense alone is the floors)",
     )
     result.add_argument(
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="only settings whose label has this in it, such as Gilbert",
+    )
+    result.add_argument(
         "--keep-others",
         action="store_true",
-        help="keep what the file has of other methods, if its weights are the same",
+        help="keep what the file has of the rest, if its weights are the same",
     )
     result.add_argument("--grid", choices=GRIDS, default="small")
     result.add_argument("--comfyui", help="ComfyUI's folder (default: COMFYUI_PATH, or .comfyui/)")

@@ -12,12 +12,15 @@ from typing import Any
 from .quality_summary import Row, directions, summarise
 
 
-def keep_others(result: dict[str, Any], path: Path, methods: Collection[str]) -> None:
-    """Take over an earlier file's rows of methods that are not measured now.
+def keep_others(
+    result: dict[str, Any], path: Path, methods: Collection[str], only: str = ""
+) -> None:
+    """Take over an earlier file's rows of what is not measured now.
 
     Args:
         result: about to be written to `path`, still without rows.
         methods: those measured now; "dense" for the floors.
+        only: of these the settings whose label has this in it.
 
     Raises:
         ValueError: there is no earlier file, or it is of other weights, steps or guidance.
@@ -31,7 +34,9 @@ def keep_others(result: dict[str, Any], path: Path, methods: Collection[str]) ->
                 f"the rows of {path.name} cannot be kept: {name} was {earlier[name]} and is "
                 f"{result[name]}"
             )
-    result["rows"] = [row for row in earlier["rows"] if row["method"] not in methods]
+    result["rows"] = [
+        row for row in earlier["rows"] if row["method"] not in methods or only not in row["label"]
+    ]
     commands = [*earlier["command"].split(" && "), result["command"]]
     result["command"] = " && ".join(dict.fromkeys(commands))
 

@@ -265,6 +265,18 @@ class TestKeepingOthers:
         assert [kept["method"] for kept in result["rows"]] == ["radial", "dense"]
         assert result["command"] == "first && second"
 
+    def test_rows_of_other_settings_stay_where_some_are_measured_alone(self, tmp_path):
+        path = tmp_path / "quality.json"
+        self.earlier(path)
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        labels = ["sparge block_order=raster", "sparge block_order=Gilbert"]
+        earlier["rows"] += [row("sparge", label, 0.3, 20.0, "sparge") for label in labels]
+        path.write_text(json.dumps(earlier), encoding="utf-8")
+        result = self.now()
+        keep_others(result, path, ["sparge"], "Gilbert")
+        kept = [kept["label"] for kept in result["rows"]]
+        assert kept == ["radial", "psa", "dense in bf16", "sparge block_order=raster"]
+
     def test_floors_measured_again_do_not_stand_twice(self, tmp_path):
         self.earlier(tmp_path / "quality.json", command="first && second")
         result = self.now()
