@@ -116,6 +116,8 @@ def _measure(
         for setting in settings(exact.family, arguments.grid, arguments.steps)
         if setting.method in arguments.methods and arguments.only in setting.label
     ]
+    if arguments.only and not grid:
+        raise ValueError(f"only {arguments.only!r}: no setting of this grid has that in its label")
     how = {"steps": arguments.steps, "guidance": arguments.guidance}
     count = arguments.floors
     if count is None:

@@ -35,7 +35,9 @@ def keep_others(
                 f"{result[name]}"
             )
     result["rows"] = [
-        row for row in earlier["rows"] if row["method"] not in methods or only not in row["label"]
+        row
+        for row in earlier["rows"]
+        if row["method"] not in methods or (row["method"] != "dense" and only not in row["label"])
     ]
     commands = [*earlier["command"].split(" && "), result["command"]]
     result["command"] = " && ".join(dict.fromkeys(commands))

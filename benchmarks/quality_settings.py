@@ -143,7 +143,10 @@ def _sparge(full: bool) -> Iterator[Setting]:
 
 
 def _one_order(settings: Iterable[Setting]) -> Iterator[Setting]:
-    """Of the settings given: those that move tokens and pool, without the mirrored order."""
+    """Of the settings given: those that move tokens, without the mirrored order.
+
+    Pooled ones alone: those are what PSA's node does unless told otherwise.
+    """
     presets = load_presets()
     for setting in settings:
         section, _, name = setting.own.get("preset", "").partition("/")

@@ -140,10 +140,13 @@ def _dial(label: str, name: str) -> str:
 
 
 def is_over_density(curve: str) -> bool:
-    """Whether what differs along a curve is how much is kept, not when or in what precision."""
+    """Whether a curve shows quality over density.
+
+    Not where steps, layers or the precision differ, nor where it is the other half of a comparison.
+    """
     dials = ("dense_timesteps", "dense_layers", "last_dense", "precision")
-    apart = " ends", ONE_ORDER
-    return curve not in dials and " few" not in curve and not curve.endswith(apart)
+    compared = " ends", ONE_ORDER
+    return curve not in dials and " few" not in curve and not curve.endswith(compared)
 
 
 def directions(summaries: list[Summary]) -> list[Direction]:

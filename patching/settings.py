@@ -55,7 +55,9 @@ class SparsePolicy(Protocol):
     def order(self, layout: TokenLayout) -> Tensor | None:
         """int64 [layout.num_tokens]: attention position -> token, or None to keep the order.
 
-        A policy may also have `orders(layout)`, a tuple of such: denoising steps take turns.
+        A policy may also have `orders(layout)`, a tuple of such whose first is this one: runs
+        then use those, a step each in turn. A static plan has to hold for all of them, and either
+        all move tokens or none does.
         """
 
     def plan(

@@ -37,7 +37,9 @@ class SpargePolicy:
         checkpoint: tuned thresholds per layer and head; they replace topk, cdfthreshd and
             simthreshd1.
         block_m, block_n: tokens per query block and per key block.
-        alternate_orders: in Gilbert order, every other denoising step has the mirrored one.
+        alternate_orders: in Gilbert order, denoising steps take turns with the mirrored one. Not
+            with attention_sink, whose first block would be another one, nor with a checkpoint,
+            whose thresholds belong to the order that they were tuned in.
         twins: what failed on which device, for as long as this policy lives.
     """
 
@@ -127,7 +129,8 @@ class SpargePolicy:
 
     def orders(self, layout: TokenLayout) -> tuple[Tensor | None, ...]:
         """What denoising steps take turns with, each as `order`, that one first."""
-        return mirrored_in_turn(self.order(layout), layout, self.alternate_orders)
+        stays = self.attention_sink or self.checkpoint is not None
+        return mirrored_in_turn(self.order(layout), layout, self.alternate_orders and not stays)
 
     def plan(
         self, q: Tensor, k: Tensor, layout: TokenLayout, *, layer: int, scale: float

@@ -10,10 +10,13 @@ from sparse_video_attention.patching import AttentionSettings, Schedule, SparseC
 from sparse_video_attention.patching.plans import TokenOrder
 
 from .conftest import BandPolicy, relative_error, sparse_calls
+from .model_variants import VARIANTS
+from .variant_model import Model
 
 pytestmark = pytest.mark.comfy
 
 STEPS = 4
+VIDEO = 5 * 8 * 10  # tokens; the mirrored order begins with the last one
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ def first_tokens(monkeypatch):
     reorder = TokenOrder.reorder
 
     def watched(self, x):
-        found.append(int(self.forward[0]))
+        text = len(self.forward) - VIDEO
+        found.append(int(self.forward[text]) - text)
         return reorder(self, x)
 
     monkeypatch.setattr(TokenOrder, "reorder", watched)
@@ -72,15 +76,26 @@ def test_with_everything_kept_both_orders_are_dense_attention(models, install_ch
 
 @pytest.mark.core
 @pytest.mark.parametrize("cfg", [1.0, 5.0])
+@pytest.mark.parametrize("name", ["wan", "cogvideox"])
 def test_steps_take_turns_and_a_step_has_one_order(
-    models, install_chosen, sample, first_tokens, cfg
+    models, install_chosen, sample, first_tokens, name, cfg
 ):
-    # 5 x 8 x 10 tokens: the mirrored order begins with the last one.
-    sample(install_chosen(models("wan"), 1, dense_timesteps=1), steps=5, cfg=cfg)
-    per_forward = len(first_tokens) // 4
+    sample(install_chosen(models(name), 1, dense_timesteps=1), steps=6, cfg=cfg)
+    per_forward = len(first_tokens) // 5
     assert per_forward >= 2
-    turns = [set(first_tokens[i * per_forward : (i + 1) * per_forward]) for i in range(4)]
-    assert turns == [{399}, {0}, {399}, {0}]
+    turns = [set(first_tokens[i * per_forward : (i + 1) * per_forward]) for i in range(5)]
+    first, last = {0}, {VIDEO - 1}
+    assert turns == [last, first, last, first, last]
+
+
+def test_a_forward_outside_a_run_has_the_first_order(comfyui, install_chosen, first_tokens):
+    variant = Model(comfyui, VARIANTS["t2v"])
+    patched = install_chosen(variant.patcher, 1)
+    options = patched.model_options["transformer_options"] | {"wrappers": patched.wrappers}
+    with torch.inference_mode():
+        out = variant.net(**variant.inputs, transformer_options=options)
+    assert first_tokens
+    assert relative_error(out, variant.dense) > 1e-4
 
 
 def test_turns_are_the_same_in_every_run_and_differ_from_none(models, install_chosen, sample):

@@ -72,6 +72,8 @@ def test_every_setting_is_one_that_the_nodes_accept(family, load_model):
         for setting in found:
             choice = setting.choice(model)
             assert choice.policy.name == setting.method and choice.min_tokens == 0
+            for name, value in setting.policy.items():
+                assert getattr(choice.policy, name) == value
         found_by_grid[grid] = len(found)
     assert found_by_grid["full"] > found_by_grid["small"]
 
@@ -276,6 +278,9 @@ class TestKeepingOthers:
         keep_others(result, path, ["sparge"], "Gilbert")
         kept = [kept["label"] for kept in result["rows"]]
         assert kept == ["radial", "psa", "dense in bf16", "sparge block_order=raster"]
+        result = self.now()
+        keep_others(result, path, ["sparge", "dense"], "Gilbert")
+        assert "dense in bf16" not in [kept["label"] for kept in result["rows"]]
 
     def test_floors_measured_again_do_not_stand_twice(self, tmp_path):
         self.earlier(tmp_path / "quality.json", command="first && second")

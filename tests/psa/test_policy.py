@@ -98,7 +98,9 @@ def test_steps_take_turns_with_the_mirrored_order(method):
     assert torch.equal(there, policy.order(layout))
     # The opposite of the video's token t of 270 is 269 - t; 7 tokens of text come before.
     assert torch.equal(mirrored[7:], 269 - (there[7:] - 7) + 7)
-    (alone,) = dataclasses.replace(policy, alternate_orders=False).orders(layout)
+    one = dataclasses.replace(policy, alternate_orders=False)
+    assert one != policy
+    (alone,) = one.orders(layout)
     assert torch.equal(alone, there)
 
 

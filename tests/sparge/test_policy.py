@@ -204,8 +204,12 @@ def test_gilbert_order_moves_video_tokens_alone_and_raster_none():
     order = SpargePolicy(block_order="Gilbert").order(layout)
     turns = SpargePolicy(block_order="Gilbert").orders(layout)
     assert torch.equal(turns[0], order) and torch.equal(turns[1], mirrored_order(order, layout))
-    (alone,) = SpargePolicy(block_order="Gilbert", alternate_orders=False).orders(layout)
-    assert torch.equal(alone, order)
+    alone = SpargePolicy(block_order="Gilbert", alternate_orders=False)
+    assert alone != SpargePolicy(block_order="Gilbert")
+    # The sink would be the first block of another order.
+    for policy in (alone, SpargePolicy(block_order="Gilbert", attention_sink=True)):
+        (only,) = policy.orders(layout)
+        assert torch.equal(only, order)
     assert torch.equal(order.sort().values, torch.arange(layout.num_tokens))
     assert order[:5].tolist() == list(range(5)) and order[-3:].tolist() == [197, 198, 199]
     place = order[5:-3] - 5
