@@ -77,7 +77,8 @@ def video_order(
 def mirrored_order(order: Tensor, layout: TokenLayout) -> Tensor:
     """The same order begun at the opposite corner: frames, rows and columns run backwards.
 
-    Blocks of consecutive tokens are as compact, and hold other tokens together.
+    Blocks of consecutive tokens are as compact and mostly hold other tokens together, but for grids
+    that divide evenly into tiles or are powers of two.
 
     Args:
         order: int64 [layout.num_tokens], attention position -> token.
