@@ -115,8 +115,7 @@ class PlanCache:
             in_turn = getattr(policy, "orders", None)
             # A policy of somebody's own may know one order only.
             orders = (policy.order(layout),) if in_turn is None else in_turn(layout)
-            built = {id(x): TokenOrder(x, device) for x in orders if x is not None}
-            return tuple(None if order is None else built[id(order)] for order in orders)
+            return tuple(None if order is None else TokenOrder(order, device) for order in orders)
 
         orders = self._orders.get((policy, layout, device), build)
         return orders[step % len(orders)]

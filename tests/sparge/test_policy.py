@@ -1,5 +1,6 @@
 """SpargePolicy: its plan against the block map, dense attention and a tuned checkpoint."""
 
+import dataclasses
 import gc
 import math
 import pickle
@@ -95,6 +96,8 @@ def test_dense_heads_of_a_checkpoint_keep_everything_and_the_rest_their_threshol
         LayerThresholds(*zip(*heads, strict=True)) for heads in ((sparse, dense), (dense, sparse))
     )
     policy = SpargePolicy(checkpoint=SpargeCheckpoint("tuned.pt", "WAN", layers))
+    # Thresholds belong to the order that they were tuned in.
+    assert len(dataclasses.replace(policy, block_order="Gilbert").orders(TokenLayout(2, 8, 8))) == 1
     for layer, (sparse_head, dense_head) in enumerate(((0, 1), (1, 0))):
         levels, q, k = kept(policy, layout, layer=layer)
         assert (levels[:, dense_head] == 1).all()
