@@ -1,17 +1,15 @@
-"""What ComfyUI-Manager runs once after it has put the pack in place: Triton, on Windows alone.
+"""What ComfyUI-Manager runs at each install, update and repair of the pack: Triton, on Windows.
 
-requirements.txt cannot tell one PyTorch from another, and a Triton that does not fit breaks
-torch.compile. Nothing that is installed is changed, and nothing that fails here keeps the pack from
-running: it is slower without, and says so.
+pip cannot tell one PyTorch from another, and a Triton that does not fit breaks torch.compile, so
+the pack has no requirements.txt. Nothing that is installed is changed, and nothing that fails here
+keeps the pack from running: it is slower without, and says so.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import platform
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -26,17 +24,6 @@ def _triton_install() -> ModuleType:
     return module
 
 
-def _installers() -> list[list[str]]:
-    """Ways to install into this Python; environments that uv made have no pip."""
-    is_portable = Path(sys.executable).parent.name == "python_embeded"
-    # The portable build is apart from what the user has installed elsewhere.
-    python = [sys.executable, *(["-s"] if is_portable else [])]
-    ways = [[*python, "-m", "pip", "install"], [*python, "-m", "uv", "pip", "install"]]
-    if uv := shutil.which("uv"):
-        ways.append([uv, "pip", "install", "--python", sys.executable])
-    return ways
-
-
 def _say(text: str) -> None:
     # At once: what pip prints comes after it.
     print(f"[sparse_video_attention] {text}", flush=True)
@@ -49,10 +36,12 @@ def main() -> None:
         _say(f"nothing to install: {why}")
         return
     _say(f"installing {wanted}: {why}")
-    for way in _installers():
-        if subprocess.run([*way, wanted]).returncode == 0:
-            return
-    _say(f"that failed; to try again, run: {known.command()}")
+    # One of them alone: where a release is missing, it is missing for the others too.
+    if subprocess.run([*known.installer(), wanted]).returncode != 0:
+        _say(
+            "that failed, and the nodes run without Triton, slower (a release of triton-windows "
+            f"can come weeks after its PyTorch); to try again, run: {known.command()}"
+        )
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ TOOLS = [
     "hypothesis",
     "ruff",
     "mypy",
+    "pathspec",
     "types-PyYAML",
     "websocket-client",
     "matplotlib",

@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path, PureWindowsPath
@@ -78,7 +79,24 @@ def requirement(package: str, torch: str) -> str | None:
 
 def pip_install(package: str) -> str:
     """The command for this machine's PyTorch."""
-    return f'pip install "{requirement(package, installed_version("torch")) or package}"'
+    return f"pip install {_quoted_requirement(package)}"
+
+
+def _quoted_requirement(package: str) -> str:
+    return f'"{requirement(package, installed_version("torch")) or package}"'
+
+
+def installer() -> list[str]:
+    """The command that installs what is named after it into this Python."""
+    uv = shutil.which("uv")
+    if importlib.util.find_spec("pip") is not None:
+        is_portable = Path(sys.executable).parent.name == "python_embeded"
+        # The portable build is apart from what the user has installed elsewhere.
+        return [sys.executable, *(["-s"] if is_portable else []), "-m", "pip", "install"]
+    # Environments that uv made have no pip.
+    if uv is not None and importlib.util.find_spec("uv") is None:
+        return [uv, "pip", "install", "--python", sys.executable]
+    return [sys.executable, "-m", "uv", "pip", "install"]
 
 
 def what_to_install(system: str, torch: str) -> tuple[str | None, str]:
@@ -133,11 +151,12 @@ def cannot_build(error: BaseException) -> str | None:
 
 def command() -> str:
     """What a person does to get Triton for this Python."""
-    torch = installed_version("torch")
     if platform.system() != "Windows":
-        if "+rocm" in torch:
+        if "+rocm" in installed_version("torch"):
             return "reinstall PyTorch for ROCm, which includes Triton"
         return pip_install("triton")
-    folder = Path(sys.executable).parent.name
-    python = r"python_embeded\python.exe" if folder == "python_embeded" else "python"
-    return f"{python} -m {pip_install('triton-windows')}"
+    if Path(sys.executable).parent.name == "python_embeded":
+        return rf"python_embeded\python.exe -m {pip_install('triton-windows')}"
+    # Which Python a bare "python" is depends on where it is typed.
+    parts = [f'"{part}"' if " " in part else part for part in installer()]
+    return " ".join([*parts, _quoted_requirement("triton-windows")])

@@ -55,7 +55,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(platform, "system", lambda: system)
         monkeypatch.setattr(triton_install, "installed_version", versions.get)
         spec = SimpleNamespace(origin=origin) if origin != "" else None
-        found = {"triton": spec}.get
+        found = {"triton": spec, "pip": True}.get
         monkeypatch.setattr(importlib.util, "find_spec", found)
         return system, torch
 
@@ -89,9 +89,13 @@ def test_all_else_is_left_alone_and_says_why(system, torch, triton, origin, why,
     assert wanted is None and why in said
 
 
-def test_a_triton_for_another_pytorch_is_told_with_the_right_one(machine):
+def test_a_triton_for_another_pytorch_is_told_with_the_right_one(machine, monkeypatch):
+    monkeypatch.setattr(sys, "executable", r"C:\My tools\venv\Scripts\python.exe")
     _, said = what_to_install(*machine("Windows", "2.8.0+cu129", "3.6.0.post26", "triton.py"))
-    assert said.endswith('fails, run: python -m pip install "triton-windows>=3.4,<3.5"')
+    assert said.endswith(
+        r'fails, run: "C:\My tools\venv\Scripts\python.exe" -m pip install '
+        '"triton-windows>=3.4,<3.5"'
+    )
 
 
 def test_the_portable_builds_python_is_named(machine, monkeypatch):
@@ -135,6 +139,8 @@ def test_metadata_that_says_nothing_is_no_error(monkeypatch):
     assert triton_install.installed_version("torch") == ""
 
 
+WANTED = "triton-windows>=3.4,<3.5"
+
 # Runs install.py as on a Windows, its installers being stand-ins that write down their arguments.
 DRIVER = """
 import platform, runpy, sys
@@ -151,7 +157,7 @@ sys.exit({code})
 
 @pytest.fixture
 def run_install(tmp_path):
-    """run_install(system, pip=its exit code, uv=...): (calls of installers, what was printed)."""
+    """run_install(system, path, pip=its exit code, uv=...): (their calls, what was printed)."""
     pack = tmp_path / "sparse-video-attention 1"
     packages, calls = tmp_path / "packages", tmp_path / "calls"
     for name in ("install.py", "kernels/triton_install.py"):
@@ -161,7 +167,7 @@ def run_install(tmp_path):
     torch.parent.mkdir(parents=True)
     torch.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.8.0+cu129\n")
 
-    def run(system, **codes):
+    def run(system, path="", **codes):
         calls.write_text("")
         for name, code in codes.items():
             (packages / f"{name}.py").write_text(INSTALLER.format(name=name, code=code))
@@ -169,7 +175,7 @@ def run_install(tmp_path):
         # -S: without what is installed here, Triton among it.
         done = subprocess.run(
             [sys.executable, "-S", "-c", driver],
-            env=os.environ | {"PYTHONPATH": str(packages), "CALLS": str(calls), "PATH": ""},
+            env=os.environ | {"PYTHONPATH": str(packages), "CALLS": str(calls), "PATH": path},
             capture_output=True,
             text=True,
             cwd=tmp_path,
@@ -182,21 +188,36 @@ def run_install(tmp_path):
 
 def test_install_brings_what_fits(run_install):
     calls, said = run_install("Windows", pip=0, uv=0)
-    assert calls == [["pip", "install", "triton-windows>=3.4,<3.5"]]
-    assert "installing triton-windows>=3.4,<3.5: it is the one for PyTorch 2.8.0+cu129" in said
+    assert calls == [["pip", "install", WANTED]]
+    assert f"installing {WANTED}: it is the one for PyTorch 2.8.0+cu129" in said
 
 
 def test_without_pip_uv_installs(run_install):
-    calls, said = run_install("Windows", pip=1, uv=0)
-    assert calls[1:] == [["uv", "pip", "install", "triton-windows>=3.4,<3.5"]]
+    calls, said = run_install("Windows", uv=0)
+    assert calls == [["uv", "pip", "install", WANTED]]
     assert "failed" not in said
 
 
-def test_a_failure_is_no_error_and_ends_in_a_command_to_type(run_install):
-    calls, said = run_install("Windows", pip=1, uv=2)
-    assert len(calls) == 2
+@pytest.mark.skipif(os.name == "nt", reason="a script that stands in for uv needs its #! line")
+def test_without_either_in_this_python_the_uv_of_the_machine_installs(run_install, tmp_path):
+    uv = tmp_path / "uv"
+    uv.write_text(f"#!{sys.executable}\n" + INSTALLER.format(name="uv of the machine", code=0))
+    uv.chmod(0o755)
+    calls, _ = run_install("Windows", path=str(tmp_path))
+    assert calls == [
+        ["uv of the machine", "pip", "install", "--python", sys.executable, WANTED],
+    ]
+
+
+@pytest.mark.parametrize("there", [{"pip": 1, "uv": 0}, {"uv": 2}])
+def test_a_failure_is_no_error_and_ends_in_a_command_to_type(there, run_install):
+    """Tried once: what is not on the index for pip is not there for uv either."""
+    calls, said = run_install("Windows", **there)
+    name = next(iter(there))
+    arguments = "pip install" if name == "pip" else "uv pip install"
+    assert len(calls) == 1 and calls[0][0] == name
     assert said.endswith(
-        'that failed; to try again, run: python -m pip install "triton-windows>=3.4,<3.5"\n'
+        f'to try again, run: {sys.executable} -m {arguments} "triton-windows>=3.4,<3.5"\n'
     )
 
 
@@ -207,8 +228,7 @@ def test_on_linux_install_installs_nothing(run_install):
 
 def test_nothing_is_left_to_pip_alone():
     """A line for Triton would put another release, or another maker's, over the one in use."""
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    assert not [line for line in lines if line.strip() and not line.startswith("#")]
+    assert not (ROOT / "requirements.txt").exists()
     assert "dependencies = []" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
