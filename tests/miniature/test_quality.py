@@ -13,7 +13,6 @@ from sparse_video_attention.kernels import BlockPlan, block_sparse_attention
 from benchmarks import quality
 from benchmarks.eight_bit import int8_twin
 from benchmarks.quality_metrics import psnr, ssim
-from benchmarks.quality_rows import keep_others
 from benchmarks.quality_settings import GRIDS, Setting, settings
 from benchmarks.quality_summary import directions, summarise
 from miniature.wan import WanMiniature
@@ -244,65 +243,3 @@ def test_a_measurement_compares_with_the_dense_video_of_the_same_seed(
         assert few["psnr_db"] + 10 < floors[seed, in_int8]["psnr_db"] < exact
     assert 20 < floors[3, in_bf16]["psnr_db"] < 90
     assert path.with_suffix(".png").stat().st_size > 0
-
-
-class TestKeepingOthers:
-    """A method measured again takes its place among the rows of the others."""
-
-    WEIGHTS = {"name": "wan_miniature.safetensors", "sha256": "ab"}
-
-    def earlier(self, path, **changed):
-        rows = [row("radial drop", "radial", 0.4, 20.0), row("psa", "psa", 0.2, 18.0, "psa")]
-        rows.append(row("floor", "dense in bf16", 1.0, 45.0, "dense"))
-        facts = {"weights": self.WEIGHTS, "steps": 12, "guidance": 3.0, "command": "first"}
-        path.write_text(json.dumps(facts | changed | {"rows": rows}), encoding="utf-8")
-
-    def now(self):
-        return {"weights": self.WEIGHTS, "steps": 12, "guidance": 3.0, "command": "second"}
-
-    def test_rows_of_other_methods_stay_and_both_commands_are_said(self, tmp_path):
-        self.earlier(tmp_path / "quality.json")
-        result = self.now()
-        keep_others(result, tmp_path / "quality.json", ["psa"])
-        assert [kept["method"] for kept in result["rows"]] == ["radial", "dense"]
-        assert result["command"] == "first && second"
-
-    def test_rows_of_other_settings_stay_where_some_are_measured_alone(self, tmp_path):
-        path = tmp_path / "quality.json"
-        self.earlier(path)
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        labels = ["sparge block_order=raster", "sparge block_order=Gilbert"]
-        earlier["rows"] += [row("sparge", label, 0.3, 20.0, "sparge") for label in labels]
-        path.write_text(json.dumps(earlier), encoding="utf-8")
-        result = self.now()
-        keep_others(result, path, ["sparge"], "Gilbert")
-        kept = [kept["label"] for kept in result["rows"]]
-        assert kept == ["radial", "psa", "dense in bf16", "sparge block_order=raster"]
-        result = self.now()
-        keep_others(result, path, ["sparge", "dense"], "Gilbert")
-        assert "dense in bf16" not in [kept["label"] for kept in result["rows"]]
-
-    def test_floors_measured_again_do_not_stand_twice(self, tmp_path):
-        self.earlier(tmp_path / "quality.json", command="first && second")
-        result = self.now()
-        keep_others(result, tmp_path / "quality.json", ["psa", "dense"])
-        assert [kept["method"] for kept in result["rows"]] == ["radial"]
-        assert result["command"] == "first && second"
-
-    @pytest.mark.parametrize(
-        ("changed", "why"),
-        [
-            ({"weights": {"name": "wan_miniature.safetensors", "sha256": "cd"}}, "weights was"),
-            ({"steps": 4}, "steps was 4 and is 12"),
-            ({"guidance": 1.0}, "guidance was 1.0 and is 3.0"),
-        ],
-        ids=["weights", "steps", "guidance"],
-    )
-    def test_rows_of_something_else_are_refused(self, changed, why, tmp_path):
-        self.earlier(tmp_path / "quality.json", **changed)
-        with pytest.raises(ValueError, match=f"quality.json cannot be kept: {why}"):
-            keep_others(self.now(), tmp_path / "quality.json", ["psa"])
-
-    def test_no_rows_to_keep_is_said(self, tmp_path):
-        with pytest.raises(ValueError, match="no earlier rows to keep: no file"):
-            keep_others(self.now(), tmp_path / "quality.json", ["psa"])
