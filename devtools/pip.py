@@ -29,12 +29,12 @@ _FAILURES = (
     (
         r"from versions: none",
         "the package index has a package in no version that this Python takes",
-        "use Python 3.10 to 3.13, and see that pip's index settings (pip config list) are right",
+        "use Python 3.10 to 3.14, and see that pip's index settings (pip config list) are right",
     ),
     (
         r"Could not find a version|No matching distribution",
         "a package has no build for this Python and system",
-        "use Python 3.10 to 3.13 on Linux, macOS or Windows",
+        "use Python 3.10 to 3.14 on Linux, macOS or Windows",
     ),
     (r"Permission denied|Errno 13", "a file may not be written", "check who owns this folder"),
 )

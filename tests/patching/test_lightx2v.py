@@ -67,7 +67,7 @@ BROKEN = {
     "one-level-down": (b'{"attention": {' + SELF + b"}}", "names no attention"),
     "checkpoint-alone": (b'{"sparge_ckpt": "/a.pt"}', "names no attention"),
     "key-twice": (b"{" + SELF + b", " + SELF + b"}", "'self_attn_1_type' is given twice"),
-    "deep": (b'{"a":' * 20_000, "nested too deeply"),
+    "deep": (b'{"a":' * 200_000, "nested too deeply"),
 }
 
 
