@@ -66,7 +66,8 @@ def _prepare_sparse(
 ) -> None:
     """What does not depend on the layer, built here since hosts capture the blocks in graphs."""
     plans, layout = state.router.plans, tokens.layout
-    state.order = plans.order(choice.policy, layout, device, state.step or 0)
+    turn = 0 if state.run is None else state.run.steps.turn(state.step)
+    state.order = plans.order(choice.policy, layout, device, turn)
     if tokens.frame_by_frame:
         # A method that reorders tokens or looks at them needs all queries at once.
         if choice.policy.is_static and state.order is None:

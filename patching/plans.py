@@ -107,9 +107,9 @@ class PlanCache:
         return self._frames.get(key, lambda: frame_plans(policy, layout, device))
 
     def order(
-        self, policy: SparsePolicy, layout: TokenLayout, device: torch.device, step: int = 0
+        self, policy: SparsePolicy, layout: TokenLayout, device: torch.device, turn: int = 0
     ) -> TokenOrder | None:
-        """A policy's order at a denoising step; None if tokens keep their places."""
+        """A policy's order, of several that take turns; None if tokens keep their places."""
 
         def build() -> tuple[TokenOrder | None, ...]:
             in_turn = getattr(policy, "orders", None)
@@ -118,7 +118,7 @@ class PlanCache:
             return tuple(None if order is None else TokenOrder(order, device) for order in orders)
 
         orders = self._orders.get((policy, layout, device), build)
-        return orders[step % len(orders)]
+        return orders[turn % len(orders)]
 
     def __len__(self) -> int:
         return len(self._plans) + len(self._orders) + len(self._frames)

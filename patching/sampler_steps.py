@@ -13,6 +13,31 @@ from .step import churned_levels, denoising_step
 # Of CFGGuider.outer_sample's arguments.
 _SAMPLER, SIGMAS, _CALLBACK = 2, 3, 5
 
+# Of ComfyUI's samplers those whose steps start from the latent alone; ddim is its euler. The others
+# extrapolate from what the model gave in earlier steps.
+_SINGLE_STEP = frozenset(
+    f"sample_{name}"
+    for name in (
+        "euler",
+        "euler_ancestral",
+        "euler_ancestral_cfg_pp",
+        "euler_cfg_pp",
+        "ddpm",
+        "dpm_2",
+        "dpm_2_ancestral",
+        "dpmpp_2s_ancestral",
+        "dpmpp_2s_ancestral_cfg_pp",
+        "dpmpp_sde",
+        "dpmpp_sde_gpu",
+        "exp_heun_2_x0",
+        "exp_heun_2_x0_sde",
+        "heun",
+        "lcm",
+        "seeds_2",
+        "seeds_3",
+    )
+)
+
 
 class _Schedule(NamedTuple):
     """Sigmas, and the noise levels that the steps between them start at."""
@@ -25,6 +50,8 @@ class SamplerSteps:
     """The steps of one sampling run. Safe to share between threads."""
 
     def __init__(self) -> None:
+        # Unknown samplers may extrapolate.
+        self._are_single = False
         self._options: Mapping[str, Any] = {}
         self._schedules: dict[int, _Schedule] = {}
         self._latest = 0
@@ -32,7 +59,7 @@ class SamplerSteps:
         self._lock = threading.Lock()
 
     def follow(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Read the sampler's options, and have it report its steps.
+        """Read the sampler's kind and options, and have it report its steps.
 
         Args:
             args: of CFGGuider.outer_sample.
@@ -42,6 +69,8 @@ class SamplerSteps:
         """
         if len(args) <= _CALLBACK:
             return args
+        function = getattr(args[_SAMPLER], "sampler_function", None)
+        self._are_single = getattr(function, "__name__", "") in _SINGLE_STEP
         options = getattr(args[_SAMPLER], "extra_options", None)
         self._options = options if isinstance(options, Mapping) else {}
         theirs: Callable[..., Any] | None = args[_CALLBACK]
@@ -52,6 +81,15 @@ class SamplerSteps:
             return None if theirs is None else theirs(*told, **named)
 
         return (*args[:_CALLBACK], callback, *args[_CALLBACK + 1 :])
+
+    def turn(self, step: int | None) -> int:
+        """Whose turn it is at a step, of token orders whose blocks get different things wrong.
+
+        Single steps add these errors up, and in turns they partly cancel. Samplers that extrapolate
+        over steps multiply what differs from one to the next, so there it is always the first's
+        turn (docs/measurements.md).
+        """
+        return step or 0 if self._are_single else 0
 
     @property
     def has_begun(self) -> bool:

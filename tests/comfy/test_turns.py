@@ -105,3 +105,22 @@ def test_turns_are_the_same_in_every_run_and_differ_from_none(models, install_ch
     assert (
         relative_error(sample(install_chosen(model, 1, alternate=False), steps=STEPS), out) > 1e-4
     )
+
+
+@pytest.mark.parametrize("sampler", ["euler", "ddim", "euler_ancestral", "lcm", "heun", "dpm_2"])
+def test_single_steps_take_turns(models, install_chosen, sample, first_tokens, sampler):
+    sample(install_chosen(models("wan"), 1), steps=5, sampler=sampler)
+    assert set(first_tokens) == {0, VIDEO - 1}
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("sampler", ["uni_pc", "uni_pc_bh2", "dpmpp_2m", "res_multistep", "lms"])
+def test_samplers_that_extrapolate_over_steps_keep_one_order(
+    models, install_chosen, sample, first_tokens, sampler
+):
+    """They would multiply what differs from one step to the next."""
+    with (
+        torch.inference_mode()
+    ):  # as ComfyUI runs nodes; uni_pc of old ones asks for gradients else
+        sample(install_chosen(models("wan"), 1), steps=5, sampler=sampler)
+    assert set(first_tokens) == {0}
