@@ -30,7 +30,8 @@ class PsaPolicy:
         rearrange_method: "Gilbert", "STA" or None for the model's own token order.
         skipped_blocks: "drop" as published, or "pool" to attend to each block that the levels
             leave out through one mean key and value.
-        alternate_orders: denoising steps take turns with the mirrored order.
+        alternate_orders: denoising steps take turns with the mirrored order, where the sampler
+            does not extrapolate over steps.
         twins: what failed on which device, for as long as this policy lives.
 
     The other attributes are a preset's. Hashable: equal policies make equal plans.
