@@ -13,9 +13,10 @@ from .step import churned_levels, denoising_step
 # Of CFGGuider.outer_sample's arguments.
 _SAMPLER, SIGMAS, _CALLBACK = 2, 3, 5
 
-# Of ComfyUI's samplers those whose steps start from the latent alone; ddim is its euler. The others
-# extrapolate from what the model gave in earlier steps.
-_SINGLE_STEP = frozenset(
+# Of ComfyUI's samplers those whose steps start from the latent alone; ddim is its euler, and
+# VOID_DDIM what the node VOIDSampler gives, for CogVideoX. The others extrapolate from what the
+# model gave in earlier steps.
+_SINGLE_STEP = {"VOID_DDIM"} | {
     f"sample_{name}"
     for name in (
         "euler",
@@ -36,7 +37,7 @@ _SINGLE_STEP = frozenset(
         "seeds_2",
         "seeds_3",
     )
-)
+}
 
 
 class _Schedule(NamedTuple):
@@ -69,7 +70,8 @@ class SamplerSteps:
         """
         if len(args) <= _CALLBACK:
             return args
-        function = getattr(args[_SAMPLER], "sampler_function", None)
+        sampler = args[_SAMPLER]
+        function = getattr(sampler, "sampler_function", type(sampler))
         self._are_single = getattr(function, "__name__", "") in _SINGLE_STEP
         options = getattr(args[_SAMPLER], "extra_options", None)
         self._options = options if isinstance(options, Mapping) else {}

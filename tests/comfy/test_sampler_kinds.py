@@ -87,3 +87,9 @@ def test_unipc_and_samplers_of_other_packs_take_no_turns(comfyui):
     assert not takes_turns(sampler_object("uni_pc_bh2"))
     assert not takes_turns(KSAMPLER(lambda *args, **kwargs: None))
     assert not takes_turns(SimpleNamespace())
+
+
+def test_cogvideoxs_own_sampler_takes_turns(comfyui):
+    void = pytest.importorskip("comfy_extras.nodes_void", reason="this ComfyUI has no VOIDSampler")
+    sampler = void.VOIDSampler.execute().result[0]
+    assert takes_turns(sampler)
