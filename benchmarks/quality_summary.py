@@ -92,21 +92,18 @@ def _density(curves: Iterable[list[Summary]]) -> Direction:
     return Direction("quality falls with density", held, compared)
 
 
-def _pooled(summaries: list[Summary]) -> Direction:
-    dropped = {
-        (s.family, s.size, s.label): s for s in summaries if "skipped_blocks=drop" in s.label
-    }
+def _choice(summaries: list[Summary], claim: str, chosen: str, instead: str) -> Direction:
+    """One choice of an input is closer than the other, all else in the labels being alike."""
+    others = {(s.family, s.size, s.label): s for s in summaries if instead in s.label}
     pairs = set()
     for summary in summaries:
-        if "skipped_blocks=pool" in summary.label:
-            twin = summary.label.replace("skipped_blocks=pool", "skipped_blocks=drop")
-            other = dropped.get((summary.family, summary.size, twin))
+        if chosen in summary.label:
+            twin = summary.label.replace(chosen, instead)
+            other = others.get((summary.family, summary.size, twin))
             if other is not None:
                 # Settings that come to the same mask are one comparison.
                 pairs.add((summary.method, other.density, other.psnr, summary.psnr))
-    held = sum(pooled > drop for _, _, drop, pooled in pairs)
-    compared = len(pairs)
-    return Direction("pooling skipped blocks is closer than dropping them", held, compared)
+    return Direction(claim, sum(ours > theirs for _, _, theirs, ours in pairs), len(pairs))
 
 
 def _in_turn(summaries: list[Summary]) -> Direction:
@@ -163,7 +160,18 @@ def directions(summaries: list[Summary]) -> list[Direction]:
     ]
     return [
         _density(over_density),
-        _pooled(summaries),
+        _choice(
+            summaries,
+            "pooling skipped blocks is closer than dropping them",
+            "skipped_blocks=pool",
+            "skipped_blocks=drop",
+        ),
+        _choice(
+            summaries,
+            "Sparge in Gilbert order is closer than in raster order",
+            "block_order=Gilbert",
+            "block_order=raster",
+        ),
         _in_turn(summaries),
         _more_dense(summaries, "dense_timesteps", steps),
         _more_dense(summaries, "dense_layers", layers),

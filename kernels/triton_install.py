@@ -88,15 +88,16 @@ def _quoted_requirement(package: str) -> str:
 
 def installer() -> list[str]:
     """The command that installs what is named after it into this Python."""
-    uv = shutil.which("uv")
+    is_portable = Path(sys.executable).parent.name == "python_embeded"
+    # The portable build is apart from what the user has installed elsewhere.
+    pip = [sys.executable, *(["-s"] if is_portable else []), "-m", "pip", "install"]
     if importlib.util.find_spec("pip") is not None:
-        is_portable = Path(sys.executable).parent.name == "python_embeded"
-        # The portable build is apart from what the user has installed elsewhere.
-        return [sys.executable, *(["-s"] if is_portable else []), "-m", "pip", "install"]
+        return pip
     # Environments that uv made have no pip.
-    if uv is not None and importlib.util.find_spec("uv") is None:
-        return [uv, "pip", "install", "--python", sys.executable]
-    return [sys.executable, "-m", "uv", "pip", "install"]
+    if importlib.util.find_spec("uv") is not None:
+        return [sys.executable, "-m", "uv", "pip", "install"]
+    uv = shutil.which("uv")
+    return pip if uv is None else [uv, "pip", "install", "--python", sys.executable]
 
 
 def what_to_install(system: str, torch: str) -> tuple[str | None, str]:

@@ -73,7 +73,7 @@ class SamplerSteps:
         sampler = args[_SAMPLER]
         function = getattr(sampler, "sampler_function", type(sampler))
         self._are_single = getattr(function, "__name__", "") in _SINGLE_STEP
-        options = getattr(args[_SAMPLER], "extra_options", None)
+        options = getattr(sampler, "extra_options", None)
         self._options = options if isinstance(options, Mapping) else {}
         theirs: Callable[..., Any] | None = args[_CALLBACK]
 

@@ -10,7 +10,7 @@ pytestmark = [pytest.mark.comfy, pytest.mark.core]
 
 SIGMAS = torch.tensor([0.95, 0.8, 0.6, 0.35, 0.1, 0.0])
 # They choose steps of their own between two noise levels.
-OWN_STEPS = {"dpm_fast", "dpm_adaptive", "ar_video"}
+OWN_STEPS = {"dpm_fast", "dpm_adaptive"}
 
 
 class Denoiser:

@@ -119,8 +119,7 @@ def test_samplers_that_extrapolate_over_steps_keep_one_order(
     models, install_chosen, sample, first_tokens, sampler
 ):
     """They would multiply what differs from one step to the next."""
-    with (
-        torch.inference_mode()
-    ):  # as ComfyUI runs nodes; uni_pc of old ones asks for gradients else
+    # As ComfyUI runs nodes: old ones' uni_pc asks for gradients otherwise.
+    with torch.inference_mode():
         sample(install_chosen(models("wan"), 1), steps=5, sampler=sampler)
     assert set(first_tokens) == {0}

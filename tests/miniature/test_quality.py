@@ -155,11 +155,17 @@ class TestSummary:
             row("psa topk one order", "psa a alternate_orders=False", 0.1, 21.0),
             row("psa topk one order", "psa b alternate_orders=False", 0.1, 24.0),
             row("psa topk one order", "psa c alternate_orders=False", 0.3, 9.0),
+            row("sparge raster", "sparge topk=0.2 block_order=raster", 0.3, 20.0),
+            row("sparge Gilbert", "sparge topk=0.2 block_order=Gilbert", 0.3, 21.0),
+            row("sparge raster", "sparge topk=0.3 block_order=raster", 0.3, 23.0),
+            row("sparge Gilbert", "sparge topk=0.3 block_order=Gilbert", 0.3, 22.0),
+            row("sparge Gilbert", "sparge topk=0.5 block_order=Gilbert", 0.3, 30.0),
         ]
         found = {d.claim: (d.held, d.compared) for d in directions(summarise(rows))}
         assert found == {
             "quality falls with density": (2, 3),
             "pooling skipped blocks is closer than dropping them": (1, 2),
+            "Sparge in Gilbert order is closer than in raster order": (1, 2),
             "orders that take turns are closer than one order": (1, 2),
             "more dense_timesteps is closer": (1, 1),
             "more dense_layers is closer": (1, 2),
