@@ -25,17 +25,7 @@ def default_choice(model: Any, method: str) -> SparseChoice:
     if method == "psa":
         return psa_choice(model, preset="auto", warmup_steps=-1, config_file="")
     if method == "sparge":
-        return sparge_choice(
-            model,
-            sparge_ckpt="none",
-            topk=0.5,
-            simthreshd1=-0.1,
-            cdfthreshd=0.0,
-            attention_sink=False,
-            block_order="raster",
-            skipped_blocks="drop",
-            dense_layers="0",
-        )
+        return sparge_choice(model)
     raise ValueError(f"a method is one of {', '.join(NODES)}; got {method!r}")
 
 

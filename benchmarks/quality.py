@@ -18,11 +18,12 @@ from miniature.weights import weights_path
 from .command import add_places, run_command
 from .eight_bit import int8_twin
 from .environment import command_line, default_device, device_name, header, slug
+from .fine_blocks import SCALE
 from .quality_metrics import Distance, find_lpips, psnr, ssim
 from .quality_plot import can_be_drawn, draw
 from .quality_rows import Row, keep_others, row_writer, weights_facts
 from .quality_sampling import Miniature, Result, Shot
-from .quality_settings import GRIDS, INT8_DENSE, METHODS, STEPS, settings
+from .quality_settings import FINE, GRIDS, INT8_DENSE, METHODS, STEPS, settings
 from .quality_summary import directions, summarise
 from .wan_model import start_comfyui
 
@@ -125,7 +126,7 @@ def _measure(
         count = 1 if device == "cpu" else len(shots)
     floors = shots[:count]
     # By the twin that a CPU has: a GPU's own kernels do not take fp32.
-    int8 = [INT8_DENSE] if floors and device == "cpu" else []
+    int8 = [INT8_DENSE] if floors and device == "cpu" and arguments.grid != FINE else []
     videos = len(shots) * (len(grid) + 1 + len(int8)) + len(floors)
     name = f"{exact.family} {shots[0].size_name}"
     with tqdm(total=videos, desc=name, unit="video") as bar:
@@ -194,13 +195,15 @@ def run(arguments: argparse.Namespace) -> list[Path]:
                 for prompt in arguments.prompts
                 for seed in arguments.seeds
             ]
-            path = folder / f"quality_{family}_{size}_{arguments.steps}steps.json"
+            fine = f"_{FINE}" if arguments.grid == FINE else ""
+            path = folder / f"quality_{family}_{size}_{arguments.steps}steps{fine}.json"
             result: dict[str, Any] = {
                 "header": header(device),
                 "command": command_line("quality", arguments.given),
                 "weights": weights_facts(weights),
                 "steps": arguments.steps,
                 "guidance": arguments.guidance,
+                **({"block_scale": SCALE} if fine else {}),
                 "rows": [],
             }
             if arguments.keep_others:

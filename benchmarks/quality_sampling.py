@@ -15,6 +15,7 @@ from torch import Tensor
 from miniature.latents import LATENT_CHANNELS, cogvideox_colours, wan_colours
 from miniature.prompts import Prompt, text_features
 
+from .fine_blocks import mean_density
 from .quality_settings import Setting
 
 COLOURS = {"wan": wan_colours, "cogvideox": cogvideox_colours}
@@ -44,7 +45,7 @@ class Result:
     Attributes:
         video: fp32 [frames, height, width, 3], between 0 and 1.
         seconds: of the processor on a CPU, of the wall elsewhere.
-        density: mean over sparse calls; 1 if there were none.
+        density: mean over sparse calls; 1 if there were none. In fine blocks that of real ones.
         sparse_calls, dense_calls: of self-attention, where the pack counted them.
         kernels: that ran the sparse ones.
     """
@@ -81,9 +82,10 @@ class Miniature:
         Raises:
             ValueError: the setting does not fit the model.
         """
-        model = self.model
+        model, choice = self.model, None
         if setting is not None:
-            model = install(model, AttentionSettings(sparse=setting.choice(model)))
+            choice = setting.choice(model)
+            model = install(model, AttentionSettings(sparse=choice))
         positive, negative = (
             [[text_features(prompt).unsqueeze(0), {}]] for prompt in (shot.prompt, None)
         )
@@ -116,10 +118,11 @@ class Miniature:
         if record is None:
             return Result(video, seconds)
         sparse = record.sparse()
+        real = None if choice is None else mean_density(choice)
         return Result(
             video,
             seconds,
-            density=sparse.density,
+            density=sparse.density if real is None else real,
             sparse_calls=sparse.calls,
             dense_calls=sum(record.dense_reasons().values()),
             kernels=tuple(sparse.kernels),

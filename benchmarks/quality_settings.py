@@ -14,12 +14,15 @@ from sparse_video_attention.patching.sparge_choice import sparge_choice
 from sparse_video_attention.psa import load_presets
 from sparse_video_attention.radial_attn import RadialPolicy
 
+from .fine_blocks import in_fine_blocks
+
 METHODS = ("radial", "psa", "sparge")
 STEPS = 12
 QUARTER = STEPS // 4
 # First and last denoising steps that stay dense, of few.
 FEW_DENSE = ((0, 0), (1, 0), (2, 0), (1, 1))
-GRIDS = ("small", "full", "few_steps", "ends")
+FINE = "fine"
+GRIDS = ("small", "full", "few_steps", "ends", FINE)
 # Ends the name of a curve whose settings do not take turns with the mirrored order.
 ONE_ORDER = " one order"
 
@@ -34,6 +37,7 @@ class Setting:
         own: inputs of the method's own.
         schedule: inputs that all methods share.
         policy: attributes of the policy that no node has an input for.
+        fine: blocks as small for a miniature's frames as they are for real models'.
     """
 
     method: str
@@ -41,6 +45,7 @@ class Setting:
     own: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
     policy: dict[str, Any] = field(default_factory=dict)
+    fine: bool = False
 
     @property
     def label(self) -> str:
@@ -58,7 +63,9 @@ class Setting:
         """
         choice = self._choice(model)
         policy: Any = choice.policy
-        return replace(choice, policy=replace(policy, **self.policy)) if self.policy else choice
+        if self.policy:
+            choice = replace(choice, policy=replace(policy, **self.policy))
+        return in_fine_blocks(choice) if self.fine else choice
 
     def _choice(self, model: Any) -> SparseChoice:
         if self.method in ("radial", "dense"):
@@ -69,18 +76,8 @@ class Setting:
             preset = {"preset": "auto", "warmup_steps": -1, "config_file": ""}
             chosen: dict[str, Any] = preset | {"min_tokens": 0} | self.own | self.schedule
             return psa_choice(model, **chosen)
-        published: dict[str, Any] = {
-            "sparge_ckpt": "none",
-            "topk": 0.5,
-            "simthreshd1": -0.1,
-            "cdfthreshd": 0.0,
-            "attention_sink": False,
-            "block_order": "raster",
-            "skipped_blocks": "drop",
-            "dense_layers": "0",
-            "min_tokens": 0,
-        }
-        return sparge_choice(model, **(published | self.own | self.schedule))
+        chosen = {"min_tokens": 0} | self.own | self.schedule
+        return sparge_choice(model, **chosen)
 
 
 @dataclass(frozen=True)
@@ -201,12 +198,30 @@ def _schedules(full: bool) -> Iterator[Setting]:
         yield replace(base, curve="precision", schedule={"precision": precision})
 
 
+def _in_fine_blocks(family: str) -> Iterator[Setting]:
+    """Every method, the choices that matter most at the block counts of real models."""
+    yield from _defaults()
+    published = {"topk": 0.5, "block_order": "raster", "skipped_blocks": "drop"}
+    yield Setting("sparge", "sparge published", published)
+    for preset, _ in _psa_presets(family):
+        yield Setting("psa", "psa presets", {"preset": preset}, {"warmup_steps": QUARTER})
+    for share in (0.2, 0.5):
+        yield Setting("sparge", "sparge topk", {"topk": share})
+    for order, skipped in (("Gilbert", "drop"), ("raster", "pool")):
+        own = {"block_order": order, "skipped_blocks": skipped}
+        yield Setting("sparge", "sparge choices", own)
+    one_order = {"alternate_orders": False}
+    yield Setting("sparge", f"sparge choices{ONE_ORDER}", policy=one_order)
+    for own in ({"skipped_blocks": "drop"}, {"decay_factor": 0.8}):
+        yield Setting("radial", "radial choices", own)
+
+
 def settings(family: str, grid: str, steps: int = STEPS) -> list[Setting]:
     """All of them.
 
     Args:
         family: "wan" or "cogvideox".
-        grid: "small" or "full", both for STEPS denoising steps, "few_steps", or "ends".
+        grid: "small", "full" or "fine", for STEPS denoising steps, "few_steps", or "ends".
         steps: of the schedule, to "ends".
 
     Raises:
@@ -218,6 +233,8 @@ def settings(family: str, grid: str, steps: int = STEPS) -> list[Setting]:
         return list(_few_steps(family))
     if grid == "ends":
         return list(_ends(steps))
+    if grid == FINE:
+        return [replace(setting, fine=True) for setting in _in_fine_blocks(family)]
     full = grid == "full"
     choosing = [*_psa(family), *_sparge(full)]
     return [

@@ -26,6 +26,8 @@ PYRAMID_LEVELS = (1, 2, 4, 8)
 SKIPPED_BLOCKS = ("drop", "pool")
 POOLING = "skipped_blocks is pool: set it to drop, or kernel to auto"
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+# A plan may have smaller ones, as small videos need them; no kernel but torch takes those.
+PLAN_BLOCK_SIZES = (4, 8, *BLOCK_SIZES)
 MAX_ENTRIES = 2**31 - 1
 
 
@@ -114,9 +116,10 @@ class BlockPlan:
         Raises:
             ValueError: a shape or a level is wrong, or a row is empty.
         """
-        if block_m not in BLOCK_SIZES or block_n not in BLOCK_SIZES:
+        if block_m not in PLAN_BLOCK_SIZES or block_n not in PLAN_BLOCK_SIZES:
             raise ValueError(
-                f"block sizes are one of {BLOCK_SIZES}; got block_m={block_m}, block_n={block_n}"
+                f"block sizes are one of {PLAN_BLOCK_SIZES}; got block_m={block_m}, "
+                f"block_n={block_n}"
             )
         if min(q_len, k_len) < 1:
             raise ValueError(f"a plan needs tokens; got q_len={q_len}, k_len={k_len}")

@@ -55,14 +55,15 @@ class PatchSpargeAttention(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "topk",
-                    default=0.5,
+                    default=0.3,
                     min=0.0,
                     max=1.0,
                     step=0.01,
                     optional=True,
                     tooltip=(
                         "Share of the key blocks that every query block attends to. Lower is "
-                        "faster and less exact."
+                        "faster and less exact. Published: 0.5, with skipped_blocks drop and "
+                        "block_order raster."
                     ),
                 ),
                 io.Float.Input(
@@ -102,17 +103,18 @@ class PatchSpargeAttention(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "block_order",
-                    options=["raster", "Gilbert"],
-                    default="raster",
+                    options=["auto", "Gilbert", "raster"],
+                    default="auto",
                     optional=True,
                     **ADVANCED,
                     tooltip=(
-                        "raster keeps the model's token order; Gilbert makes blocks compact in "
-                        "space and time, but has to move tokens: once per model call on WAN, at "
-                        "every attention call on CogVideoX and VACE."
+                        "Gilbert makes blocks compact in space and time, for which tokens are "
+                        "moved: once per model call on WAN, at every attention call on CogVideoX "
+                        "and VACE. raster keeps the model's order. auto is Gilbert, but raster "
+                        "with a tuned checkpoint or attention_sink."
                     ),
                 ),
-                skipped_blocks_input(default="drop"),
+                skipped_blocks_input(default="pool"),
                 *kernel_inputs(),
                 dense_vace_blocks_input(),
             ],
@@ -131,32 +133,10 @@ class PatchSpargeAttention(io.ComfyNode):
         return checkpoint_stamp(sparge_ckpt)
 
     @classmethod
-    def execute(
-        cls,
-        model: io.Model.Type,
-        sparge_ckpt: str = "none",
-        topk: float = 0.5,
-        simthreshd1: float = -0.1,
-        cdfthreshd: float = 0.0,
-        attention_sink: bool = False,
-        block_order: str = "raster",
-        skipped_blocks: str = "drop",
-        dense_layers: str = "0",
-        **shared: Any,
-    ) -> io.NodeOutput:
+    def execute(cls, model: io.Model.Type, **inputs: Any) -> io.NodeOutput:
         from ..patching import AttentionSettings, install
         from ..patching.sparge_choice import sparge_choice
 
-        choice = sparge_choice(
-            model,
-            sparge_ckpt=sparge_ckpt,
-            topk=topk,
-            simthreshd1=simthreshd1,
-            cdfthreshd=cdfthreshd,
-            attention_sink=attention_sink,
-            block_order=block_order,
-            skipped_blocks=skipped_blocks,
-            dense_layers=dense_layers,
-            **shared,
+        return io.NodeOutput(
+            install(model, AttentionSettings(sparse=sparge_choice(model, **inputs)))
         )
-        return io.NodeOutput(install(model, AttentionSettings(sparse=choice)))

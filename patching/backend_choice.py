@@ -22,7 +22,7 @@ from .log import log, shown
 from .psa_choice import AUTO, psa_choice
 from .schedule import resolve_layers
 from .settings import FASTEST, AttentionSettings, AttentionSite, DenseChoice, SparseChoice
-from .sparge_choice import checkpoint_stamp, sparge_choice
+from .sparge_choice import NO_CHECKPOINT, checkpoint_stamp, sparge_choice
 
 SPARSE_TYPES = ("radial_attn", "psa", "sparge_attn")
 # LightX2V's guide names Sparge after its checkpoint.
@@ -58,20 +58,6 @@ def check_type(site: AttentionSite, name: str) -> str:
     return known
 
 
-def _sparge(model: Any, checkpoint: str) -> SparseChoice:
-    return sparge_choice(
-        model,
-        sparge_ckpt=checkpoint,
-        topk=0.5,
-        simthreshd1=-0.1,
-        cdfthreshd=0.0,
-        attention_sink=False,
-        block_order="raster",
-        skipped_blocks="drop",
-        dense_layers="0",
-    )
-
-
 def _sparse(model: Any, name: str, sparge_ckpt: str) -> SparseChoice:
     """A sparse method with the defaults of its own node."""
     describe_model(model)
@@ -79,7 +65,7 @@ def _sparse(model: Any, name: str, sparge_ckpt: str) -> SparseChoice:
         return make_choice(model, RadialPolicy(), dense_layers="0")
     if name == "psa":
         return psa_choice(model, preset=AUTO, warmup_steps=-1, config_file="")
-    return _sparge(model, sparge_ckpt or "none")
+    return sparge_choice(model, sparge_ckpt=sparge_ckpt or NO_CHECKPOINT)
 
 
 class _Asked(NamedTuple):

@@ -17,9 +17,9 @@ from ..kernels.twins import TORCH_ONLY, Twins, how_far
 LEVEL_ORDER = (1, 2, 4, 8, 0)
 MIN_LEVEL1_SHARE = 0.06
 CUMULATIVE_SLACK = 1e-6
-# Ranked entries held at once (8 bytes each, and about as much again beside them).
 # Of a twin's first result, about so many rows are looked at.
 CHECKED_ROWS = 64
+# Ranked entries held at once (8 bytes each, and about as much again beside them).
 CHUNK_ENTRIES = {"cpu": 2**19, "cuda": 2**24}
 
 Ratios = Mapping[int, Sequence[float]] | Mapping[str, Sequence[float]]

@@ -59,14 +59,15 @@ class SpargePolicy:
     twins: Twins = field(default_factory=Twins, repr=False, compare=False)
 
     name: ClassVar[str] = "sparge"
+    block_sizes: ClassVar[tuple[int, ...]] = BLOCK_SIZES
     is_static: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name, choice, allowed in (
             ("block_order", self.block_order, BLOCK_ORDERS),
             ("skipped_blocks", self.skipped_blocks, SKIPPED_BLOCKS),
-            ("block_m", self.block_m, BLOCK_SIZES),
-            ("block_n", self.block_n, BLOCK_SIZES),
+            ("block_m", self.block_m, self.block_sizes),
+            ("block_n", self.block_n, self.block_sizes),
         ):
             # 128.0 equals 128, but is no number of tokens.
             if type(choice) not in (int, str) or choice not in allowed:

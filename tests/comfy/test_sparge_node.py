@@ -44,7 +44,7 @@ def write_checkpoint(path, family, layers, heads, *, sparse=True, cdf=0.9):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("block_order", ["raster", "Gilbert"])
+@pytest.mark.parametrize("block_order", ["auto", "raster", "Gilbert"])
 @pytest.mark.parametrize("name", ["wan", "cogvideox"])
 def test_plug_and_play_acts(models, patch, sample, name, block_order):
     model = models(name)
@@ -52,6 +52,21 @@ def test_plug_and_play_acts(models, patch, sample, name, block_order):
     out = sample(patched)
     assert 1e-6 < relative_error(out, sample(model)) < 1
     assert all(0 < call.density < 1 for call in sparse_calls(patched))
+
+
+def test_auto_order_is_gilbert_but_for_what_belongs_to_the_models_own_order(
+    models, patch, checkpoint_folder
+):
+    write_checkpoint(checkpoint_folder / "tuned.pt", "wan", 4, 2)
+
+    def order(**inputs):
+        options = patch(models("wan"), **inputs).model_options["transformer_options"]
+        return options["sparse_video_attention"].sparse.policy.block_order
+
+    assert order() == "Gilbert"
+    assert order(attention_sink=True) == order(sparge_ckpt="tuned.pt") == "raster"
+    assert order(attention_sink=True, block_order="Gilbert") == "Gilbert"
+    assert order(block_order="raster") == "raster"
 
 
 @pytest.mark.core

@@ -8,7 +8,7 @@ MODERN = "Comfy.VueNodes.Enabled"
 RADIAL = {"dense_layers": "0", "dense_timesteps": -1, "block_size": 128, "decay_factor": 0.2}
 PSA = {"preset": "auto", "warmup_steps": -1}
 SPARGE = {
-    **{"sparge_ckpt": "none", "topk": 0.5, "simthreshd1": -0.1},
+    **{"sparge_ckpt": "none", "topk": 0.3, "simthreshd1": -0.1},
     **{"dense_layers": "0", "dense_timesteps": -1},
 }
 BACKEND = {
@@ -18,14 +18,14 @@ BACKEND = {
 EXACT = {"exact_timesteps": -1, "last_exact_timesteps": -1, "exact_layers": ""}
 SCHEDULE = {"last_dense_timesteps": 0, "start_percent": 0.0, "end_percent": 1.0}
 KERNEL = {"kernel": "auto", "precision": "auto", "min_tokens": 4096, "dense_vace_blocks": False}
-SPARGE_ADVANCED = {"cdfthreshd": 0.0, "attention_sink": False, "block_order": "raster"}
+SPARGE_ADVANCED = {"cdfthreshd": 0.0, "attention_sink": False, "block_order": "auto"}
 # {node: (what everyone sees, what is advanced)}
 DROPPED = {
     "PatchRadialAttention": (RADIAL, SCHEDULE | {"skipped_blocks": "pool"} | KERNEL),
     "PatchPSA": (PSA, {"config_file": "", "dense_layers": ""} | SCHEDULE | KERNEL),
     "PatchSpargeAttention": (
         SPARGE,
-        SCHEDULE | SPARGE_ADVANCED | {"skipped_blocks": "drop"} | KERNEL,
+        SCHEDULE | SPARGE_ADVANCED | {"skipped_blocks": "pool"} | KERNEL,
     ),
     "SetAttentionBackend": (BACKEND, EXACT),
     "PreviewAttentionMask": ({"steps": 20}, {}),

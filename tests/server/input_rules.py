@@ -100,7 +100,7 @@ ALLOWS = {
         "simthreshd1": number(float, -1, 1),
         "cdfthreshd": number(float, 0, 1),
         "attention_sink": boolean,
-        "block_order": choice("raster", "Gilbert"),
+        "block_order": choice("auto", "raster", "Gilbert"),
         "skipped_blocks": choice("drop", "pool"),
     },
     "SetAttentionBackend": {
@@ -133,10 +133,9 @@ def is_allowed(allows, value):
 
 def needs_pooling(node, given):
     """Whether a kernel has to attend to means of blocks for these inputs, all of them allowed."""
-    skipped = {"PatchRadialAttention": "pool", "PatchPSA": "pool", "PatchSpargeAttention": "drop"}
     if node == "PatchPSA" and given.get("preset", "auto") != "Mine/own":
         return given.get("preset", "auto") != "Wan2.2_5B/baseline"
-    return given.get("skipped_blocks", skipped[node]) == "pool"
+    return given.get("skipped_blocks", "pool") == "pool"
 
 
 def faults(node, inputs):

@@ -35,7 +35,7 @@ LIKELY = {
     "precision": ["auto", "native", "int8"],
     "block_size": [64, 128],
     "skipped_blocks": ["drop", "pool"],
-    "block_order": ["raster", "Gilbert"],
+    "block_order": ["auto", "raster", "Gilbert"],
     "sparge_ckpt": ["none", "broken.pt"],
     "preset": ["auto", *PRESETS],
     "on_unavailable": ["fallback", "error"],
