@@ -23,6 +23,9 @@ QUARTER = STEPS // 4
 FEW_DENSE = ((0, 0), (1, 0), (2, 0), (1, 1))
 FINE = "fine"
 GRIDS = ("small", "full", "few_steps", "ends", FINE)
+PUBLISHED_BLOCKS = {"block_order": "raster", "skipped_blocks": "drop"}
+# Of a miniature's large blocks few are alike; without this nearly all would be kept.
+ALIKE = {"simthreshd1": -1.0}
 # Ends the name of a curve whose settings do not take turns with the mirrored order.
 ONE_ORDER = " one order"
 
@@ -129,13 +132,12 @@ def _sparge(full: bool) -> Iterator[Setting]:
     for order in ("raster", "Gilbert"):
         for skipped in ("drop", "pool"):
             for share in shares:
-                own = {"topk": share, "block_order": order, "skipped_blocks": skipped}
-                # Of a miniature's blocks few are alike; without this nearly all would be kept.
-                own["simthreshd1"] = -1.0
+                chosen = {"block_order": order, "skipped_blocks": skipped}
+                own = {"topk": share} | chosen | ALIKE
                 yield Setting("sparge", f"sparge {order} {skipped}", own)
     if full:
         for threshold in (0.3, 0.6, 0.9):
-            own = {"cdfthreshd": threshold, "simthreshd1": -1.0}
+            own = {"cdfthreshd": threshold} | PUBLISHED_BLOCKS | ALIKE
             yield Setting("sparge", "sparge by sum", own)
 
 
@@ -152,6 +154,10 @@ def _one_order(settings: Iterable[Setting]) -> Iterator[Setting]:
         if moves and setting.own["skipped_blocks"] == "pool":
             curve = f"{setting.curve}{ONE_ORDER}"
             yield replace(setting, curve=curve, policy={"alternate_orders": False})
+
+
+def _published_sparge() -> Setting:
+    return Setting("sparge", "sparge published", {"topk": 0.5} | PUBLISHED_BLOCKS)
 
 
 def _defaults() -> Iterator[Setting]:
@@ -186,7 +192,7 @@ def _ends(steps: int) -> Iterator[Setting]:
 
 def _schedules(full: bool) -> Iterator[Setting]:
     """One method with other steps and layers dense, and in 8 bits."""
-    base = Setting("sparge", "", {"topk": 0.2, "simthreshd1": -1.0})
+    base = Setting("sparge", "", {"topk": 0.2} | PUBLISHED_BLOCKS | ALIKE)
     for steps in (0, 1, 2, 4, 8) if full else (0, 4):
         yield replace(base, curve="dense_timesteps", schedule={"dense_timesteps": steps})
     for layers in ("", "0", "1", "-1", "0, -1") if full else ("", "0", "-1"):
@@ -201,8 +207,7 @@ def _schedules(full: bool) -> Iterator[Setting]:
 def _in_fine_blocks(family: str) -> Iterator[Setting]:
     """Every method, the choices that matter most at the block counts of real models."""
     yield from _defaults()
-    published = {"topk": 0.5, "block_order": "raster", "skipped_blocks": "drop"}
-    yield Setting("sparge", "sparge published", published)
+    yield _published_sparge()
     for preset, _ in _psa_presets(family):
         yield Setting("psa", "psa presets", {"preset": preset}, {"warmup_steps": QUARTER})
     for share in (0.2, 0.5):
@@ -239,6 +244,7 @@ def settings(family: str, grid: str, steps: int = STEPS) -> list[Setting]:
     choosing = [*_psa(family), *_sparge(full)]
     return [
         *_defaults(),
+        _published_sparge(),
         *_radial(full),
         *choosing,
         *_one_order(choosing),
