@@ -22,6 +22,8 @@ BISECTIONS = 10
 # Ends the name of a method whose skipped blocks are pooled, the default of radial and PSA.
 POOLED = " pool"
 HOPPER = "hopper"
+# What the node does unless told otherwise.
+SPARGE_DEFAULT = f"sparge Gilbert 0.3{POOLED}"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ def methods(model_family: str, precisions: Iterable[str] = ("auto",)) -> Iterato
 def _methods(model_family: str) -> Iterator[Method]:
     # The most telling first, for runs that are cut short.
     yield Method("radial pool", RadialPolicy())
+    compact = SpargePolicy(topk=0.3, block_order="Gilbert", skipped_blocks="pool")
+    yield Method(SPARGE_DEFAULT, compact)
     yield Method("radial", RadialPolicy(skipped_blocks="drop"))
     yield Method("sparge raster", SpargePolicy())
     for label, preset in _presets(model_family):
@@ -72,6 +76,7 @@ def _methods(model_family: str) -> Iterator[Method]:
     yield Method("sparge Gilbert pool", gilbert)
     for label, preset in _presets(model_family):
         yield Method(f"psa {label}", PsaPolicy.from_preset(preset, label=label))
+    yield Method("radial 64 pool", RadialPolicy(block_size=64))
 
 
 def _presets(model_family: str) -> Iterator[tuple[str, PsaPreset]]:

@@ -79,7 +79,9 @@ class Setting:
             preset = {"preset": "auto", "warmup_steps": -1, "config_file": ""}
             chosen: dict[str, Any] = preset | {"min_tokens": 0} | self.own | self.schedule
             return psa_choice(model, **chosen)
-        chosen = {"min_tokens": 0} | self.own | self.schedule
+        # One dense step is this node's default; its dials are compared at as many as the others'.
+        quarter = {"dense_timesteps": -1} if self.own else {}
+        chosen = {"min_tokens": 0} | quarter | self.own | self.schedule
         return sparge_choice(model, **chosen)
 
 
@@ -210,13 +212,13 @@ def _in_fine_blocks(family: str) -> Iterator[Setting]:
     yield _published_sparge()
     for preset, _ in _psa_presets(family):
         yield Setting("psa", "psa presets", {"preset": preset}, {"warmup_steps": QUARTER})
-    for share in (0.2, 0.5):
+    for share in (0.2, 0.3, 0.5):
         yield Setting("sparge", "sparge topk", {"topk": share})
     for order, skipped in (("Gilbert", "drop"), ("raster", "pool")):
-        own = {"block_order": order, "skipped_blocks": skipped}
+        own = {"topk": 0.3, "block_order": order, "skipped_blocks": skipped}
         yield Setting("sparge", "sparge choices", own)
     one_order = {"alternate_orders": False}
-    yield Setting("sparge", f"sparge choices{ONE_ORDER}", policy=one_order)
+    yield Setting("sparge", f"sparge topk{ONE_ORDER}", {"topk": 0.3}, policy=one_order)
     for own in ({"skipped_blocks": "drop"}, {"decay_factor": 0.8}):
         yield Setting("radial", "radial choices", own)
 

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from .markdown import duration, ratio, spread, table
+from .method_list import SPARGE_DEFAULT
 from .tables import Result
 
 # The mask of radial attention, and a density that the dynamic methods reach.
 WANTED_DENSITY = 0.2
 # At their nodes' defaults; of PSA the presets of the models that most people have.
-WANTED_METHODS = ("radial pool", "sparge raster")
+WANTED_METHODS = ("radial pool", SPARGE_DEFAULT, "sparge raster")
 WANTED_METHODS += tuple(
     f"psa {preset}/psa_balanced{end}"
     for preset in ("Wan2.1_14b", "CogVideo_5b")

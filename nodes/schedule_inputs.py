@@ -65,10 +65,10 @@ def dense_layers_input(default: str = "0", *, advanced: bool = False) -> io.Stri
     )
 
 
-def dense_timesteps_input() -> io.Int.Input:
+def dense_timesteps_input(*, default: int = -1) -> io.Int.Input:
     return io.Int.Input(
         "dense_timesteps",
-        default=-1,
+        default=default,
         min=-1,
         max=100,
         optional=True,

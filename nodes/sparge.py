@@ -79,7 +79,7 @@ class PatchSpargeAttention(io.ComfyNode):
                     ),
                 ),
                 dense_layers_input(),
-                dense_timesteps_input(),
+                dense_timesteps_input(default=1),
                 *advanced_inputs(),
                 io.Float.Input(
                     "cdfthreshd",

@@ -114,13 +114,14 @@ def sparge_choice(
     block_order: str = AUTO_ORDER,
     skipped_blocks: str = "pool",
     dense_layers: str = "0",
+    dense_timesteps: int = 1,
     **shared: Any,
 ) -> SparseChoice:
     """The choice PatchSpargeAttention's inputs make for a MODEL; the defaults are the node's.
 
-    Published are a topk of 0.5, raster order and dropped blocks. With compact blocks, and the means
-    of the skipped ones attended to, 0.3 is closer to full attention than that
-    (docs/measurements.md).
+    Published are a topk of 0.5, raster order, dropped blocks and no dense steps. With compact
+    blocks, and the means of the skipped ones attended to, 0.3 is closer to full attention than
+    that, and more dense steps than one add little (docs/measurements.md).
 
     Args:
         cdfthreshd: 0 to keep by topk.
@@ -146,4 +147,6 @@ def sparge_choice(
         block_m=block_m,
         block_n=block_n,
     )
-    return make_choice(model, policy, dense_layers=dense_layers, **shared)
+    return make_choice(
+        model, policy, dense_layers=dense_layers, dense_timesteps=dense_timesteps, **shared
+    )

@@ -12,6 +12,7 @@ from benchmarks import attention, end_to_end, measure, method_shape, methods, re
 from benchmarks.end_to_end_row import EndToEndRow
 from benchmarks.end_to_end_runs import Dense
 from benchmarks.launch_space import Case
+from benchmarks.method_list import SPARGE_DEFAULT
 from benchmarks.method_list import methods as listed_methods
 from benchmarks.result_file import drifted
 from benchmarks.shapes import find_shape
@@ -138,7 +139,7 @@ def test_methods_measure_only_what_is_missing(tmp_path, code, monkeypatch):
     monkeypatch.setattr(method_shape, "methods", few)
     methods.main([*arguments, "--out", str(tmp_path / "a")])
     first = written(tmp_path / "a", "methods")
-    assert [row["method"] for row in first["rows"]] == ["radial pool", "radial"]
+    assert [row["method"] for row in first["rows"]] == ["radial pool", SPARGE_DEFAULT]
 
     run_again = []
     own = method_shape.ShapeRun.quality
@@ -170,7 +171,7 @@ def test_a_method_that_fails_is_named_and_the_others_are_kept(tmp_path, code, mo
     arguments = ["--device", "cpu", "--shapes", GRID, "--repeats", "1", "--times-only"]
     with pytest.raises(SystemExit, match="radial pool on .*: out of luck"):
         methods.main([*arguments, "--out", str(tmp_path)])
-    assert [row["method"] for row in written(tmp_path, "methods")["rows"]] == ["radial"]
+    assert [row["method"] for row in written(tmp_path, "methods")["rows"]] == [SPARGE_DEFAULT]
 
 
 @pytest.mark.comfy

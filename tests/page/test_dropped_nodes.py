@@ -9,7 +9,7 @@ RADIAL = {"dense_layers": "0", "dense_timesteps": -1, "block_size": 128, "decay_
 PSA = {"preset": "auto", "warmup_steps": -1}
 SPARGE = {
     **{"sparge_ckpt": "none", "topk": 0.3, "simthreshd1": -0.1},
-    **{"dense_layers": "0", "dense_timesteps": -1},
+    **{"dense_layers": "0", "dense_timesteps": 1},
 }
 BACKEND = {
     **{"self_attn_1_type": "auto", "cross_attn_1_type": "auto", "cross_attn_2_type": "auto"},
