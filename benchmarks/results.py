@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import method_plot, plot, quality_plot
+from .counted import counted_table
 from .quality_table import is_quality, readme_table
 from .readme_table import speed_table
 from .tables import KINDS, Result, section
@@ -20,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS, REPORT = HERE / "results", HERE / "RESULTS.md"
 README = HERE.parent / "README.md"
 BEGIN = "<!-- written by python -m benchmarks.results -->"
+BEGIN_COUNTED = "<!-- counted, written by python -m benchmarks.results -->"
 BEGIN_QUALITY = "<!-- quality, written by python -m benchmarks.results -->"
 END = "<!-- end of what python -m benchmarks.results wrote -->"
 
@@ -98,7 +100,12 @@ def with_tables(readme: str, found: dict[str, dict[str, Result]]) -> str:
     Raises:
         ValueError: the lines around a table are not there.
     """
-    for begin_line, text in ((BEGIN, speed_table(found)), (BEGIN_QUALITY, readme_table(found))):
+    texts = (
+        (BEGIN_COUNTED, counted_table()),
+        (BEGIN, speed_table(found)),
+        (BEGIN_QUALITY, readme_table(found)),
+    )
+    for begin_line, text in texts:
         before, begin, rest = readme.partition(begin_line)
         _, end, after = rest.partition(END)
         if not begin or not end:

@@ -8,7 +8,15 @@ import pytest
 
 from benchmarks import results
 from benchmarks.markdown import duration, spread
-from benchmarks.results import BEGIN, BEGIN_QUALITY, END, devices, report, with_tables
+from benchmarks.results import (
+    BEGIN,
+    BEGIN_COUNTED,
+    BEGIN_QUALITY,
+    END,
+    devices,
+    report,
+    with_tables,
+)
 from benchmarks.tables import any_rows, section
 
 HEADER = {"device": "GPU X", "threads": None, "driver": "1.2", "torch": "2", "triton": "3"}
@@ -134,7 +142,9 @@ def test_the_kernel_table_has_the_numbers_of_the_file():
 
 
 def test_the_readme_has_the_fastest_kernel_and_the_fastest_in_8_bits(folder):
-    readme = f"before\n{BEGIN}\nold\n{END}\nbetween\n{BEGIN_QUALITY}{END}\nafter\n"
+    readme = (
+        f"before\n{BEGIN}\nold\n{END}\nbetween\n{BEGIN_COUNTED}{END}{BEGIN_QUALITY}{END}\nafter\n"
+    )
     text = with_tables(readme, devices(folder))
     assert text.startswith(f"before\n{BEGIN}\n") and text.endswith(f"{END}\nafter\n")
     assert "old" not in text
@@ -153,7 +163,8 @@ def test_the_readme_has_the_fastest_kernel_and_the_fastest_in_8_bits(folder):
 
 def test_without_a_gpu_the_readme_says_so(folder):
     found = {name: files for name, files in devices(folder).items() if name == "cpu-y"}
-    assert "No GPU is in this table" in with_tables(f"{BEGIN}{END}{BEGIN_QUALITY}{END}", found)
+    readme = f"{BEGIN_COUNTED}{END}{BEGIN}{END}{BEGIN_QUALITY}{END}"
+    assert "No GPU is in this table" in with_tables(readme, found)
 
 
 def test_a_readme_without_the_marked_lines_is_an_error():
@@ -165,7 +176,8 @@ def test_the_command_writes_the_report_the_readme_and_the_plots(folder, monkeypa
     monkeypatch.setattr(results, "RESULTS", folder)
     monkeypatch.setattr(results, "REPORT", tmp_path / "RESULTS.md")
     monkeypatch.setattr(results, "README", tmp_path / "README.md")
-    (tmp_path / "README.md").write_text(f"{BEGIN}{END}{BEGIN_QUALITY}{END}", encoding="utf-8")
+    readme = f"{BEGIN_COUNTED}{END}{BEGIN}{END}{BEGIN_QUALITY}{END}"
+    (tmp_path / "README.md").write_text(readme, encoding="utf-8")
     written = results.write(devices(folder))
     assert [path.name for path in written] == ["RESULTS.md", "README.md"] + ["attention.png"] * 2
     assert all(path.stat().st_size > 100 for path in written)
