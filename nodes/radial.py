@@ -72,8 +72,8 @@ class PatchRadialAttention(io.ComfyNode):
                     step=64,
                     optional=True,
                     tooltip=(
-                        "Tokens per block of the mask. 64 follows the mask more closely, 128 is "
-                        "faster."
+                        "Tokens per block of the mask. 64 follows the mask more closely and keeps "
+                        "less, 128 takes less time for as much."
                     ),
                 ),
                 io.Float.Input(
@@ -86,7 +86,7 @@ class PatchRadialAttention(io.ComfyNode):
                     tooltip=(
                         "Width of the window for distant frames. Larger keeps more: closer to the "
                         "original picture, and slower. Published: 0.2 for WAN 2.1, 0.8 for WAN "
-                        "2.2."
+                        "2.2. Small values are alike, since no window is narrower than a block."
                     ),
                 ),
                 *advanced_inputs(),
