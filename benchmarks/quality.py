@@ -25,11 +25,11 @@ from .quality_rows import Row, keep_others, row_writer, weights_facts
 from .quality_sampling import Miniature, Result, Shot
 from .quality_settings import FINE, GRIDS, INT8_DENSE, METHODS, STEPS, settings
 from .quality_summary import directions, summarise
+from .quality_table import FLOOR
 from .wan_model import start_comfyui
 
 FAMILIES = ("wan", "cogvideox")
 SIZES = ("9x24x40",)
-FLOOR = "dense in bf16"
 INT8_FLOOR = "dense, logits in int8"
 
 

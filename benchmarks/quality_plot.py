@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .quality_summary import Summary, is_over_density, summarise
+from .quality_settings import UNLIKE
+from .quality_summary import Summary, is_over_density, said_of_blocks, summarise
 
 DEFAULTS = " defaults"
 MARKERS = {"radial": "s", "psa": "^", "sparge": "o"}
@@ -45,7 +46,8 @@ def draw(result: dict[str, Any], path: Path) -> Path:
     for position, (key, group) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(len(panels), 1, position)
         family, size = key
-        axes.set_title(f"{family} miniature, latent {size}", fontsize=10)
+        blocks = f", {said_of_blocks(result)}" if said_of_blocks(result) else ""
+        axes.set_title(f"{family} miniature, latent {size}{blocks}", fontsize=10)
         _draw_panel(axes, group)
         below = [floor for floor in floors if (floor.family, floor.size) == key]
         for floor, style in zip(below, (":", "--"), strict=False):
@@ -76,7 +78,7 @@ def _draw_panel(axes: Any, group: list[Summary]) -> None:
             marker=MARKERS[method],
             markersize=10 if is_default else 5,
             fillstyle="none" if is_default else "full",
-            linestyle="none" if is_default else "-",
+            linestyle="none" if is_default or curve.endswith(UNLIKE) else "-",
             linewidth=1,
             capsize=2,
             label=curve,

@@ -28,6 +28,8 @@ PUBLISHED_BLOCKS = {"block_order": "raster", "skipped_blocks": "drop"}
 ALIKE = {"simthreshd1": -1.0}
 # Ends the name of a curve whose settings do not take turns with the mirrored order.
 ONE_ORDER = " one order"
+# End the names of curves whose settings differ in more than one dial.
+UNLIKE = (" choices", " presets")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .quality_settings import METHODS, ONE_ORDER
+from .quality_settings import METHODS, ONE_ORDER, UNLIKE
 
 Row = dict[str, Any]
 
@@ -59,6 +59,12 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
     ]
     # Methods that were measured anew come last in the file.
     return sorted(summaries, key=lambda s: METHODS.index(s.method) if s.method in METHODS else -1)
+
+
+def said_of_blocks(result: dict[str, Any]) -> str:
+    """How large a result's blocks are, where they are not the nodes' own."""
+    scale = result.get("block_scale", 1)
+    return f"blocks 1/{scale} as large" if scale > 1 else ""
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,9 @@ def directions(summaries: list[Summary]) -> list[Direction]:
         return len([part for part in _dial(label, "dense_layers").split(",") if part.strip()])
 
     over_density = [
-        group for (_, _, curve), group in _curves(summaries).items() if is_over_density(curve)
+        group
+        for (_, _, curve), group in _curves(summaries).items()
+        if is_over_density(curve) and not curve.endswith(UNLIKE)
     ]
     return [
         _density(over_density),

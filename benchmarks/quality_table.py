@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .markdown import table
-from .quality_summary import Summary, directions, summarise
+from .quality_summary import Summary, directions, said_of_blocks, summarise
 
 Result = dict[str, Any]
 
 KIND = "quality_"
+FLOOR = "dense in bf16"
+README_CURVES = ("sparge published", "sparge topk")
 NOTHING_YET = (
     "Nothing is measured yet. `python -m benchmarks.quality` compares videos of trained "
     "miniatures with their own dense ones."
@@ -25,10 +27,12 @@ def is_quality(name: str) -> bool:
 def title(result: Result) -> str:
     """Of the section about a result."""
     row = result["rows"][0]
-    return (
-        f"Quality: {row['family']} miniature, latent {row['size']}, {row['tokens']} tokens, "
-        f"{result['steps']} steps"
+    parts = (
+        f"Quality: {row['family']} miniature, latent {row['size']}, {row['tokens']} tokens",
+        f"{result['steps']} steps",
+        said_of_blocks(result),
     )
+    return ", ".join(part for part in parts if part)
 
 
 def _decibels(summary: Summary) -> str:
@@ -62,8 +66,15 @@ def quality(result: Result) -> str:
         f"Means over {len(shots)} videos (seeds and prompts) with their standard deviation, "
         f"against dense attention in fp32 at the same seed, guidance {result['guidance']:g}. "
         "Density is that of the sparse calls. Time is over that of the dense video. Where the "
-        "setting does not say so, a quarter of the steps and layer 0 are dense."
+        "setting does not say so, a quarter of the steps and layer 0 are dense (Sparge at its "
+        "defaults: one step; PSA: no layer)."
     )
+    if said_of_blocks(result):
+        said += (
+            f" Blocks are 1/{result['block_scale']} as large as the nodes', so that a frame holds "
+            "about as many as at the models' own sizes (`benchmarks/fine_blocks.py`); densities "
+            "are those of whole blocks."
+        )
     head = ["curve", "setting", "density", "PSNR, dB", "SSIM", "time"]
     found = [
         f"- {d.claim}: in {d.held} of {d.compared} comparisons"
@@ -86,16 +97,21 @@ def _model_size_steps(result: Result) -> tuple[bool, int, int]:
     return row["family"] != "wan", row["tokens"], result["steps"]
 
 
+def _is_in_readme(summary: Summary, fine: bool) -> bool:
+    """Rounding alone, and what nodes do at block counts like those of real models."""
+    if not fine:
+        return summary.label == FLOOR
+    return summary.curve.endswith(" defaults") or summary.curve in README_CURVES
+
+
 def _readme_lines(results: Iterable[Result]) -> Iterator[tuple[str, ...]]:
     for result in sorted(results, key=_model_size_steps):
         for summary in summarise(result["rows"]):
-            floor = summary.curve == "floor"
-            if floor or summary.curve.endswith(" defaults"):
+            if _is_in_readme(summary, bool(said_of_blocks(result))):
                 yield (
                     f"{summary.family} miniature, {result['rows'][0]['tokens']} tokens",
-                    str(result["steps"]),
                     summary.label,
-                    "" if floor else f"{summary.density:.2f}",
+                    "" if summary.label == FLOOR else f"{summary.density:.2f}",
                     f"{_decibels(summary)} dB",
                     f"{summary.ssim:.3f}",
                 )
@@ -106,5 +122,5 @@ def readme_table(found: dict[str, dict[str, Result]]) -> str:
     lines = list(_readme_lines(_measurements(found)))
     if not lines:
         return NOTHING_YET
-    head = ["model", "steps", "attention", "density", "PSNR against dense", "SSIM"]
+    head = ["model", "attention", "density", "PSNR against dense", "SSIM"]
     return table(head, lines)

@@ -44,10 +44,41 @@ def test_a_quality_section_has_means_spreads_and_what_held():
     assert section("quality_wan_4steps", few)[1].endswith("|")
 
 
-def test_the_readme_shows_the_quality_of_defaults_and_rounding_alone():
-    text = readme_table({"gpu-x": {"other": OTHER, "quality_wan": QUALITY}})
-    rows = {row[2]: row for row in cells(text)}
-    assert set(rows) == {"attention", "dense in bf16", "radial at its defaults"}
-    assert rows["radial at its defaults"][:2] == ["wan miniature, 2160 tokens", "12"]
-    assert rows["radial at its defaults"][3:] == ["0.25", "32.0 \u00b1 2.0 dB", "0.875"]
+FINE = {
+    **{"header": {}, "steps": 12, "guidance": 3.0, "block_scale": 8},
+    "rows": [
+        quality_row("radial at its defaults", "radial defaults", 0, 20.0),
+        quality_row("radial at its defaults", "radial defaults", 1, 24.0),
+        quality_row("radial decay_factor=0.8", "radial choices", 0, 25.0, 0.3),
+        quality_row("radial decay_factor=2", "radial choices", 0, 23.0, 0.6),
+        quality_row("sparge topk=0.5", "sparge topk", 0, 50.0, 0.5),
+        quality_row("sparge topk=0.2", "sparge topk", 0, 38.0, 0.2),
+    ],
+}
+
+
+def test_a_section_says_that_its_blocks_are_small():
+    title, text = section("quality_wan_9x24x40_12steps_fine", FINE)
+    assert title == (
+        "Quality: wan miniature, latent 9x24x40, 2160 tokens, 12 steps, blocks 1/8 as large"
+    )
+    assert "Blocks are 1/8 as large as the nodes'" in text
+    # Choices of different kinds are on no curve over density.
+    assert "quality falls with density: in 1 of 1 comparisons" in text
+    assert "Blocks are" not in section("quality_wan_9x24x40_12steps", QUALITY)[1]
+
+
+def test_the_readme_shows_rounding_alone_and_what_nodes_do_with_as_many_blocks_as_real_models():
+    files = {"other": OTHER, "quality_wan": QUALITY, "quality_wan_fine": FINE}
+    text = readme_table({"gpu-x": files})
+    rows = {row[1]: row for row in cells(text)}
+    assert set(rows) == {
+        *("attention", "dense in bf16", "radial at its defaults"),
+        *("sparge topk=0.5", "sparge topk=0.2"),
+    }
+    assert rows["radial at its defaults"] == [
+        *("wan miniature, 2160 tokens", "radial at its defaults", "0.25"),
+        *("22.0 \u00b1 2.0 dB", "0.875"),
+    ]
+    assert rows["dense in bf16"][2:] == ["", "40.0 dB", "0.875"]
     assert "Nothing is measured yet" in readme_table({"gpu-x": {"other": OTHER}})
