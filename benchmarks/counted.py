@@ -48,8 +48,8 @@ def rows() -> Iterator[Row]:
     yield Row("Sparge, `topk` 0.2", SpargePolicy(topk=0.2, **compact), 1, 1)
     preset = load_presets()["Wan2.1_1.3b"]["psa_topk"]
     psa = PsaPolicy.from_preset(preset, skipped_blocks="pool")
-    yield Row("PSA, `preset` Wan2.1_1.3b/psa_topk", psa, 0, STEPS // 4)
-    yield Row("the same, `warmup_steps` 1", psa, 0, 1)
+    yield Row("PSA, `preset` Wan2.1_1.3b/psa_topk", psa, 1, STEPS // 4)
+    yield Row("the same, `warmup_steps` 1", psa, 1, 1)
     yield Row("Radial at its defaults", RadialPolicy(), 1, STEPS // 4)
 
 

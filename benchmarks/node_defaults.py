@@ -23,7 +23,7 @@ def default_choice(model: Any, method: str) -> SparseChoice:
     if method == "radial":
         return make_choice(model, RadialPolicy(), dense_layers="0")
     if method == "psa":
-        return psa_choice(model, preset="auto", warmup_steps=-1, config_file="")
+        return psa_choice(model)
     if method == "sparge":
         return sparge_choice(model)
     raise ValueError(f"a method is one of {', '.join(NODES)}; got {method!r}")

@@ -78,9 +78,7 @@ class Setting:
             schedule: dict[str, Any] = {"dense_layers": "0", "min_tokens": 0} | self.schedule
             return make_choice(model, policy, **schedule)
         if self.method == "psa":
-            preset = {"preset": "auto", "warmup_steps": -1, "config_file": ""}
-            chosen: dict[str, Any] = preset | {"min_tokens": 0} | self.own | self.schedule
-            return psa_choice(model, **chosen)
+            return psa_choice(model, **({"min_tokens": 0} | self.own | self.schedule))
         # One dense step is this node's default; its dials are compared at as many as the others'.
         quarter = {"dense_timesteps": -1} if self.own else {}
         chosen = {"min_tokens": 0} | quarter | self.own | self.schedule

@@ -98,7 +98,7 @@ class PatchPSA(io.ComfyNode):
                         "or a name in models/psa."
                     ),
                 ),
-                dense_layers_input("", advanced=True),
+                dense_layers_input(advanced=True, published="none"),
                 *advanced_inputs(),
                 *kernel_inputs(),
                 dense_vace_blocks_input(),
@@ -126,24 +126,9 @@ class PatchPSA(io.ComfyNode):
         return config_text(config_file, CONFIG_FOLDER, suffixes=CONFIG_SUFFIXES)
 
     @classmethod
-    def execute(
-        cls,
-        model: io.Model.Type,
-        preset: str = "auto",
-        warmup_steps: int = -1,
-        config_file: str = "",
-        skipped_blocks: str = "pool",
-        **shared: Any,
-    ) -> io.NodeOutput:
+    def execute(cls, model: io.Model.Type, **inputs: Any) -> io.NodeOutput:
         from ..patching import AttentionSettings, install
         from ..patching.psa_choice import psa_choice
 
-        choice = psa_choice(
-            model,
-            preset=preset,
-            warmup_steps=warmup_steps,
-            config_file=config_file,
-            skipped_blocks=skipped_blocks,
-            **shared,
-        )
+        choice = psa_choice(model, **inputs)
         return io.NodeOutput(install(model, AttentionSettings(sparse=choice)))

@@ -49,18 +49,19 @@ def model_input() -> io.Model.Input:
     return io.Model.Input("model", tooltip="A WAN or CogVideoX model. It is not changed.")
 
 
-def dense_layers_input(default: str = "0", *, advanced: bool = False) -> io.String.Input:
-    # The published choice. On the trained miniatures (benchmarks/RESULTS.md) a dense first layer
-    # was 3 to 5 dB closer to dense attention.
+def dense_layers_input(
+    *, advanced: bool = False, published: str = "the first layer"
+) -> io.String.Input:
+    # On the trained miniatures (benchmarks/RESULTS.md) a dense first layer was closer to dense
+    # attention, by 3 to 5 dB and more.
     return io.String.Input(
         "dense_layers",
-        default=default,
+        default="0",
         optional=True,
         **(ADVANCED if advanced else {}),
         tooltip=(
             "Transformer layers that keep full attention. Numbers and ranges, counted from 0: "
-            '"0", "0-2, 39", "-1" for the last layer; empty for none. Published: '
-            f"{'the first layer' if default else 'none'}."
+            f'"0", "0-2, 39", "-1" for the last layer; empty for none. Published: {published}.'
         ),
     )
 

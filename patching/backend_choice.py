@@ -64,7 +64,7 @@ def _sparse(model: Any, name: str, sparge_ckpt: str) -> SparseChoice:
     if name == "radial_attn":
         return make_choice(model, RadialPolicy(), dense_layers="0")
     if name == "psa":
-        return psa_choice(model, preset=AUTO, warmup_steps=-1, config_file="")
+        return psa_choice(model)
     return sparge_choice(model, sparge_ckpt=sparge_ckpt or NO_CHECKPOINT)
 
 

@@ -73,13 +73,17 @@ def choose_preset(model: Any, preset: str, config_file: str) -> tuple[str, PsaPr
 def psa_choice(
     model: Any,
     *,
-    preset: str,
-    warmup_steps: int,
-    config_file: str,
+    preset: str = AUTO,
+    warmup_steps: int = -1,
+    config_file: str = "",
     skipped_blocks: str = POOL,
+    dense_layers: str = "0",
     **shared: Any,
 ) -> SparseChoice:
-    """The choice PatchPSA's inputs make for a MODEL.
+    """The choice PatchPSA's inputs make for a MODEL; the defaults are the node's.
+
+    As published no layer is dense. A dense first one is closer by far with presets of mask mode
+    topk, which keep as little of a layer that needs more (docs/measurements.md).
 
     Args:
         warmup_steps: dense denoising steps, -1 for the preset's own.
@@ -107,5 +111,6 @@ def psa_choice(
         dense_timesteps=chosen.warmup_steps if own_warmup else warmup_steps,
         fits_warmup=own_warmup,
         verbose=chosen.verbose,
+        dense_layers=dense_layers,
         **shared,
     )

@@ -22,7 +22,7 @@ SPARGE_ADVANCED = {"cdfthreshd": 0.0, "attention_sink": False, "block_order": "a
 # {node: (what everyone sees, what is advanced)}
 DROPPED = {
     "PatchRadialAttention": (RADIAL, SCHEDULE | {"skipped_blocks": "pool"} | KERNEL),
-    "PatchPSA": (PSA, {"config_file": "", "dense_layers": ""} | SCHEDULE | KERNEL),
+    "PatchPSA": (PSA, {"config_file": "", "dense_layers": "0"} | SCHEDULE | KERNEL),
     "PatchSpargeAttention": (
         SPARGE,
         SCHEDULE | SPARGE_ADVANCED | {"skipped_blocks": "pool"} | KERNEL,
