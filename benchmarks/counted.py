@@ -81,7 +81,9 @@ def speedup(row: Row, layout: TokenLayout) -> float:
 
 def counted_table() -> str:
     """By node, for the README."""
-    shares = " and ".join(f"{attention_share(at):.0%} at {size}" for size, at in SIZES.items())
+    shares = " and ".join(
+        f"{100 * attention_share(at):.0f} % at {size}" for size, at in SIZES.items()
+    )
     lines = [
         (
             row.node,
@@ -91,10 +93,10 @@ def counted_table() -> str:
         )
         for row in rows()
     ]
-    head = ["node", "density", "dense steps", *SIZES]
+    head = ["node", "density at each size", "dense steps", *SIZES]
     return (
         f"Attention is only part of a step: of a dense one of WAN 14B, with 81 frames, {shares} of "
-        "the operations. Of it a sparse call computes the density, and some steps stay dense. By "
-        f"that count, which *Preview Attention Mask* makes for your settings, {STEPS} steps become "
-        f"this much faster:\n\n{table(head, lines)}"
+        "the operations. A sparse call computes the share of it under *density*, and some steps "
+        "stay dense. By that count, which *Preview Attention Mask* makes for your settings, "
+        f"{STEPS} steps become this much faster:\n\n{table(head, lines)}"
     )

@@ -63,9 +63,8 @@ class FineRadial(RadialPolicy):
             layout.prefix_tokens * SCALE,
             layout.suffix_tokens * SCALE,
         )
-        plan = RadialPolicy(self.block_size, self.decay_factor, self.skipped_blocks).static_plan(
-            real, device
-        )
+        whole = RadialPolicy(self.block_size, self.decay_factor, self.skipped_blocks, self.family)
+        plan = whole.static_plan(real, device)
         self.densities.append(plan.density_tensor())
         return BlockPlan.from_levels(
             _kept(plan),

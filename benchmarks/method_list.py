@@ -19,7 +19,7 @@ from .structured import AttentionInputs
 
 # Halvings of a setting's range when a density is looked for.
 BISECTIONS = 10
-# Ends the name of a method whose skipped blocks are pooled, the default of radial and PSA.
+# Ends the name of a method whose skipped blocks are pooled, the default of all nodes.
 POOLED = " pool"
 HOPPER = "hopper"
 # What the node does unless told otherwise.

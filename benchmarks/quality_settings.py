@@ -24,6 +24,7 @@ FEW_DENSE = ((0, 0), (1, 0), (2, 0), (1, 1))
 FINE = "fine"
 GRIDS = ("small", "full", "few_steps", "ends", FINE)
 PUBLISHED_BLOCKS = {"block_order": "raster", "skipped_blocks": "drop"}
+ALL_LAYERS = {"dense_layers": ""}
 # Of a miniature's large blocks few are alike; without this nearly all would be kept.
 ALIKE = {"simthreshd1": -1.0}
 # Ends the name of a curve whose settings do not take turns with the mirrored order.
@@ -158,8 +159,10 @@ def _one_order(settings: Iterable[Setting]) -> Iterator[Setting]:
             yield replace(setting, curve=curve, policy={"alternate_orders": False})
 
 
-def _published_sparge() -> Setting:
-    return Setting("sparge", "sparge published", {"topk": 0.5} | PUBLISHED_BLOCKS)
+def _published() -> Iterator[Setting]:
+    """What the nodes do otherwise than published: Sparge's blocks, PSA's dense first layer."""
+    yield Setting("sparge", "sparge published", {"topk": 0.5} | PUBLISHED_BLOCKS)
+    yield Setting("psa", "psa all layers", schedule=ALL_LAYERS)
 
 
 def _defaults() -> Iterator[Setting]:
@@ -177,18 +180,19 @@ def _few_steps(family: str) -> Iterator[Setting]:
             yield replace(base, curve=f"{base.method} few", schedule=schedule)
     for preset, _ in _psa_presets(family):
         for first, last in FEW_DENSE:
-            schedule = {"warmup_steps": first, "last_dense_timesteps": last}
+            schedule = {"warmup_steps": first, "last_dense_timesteps": last} | ALL_LAYERS
             yield Setting("psa", f"psa few {preset}", {"preset": preset}, schedule)
 
 
 def _ends(steps: int) -> Iterator[Setting]:
     """Whether one more dense step does more at the beginning or at the end of a schedule."""
     quarter = max(1, steps // 4)
+    own = {"radial": {}, "sparge": {"topk": 0.5} | PUBLISHED_BLOCKS}
     for first, last in ((quarter, 0), (quarter + 1, 0), (quarter, 1), (quarter - 1, 1)):
         schedule = {"dense_timesteps": first, "last_dense_timesteps": last}
         for method in ("radial", "sparge"):
-            yield Setting(method, f"{method} ends", schedule=schedule)
-        warmup = {"warmup_steps": first, "last_dense_timesteps": last}
+            yield Setting(method, f"{method} ends", own[method], schedule)
+        warmup = {"warmup_steps": first, "last_dense_timesteps": last} | ALL_LAYERS
         yield Setting("psa", "psa ends", schedule=warmup)
 
 
@@ -209,9 +213,11 @@ def _schedules(full: bool) -> Iterator[Setting]:
 def _in_fine_blocks(family: str) -> Iterator[Setting]:
     """Every method, the choices that matter most at the block counts of real models."""
     yield from _defaults()
-    yield _published_sparge()
+    yield from _published()
     for preset, _ in _psa_presets(family):
-        yield Setting("psa", "psa presets", {"preset": preset}, {"warmup_steps": QUARTER})
+        quarter = {"warmup_steps": QUARTER}
+        yield Setting("psa", "psa presets", {"preset": preset}, quarter)
+        yield Setting("psa", "psa all layers presets", {"preset": preset}, quarter | ALL_LAYERS)
     for share in (0.2, 0.3, 0.5):
         yield Setting("sparge", "sparge topk", {"topk": share})
     for order, skipped in (("Gilbert", "drop"), ("raster", "pool")):
@@ -246,7 +252,7 @@ def settings(family: str, grid: str, steps: int = STEPS) -> list[Setting]:
     choosing = [*_psa(family), *_sparge(full)]
     return [
         *_defaults(),
-        _published_sparge(),
+        *_published(),
         *_radial(full),
         *choosing,
         *_one_order(choosing),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .markdown import table
+from .quality_settings import STEPS
 from .quality_summary import Summary, directions, said_of_blocks, summarise
 
 Result = dict[str, Any]
@@ -67,7 +68,7 @@ def quality(result: Result) -> str:
         f"against dense attention in fp32 at the same seed, guidance {result['guidance']:g}. "
         "Density is that of the sparse calls. Time is over that of the dense video. Where the "
         "setting does not say so, a quarter of the steps and layer 0 are dense (Sparge at its "
-        "defaults: one step; PSA: no layer)."
+        "defaults: one step)."
     )
     if said_of_blocks(result):
         said += (
@@ -97,17 +98,17 @@ def _model_size_steps(result: Result) -> tuple[bool, int, int]:
     return row["family"] != "wan", row["tokens"], result["steps"]
 
 
-def _is_in_readme(summary: Summary, fine: bool) -> bool:
+def _is_in_readme(summary: Summary, fine: bool, steps: int) -> bool:
     """Rounding alone, and what nodes do at block counts like those of real models."""
     if not fine:
-        return summary.label == FLOOR
+        return summary.label == FLOOR and steps == STEPS
     return summary.curve.endswith(" defaults") or summary.curve in README_CURVES
 
 
 def _readme_lines(results: Iterable[Result]) -> Iterator[tuple[str, ...]]:
     for result in sorted(results, key=_model_size_steps):
         for summary in summarise(result["rows"]):
-            if _is_in_readme(summary, bool(said_of_blocks(result))):
+            if _is_in_readme(summary, bool(said_of_blocks(result)), result["steps"]):
                 yield (
                     f"{summary.family} miniature, {result['rows'][0]['tokens']} tokens",
                     summary.label,

@@ -11,7 +11,8 @@ from .tables import Result
 
 # The mask of radial attention, and a density that the dynamic methods reach.
 WANTED_DENSITY = 0.2
-# At their nodes' defaults; of PSA the presets of the models that most people have.
+# At their nodes' defaults, and Sparge as published; of PSA the presets of the models that most
+# people have.
 WANTED_METHODS = ("radial pool", SPARGE_DEFAULT, "sparge raster")
 WANTED_METHODS += tuple(
     f"psa {preset}/psa_balanced{end}"

@@ -12,14 +12,14 @@ from miniature.weights import weights_path
 
 from .comparison import Weights
 from .families import Family
-from .methods import METHODS, Method, method_workflow
+from .methods import METHODS, SPARGE, Method, method_workflow
 from .workflow import Workflow
 
 API_FORMS = ROOT / "workflows" / "api"
 # WAN's own length at a size that a CPU samples in seconds; enough tokens to be sparse.
 SMALL_SIZE = {"width": 320, "height": 192, "length": 81}
 SMALL_STEPS = 10
-# Presets of PSA wait longer than that; radial and Sparge take a quarter of the steps themselves.
+# Presets of PSA wait longer than that, Sparge one step, and its blocks are half a frame here.
 SMALL_WARMUP = SMALL_STEPS // 4
 
 # What large models are sampled with drives a miniature's colours out of range.
@@ -84,9 +84,10 @@ def real_workflows(
         for name in ("width", "height", "length", "steps")
         if getattr(options, name) is not None
     }
-    # Fixed counts would not fit another number of steps.
+    # Counts for a usual number of steps would not fit another one; Sparge's single step does.
+    counts = {}
     if options.steps is not None:
-        given |= {"dense_timesteps": -1, "warmup_steps": max(1, options.steps // 4)}
+        counts = {"dense_timesteps": -1, "warmup_steps": max(1, options.steps // 4)}
 
     def real(workflow: Workflow, method: Method) -> Workflow:
         workflow = workflow.setting(
@@ -96,6 +97,7 @@ def real_workflows(
             seed=options.seed,
             noise_seed=options.seed,
             **given,
+            **(counts if method is not SPARGE else {}),
         ).saving_frames(f"{family.key}/{method.key}")
         prompt = workflow.linked_from("positive")
         workflow.nodes[prompt]["inputs"]["text"] = options.prompt

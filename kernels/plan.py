@@ -26,7 +26,8 @@ PYRAMID_LEVELS = (1, 2, 4, 8)
 SKIPPED_BLOCKS = ("drop", "pool")
 POOLING = "skipped_blocks is pool: set it to drop, or kernel to auto"
 BLOCK_SIZES = (16, 32, 64, 128, 256)
-# A plan may have smaller ones, as small videos need them; no kernel but torch takes those.
+# A plan may have smaller ones, which only the torch kernel takes: miniatures are measured with
+# blocks as small for their frames as these are for real ones (benchmarks/fine_blocks.py).
 PLAN_BLOCK_SIZES = (4, 8, *BLOCK_SIZES)
 MAX_ENTRIES = 2**31 - 1
 

@@ -102,7 +102,7 @@ class PatchPSA(io.ComfyNode):
                 *advanced_inputs(),
                 *kernel_inputs(),
                 dense_vace_blocks_input(),
-                skipped_blocks_input(default="pool"),
+                skipped_blocks_input(),
             ],
             outputs=[io.Model.Output(tooltip="The model with pyramid sparse attention.")],
         )

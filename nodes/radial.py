@@ -73,7 +73,7 @@ class PatchRadialAttention(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "Tokens per block of the mask. 64 follows the mask more closely and keeps "
-                        "less, 128 takes less time for as much."
+                        "less; at equal density 128 is faster."
                     ),
                 ),
                 io.Float.Input(
@@ -90,7 +90,7 @@ class PatchRadialAttention(io.ComfyNode):
                     ),
                 ),
                 *advanced_inputs(),
-                skipped_blocks_input(default="pool"),
+                skipped_blocks_input(),
                 *kernel_inputs(),
                 dense_vace_blocks_input(),
             ],

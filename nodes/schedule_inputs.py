@@ -122,11 +122,11 @@ def advanced_inputs() -> list[io.Input]:
     ]
 
 
-def skipped_blocks_input(*, default: str) -> io.Combo.Input:
+def skipped_blocks_input() -> io.Combo.Input:
     return io.Combo.Input(
         "skipped_blocks",
         options=["drop", "pool"],
-        default=default,
+        default="pool",
         optional=True,
         **ADVANCED,
         tooltip=(

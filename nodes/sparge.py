@@ -33,7 +33,8 @@ class PatchSpargeAttention(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Faster WAN and CogVideoX sampling: every call predicts from block means which "
-                "blocks matter and attends to those. No training is needed; a checkpoint tuned for "
+                "blocks matter, attends to those in full and to each of the others through its "
+                "mean. No training is needed; a checkpoint tuned for "
                 "the model brings it closer to full attention. Put it between the model loader "
                 "(and LoRAs) and the sampler."
             ),
@@ -114,7 +115,7 @@ class PatchSpargeAttention(io.ComfyNode):
                         "with a tuned checkpoint or attention_sink."
                     ),
                 ),
-                skipped_blocks_input(default="pool"),
+                skipped_blocks_input(),
                 *kernel_inputs(),
                 dense_vace_blocks_input(),
             ],

@@ -82,8 +82,9 @@ def psa_choice(
 ) -> SparseChoice:
     """The choice PatchPSA's inputs make for a MODEL; the defaults are the node's.
 
-    As published no layer is dense. A dense first one is closer by far with presets of mask mode
-    topk, which keep as little of a layer that needs more (docs/measurements.md).
+    As published no layer is dense. With presets of mask mode topk a dense first layer is much
+    closer: they keep the same share of every layer, also where one needs more
+    (docs/measurements.md).
 
     Args:
         warmup_steps: dense denoising steps, -1 for the preset's own.

@@ -134,7 +134,7 @@ def sparge_choice(
     checkpoint = _load(model, sparge_ckpt)
     block_m, block_n = _block_size(shared.get("kernel", "auto"), model.load_device)
     if block_order == AUTO_ORDER:
-        # Thresholds were tuned in the model's own order, whose first block is a sink as published.
+        # Thresholds were tuned in the model's own order; the published sink is its first block.
         block_order = "Gilbert" if checkpoint is None and not attention_sink else "raster"
     policy = SpargePolicy(
         topk=topk,

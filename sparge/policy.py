@@ -47,9 +47,8 @@ class SpargePolicy:
     simthreshd1: float = -0.1
     cdfthreshd: float | None = None
     attention_sink: bool = False
-    # As published. On the trained miniatures (benchmarks/RESULTS.md) raster was mostly closer to
-    # dense attention than Gilbert. Pooling was mostly closer than dropping; it is not the default
-    # since libraries' kernels cannot pool, and it takes 6 to 13 % longer.
+    # As published. The node's defaults are those of patching/sparge_choice.py: Gilbert order and
+    # pooled blocks, which are closer to dense attention (docs/measurements.md).
     block_order: str = "raster"
     skipped_blocks: str = "drop"
     checkpoint: SpargeCheckpoint | None = None

@@ -33,6 +33,6 @@ def test_a_speedup_is_the_quotient_of_all_operations():
 
 def test_the_table_says_what_it_counts():
     text = counted_table()
-    assert "52% at 832x480 and 72% at 1280x720" in text
+    assert "52 % at 832x480 and 72 % at 1280x720" in text
     line = next(line for line in text.splitlines() if "Radial" in line)
     assert [cell.strip() for cell in line.strip("|").split("|")][1:3] == ["0.35, 0.27", "5"]

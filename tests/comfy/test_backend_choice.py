@@ -57,10 +57,29 @@ def test_what_a_file_names_is_said_to_be_the_files(models, set_backends, run_lin
 @pytest.mark.core
 @pytest.mark.parametrize("name", ["radial_attn", "psa", "sparge_attn"])
 def test_a_sparse_name_installs_that_method_with_its_defaults(models, set_backends, name):
-    patched = set_backends(models("wan"), self_attn_1_type=name)
-    sparse = patched.model_options["transformer_options"]["sparse_video_attention"].sparse
-    assert sparse.policy.name == {"radial_attn": "radial", "sparge_attn": "sparge"}.get(name, name)
-    assert sparse.min_tokens == 4096
+    from sparse_video_attention.nodes import psa, radial, sparge
+
+    nodes = {"radial_attn": radial.PatchRadialAttention, "psa": psa.PatchPSA}
+    node = nodes.get(name, sparge.PatchSpargeAttention)
+    model = models("wan")
+    assert _sparse(set_backends(model, self_attn_1_type=name)) == _sparse(*node.execute(model))
+    assert _sparse(*node.execute(model)).min_tokens == 4096
+
+
+def test_a_file_s_sparge_has_the_node_s_defaults(models, set_backends, tmp_path):
+    from sparse_video_attention.nodes.sparge import PatchSpargeAttention
+
+    path = tmp_path / "file.json"
+    path.write_text('{"sparge": true}', encoding="utf-8")
+    by_file = _sparse(set_backends(models("wan"), config_file=str(path)))
+    assert by_file == _sparse(*PatchSpargeAttention.execute(models("wan")))
+    policy, schedule = by_file.policy, by_file.schedule
+    assert (policy.topk, policy.block_order, policy.skipped_blocks) == (0.3, "Gilbert", "pool")
+    assert (schedule.dense_timesteps, schedule.dense_layers) == (1, {0})
+
+
+def _sparse(patched):
+    return patched.model_options["transformer_options"]["sparse_video_attention"].sparse
 
 
 @pytest.mark.parametrize("site", SITES[1:])

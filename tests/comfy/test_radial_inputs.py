@@ -39,8 +39,8 @@ def test_bad_input_is_refused_with_one_sentence(models, patch_radial, inputs, sa
     [
         ("PatchRadialAttention", {}, "skipped_blocks is pool: set it to drop, or kernel to auto"),
         ("PatchRadialAttention", {"skipped_blocks": "drop"}, None),
-        ("PatchSpargeAttention", {"skipped_blocks": "pool"}, "skipped_blocks is pool: set it"),
-        ("PatchSpargeAttention", {}, None),
+        ("PatchSpargeAttention", {}, "skipped_blocks is pool: set it to drop, or kernel to auto"),
+        ("PatchSpargeAttention", {"skipped_blocks": "drop"}, None),
         (
             "PatchPSA",
             {"preset": "Wan2.1_14b/psa_balanced", "skipped_blocks": "drop"},

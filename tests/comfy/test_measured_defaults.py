@@ -1,0 +1,46 @@
+"""What benchmarks call a node's defaults is what the node does."""
+
+import pytest
+
+from benchmarks.counted import STEPS, rows
+from benchmarks.method_list import SPARGE_DEFAULT, methods
+from benchmarks.node_defaults import default_choice
+from benchmarks.quality_settings import Setting, settings
+
+pytestmark = pytest.mark.comfy
+
+
+@pytest.mark.parametrize("method", ["radial", "psa", "sparge"])
+def test_default_choices_are_the_nodes(comfyui, models, method):
+    from sparse_video_attention.nodes import psa, radial, sparge
+
+    nodes = {"radial": radial.PatchRadialAttention, "psa": psa.PatchPSA}
+    (patched,) = nodes.get(method, sparge.PatchSpargeAttention).execute(models("wan"))
+    installed = patched.model_options["transformer_options"]["sparse_video_attention"].sparse
+    assert default_choice(models("wan"), method) == installed
+
+
+@pytest.mark.parametrize("node", ["Sparge", "Radial"])
+def test_counted_speeds_are_of_the_defaults(comfyui, models, node):
+    (row,) = [row for row in rows() if row.node == f"{node} at its defaults"]
+    choice = default_choice(models("wan"), node.lower())
+    counted = row.policy, row.dense_layers, row.dense_steps
+    dense = choice.schedule.first_dense_steps(STEPS)
+    assert counted == (choice.policy, len(choice.schedule.dense_layers), dense)
+
+
+def test_the_timed_sparge_is_the_node_s(comfyui, models):
+    (timed,) = [m.policy for m in methods("Wan") if m.name == SPARGE_DEFAULT]
+    assert timed == default_choice(models("wan"), "sparge").policy
+
+
+def test_settings_of_sparge_have_a_quarter_of_the_steps_dense_but_for_its_defaults(comfyui, models):
+    def dense_steps(**own):
+        choice = Setting("sparge", "a curve", own).choice(models("wan"))
+        return choice.schedule.first_dense_steps(12)
+
+    assert dense_steps() == 1
+    assert dense_steps(topk=0.3) == dense_steps(cdfthreshd=0.5) == 3
+    (fine,) = [s for s in settings("wan", "fine") if s.label == "sparge at its defaults"]
+    policy = fine.choice(models("wan")).policy
+    assert (policy.block_m, policy.block_n, policy.topk) == (16, 8, 0.3)
