@@ -99,10 +99,9 @@ class Schedule:
     dense_layers: frozenset[int] = frozenset()
     # A quarter of the steps, as documented for radial attention; Sparge's node has one. On the
     # trained miniatures (benchmarks/RESULTS.md) each further dense step was closer to dense
-    # attention; of four steps a dense last one did more than a second dense first one, but for
-    # Sparge on CogVideoX and one of PSA's presets on WAN. Of 50, too, the twelfth did more as the
-    # last one (0.1 to 1.0 dB); that is not the default, since samplers that share a schedule would
-    # each keep one.
+    # attention; of four steps a dense last one did more than a second dense first one, but with
+    # one of PSA's presets on WAN. Of 50, too, the twelfth did more as the last one (0.1 to 1.0 dB);
+    # that is not the default, since samplers that share a schedule would each keep one.
     dense_timesteps: int = -1
     last_dense_timesteps: int = 0
     start_percent: float = 0.0
