@@ -19,8 +19,10 @@ API_FORMS = ROOT / "workflows" / "api"
 # WAN's own length at a size that a CPU samples in seconds; enough tokens to be sparse.
 SMALL_SIZE = {"width": 320, "height": 192, "length": 81}
 SMALL_STEPS = 10
-# Presets of PSA wait longer than that, Sparge one step, and its blocks are half a frame here.
+# Presets of PSA wait longer than that, Sparge one step.
 SMALL_WARMUP = SMALL_STEPS // 4
+# A block is half a frame here: too much to be compact, and few of them are a small choice.
+SMALL_SPARGE = {"topk": 0.5, "block_order": "raster"}
 
 # What large models are sampled with drives a miniature's colours out of range.
 MINIATURE_GUIDANCE = 3.0
@@ -64,6 +66,7 @@ def small_workflows(
             workflow.saving_latent(f"{family.key}/{method.key}")
             .setting(unet_name=name, steps=SMALL_STEPS, **SMALL_SIZE)
             .setting(dense_timesteps=-1, warmup_steps=SMALL_WARMUP)
+            .setting(**SMALL_SPARGE)
             .setting(seed=options.seed, noise_seed=options.seed)
         )
 
