@@ -115,7 +115,8 @@ def test_what_a_cap_adds_is_on_top(models, preview, tmp_path):
     """PSA's similarity cap only refines: what is known is a bound, and said to be one."""
     path = tmp_path / "mine.yaml"
     path.write_text(CAPPED, encoding="utf-8")
-    model = patch(models("wan"), "PatchPSA", preset="mine/capped", config_file=str(path))
+    mine = {"preset": "mine/capped", "config_file": str(path), "dense_layers": ""}
+    model = patch(models("wan"), "PatchPSA", **mine)
     _, _, _, text = preview(model, WAN_480P)
     assert "Density of sparse calls: at least 0." in text and "remain: at most 2." in text
     radial = patch(models("wan"), "PatchRadialAttention")
