@@ -7,19 +7,18 @@ taking as long as any other.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
 
 from sparse_video_attention.kernels import TokenLayout
 from sparse_video_attention.patching.layout import WAN
-from sparse_video_attention.patching.operations import layer_operations
+from sparse_video_attention.patching.operations import LayerOperations, layer_operations
 from sparse_video_attention.patching.settings import SparsePolicy
 from sparse_video_attention.psa import PsaPolicy, load_presets
 from sparse_video_attention.radial_attn import RadialPolicy
-from sparse_video_attention.sparge import SpargePolicy
 
 from .markdown import table
+from .node_defaults import SPARGE_POLICY
 
 WAN_14B = SimpleNamespace(dim=5120, ffn_dim=13824, blocks=range(40))
 TEXT_TOKENS = 512
@@ -43,9 +42,8 @@ class Row:
 
 def rows() -> Iterator[Row]:
     """The nodes at their defaults, and what makes them faster."""
-    compact: dict[str, Any] = {"block_order": "Gilbert", "skipped_blocks": "pool"}
-    yield Row("Sparge at its defaults", SpargePolicy(topk=0.3, **compact), 1, 1)
-    yield Row("Sparge, `topk` 0.2", SpargePolicy(topk=0.2, **compact), 1, 1)
+    yield Row("Sparge at its defaults", SPARGE_POLICY, 1, 1)
+    yield Row("Sparge, `topk` 0.2", replace(SPARGE_POLICY, topk=0.2), 1, 1)
     preset = load_presets()["Wan2.1_1.3b"]["psa_topk"]
     psa = PsaPolicy.from_preset(preset, skipped_blocks="pool")
     yield Row("PSA, `preset` Wan2.1_1.3b/psa_topk", psa, 1, STEPS // 4)
@@ -65,24 +63,22 @@ def density(policy: SparsePolicy, layout: TokenLayout) -> float:
     return known[0].density()
 
 
-def attention_share(layout: TokenLayout) -> float:
-    """Of a dense step's operations, 0 to 1."""
-    work = layer_operations(WAN_14B, WAN, layout.num_tokens, TEXT_TOKENS)
-    return work.attention / (work.attention + work.other)
+def layer(layout: TokenLayout) -> LayerOperations:
+    """Of WAN 14B."""
+    return layer_operations(WAN_14B, WAN, layout.num_tokens, TEXT_TOKENS)
 
 
 def speedup(row: Row, layout: TokenLayout) -> float:
     """Of STEPS steps, over dense ones."""
     layers = len(WAN_14B.blocks)
     sparse = (STEPS - row.dense_steps) / STEPS * (layers - row.dense_layers) / layers
-    saved = sparse * (1 - density(row.policy, layout))
-    return 1 / (1 - saved * attention_share(layout))
+    return layer(layout).speedup(sparse * (1 - density(row.policy, layout)))
 
 
 def counted_table() -> str:
     """By node, for the README."""
     shares = " and ".join(
-        f"{100 * attention_share(at):.0f} % at {size}" for size, at in SIZES.items()
+        f"{100 * layer(at).attention_share:.0f} % at {size}" for size, at in SIZES.items()
     )
     lines = [
         (

@@ -15,6 +15,7 @@ from sparse_video_attention.sparge import SpargePolicy
 
 from .left_out import is_left_out
 from .method_call import LAYER, MethodCall
+from .node_defaults import SPARGE_POLICY
 from .structured import AttentionInputs
 
 # Halvings of a setting's range when a density is looked for.
@@ -22,7 +23,7 @@ BISECTIONS = 10
 # Ends the name of a method whose skipped blocks are pooled, the default of all nodes.
 POOLED = " pool"
 HOPPER = "hopper"
-# What the node does unless told otherwise.
+# With the policy of the node's defaults.
 SPARGE_DEFAULT = f"sparge Gilbert 0.3{POOLED}"
 
 
@@ -63,8 +64,7 @@ def methods(model_family: str, precisions: Iterable[str] = ("auto",)) -> Iterato
 def _methods(model_family: str) -> Iterator[Method]:
     # The most telling first, for runs that are cut short.
     yield Method("radial pool", RadialPolicy())
-    compact = SpargePolicy(topk=0.3, block_order="Gilbert", skipped_blocks="pool")
-    yield Method(SPARGE_DEFAULT, compact)
+    yield Method(SPARGE_DEFAULT, SPARGE_POLICY)
     yield Method("radial", RadialPolicy(skipped_blocks="drop"))
     yield Method("sparge raster", SpargePolicy())
     for label, preset in _presets(model_family):

@@ -10,8 +10,11 @@ from sparse_video_attention.patching.psa_choice import psa_choice
 from sparse_video_attention.patching.settings import AttentionSite, DenseChoice
 from sparse_video_attention.patching.sparge_choice import sparge_choice
 from sparse_video_attention.radial_attn import RadialPolicy
+from sparse_video_attention.sparge import SpargePolicy
 
 NODES = ("radial", "psa", "sparge")
+# Of PatchSpargeAttention's defaults, where there is no MODEL at hand.
+SPARGE_POLICY = SpargePolicy(topk=0.3, block_order="Gilbert", skipped_blocks="pool")
 
 
 def default_choice(model: Any, method: str) -> SparseChoice:

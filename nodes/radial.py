@@ -73,7 +73,7 @@ class PatchRadialAttention(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "Tokens per block of the mask. 64 follows the mask more closely and keeps "
-                        "less; at equal density 128 is faster."
+                        "less; 128 is published."
                     ),
                 ),
                 io.Float.Input(

@@ -20,6 +20,15 @@ class LayerOperations(NamedTuple):
     attention: float
     other: float
 
+    @property
+    def attention_share(self) -> float:
+        """Of both, 0 to 1."""
+        return self.attention / (self.attention + self.other)
+
+    def speedup(self, saved: float) -> float:
+        """Of a run of such layers that saves a share of dense attention, 0 to 1."""
+        return 1 / (1 - saved * self.attention_share)
+
 
 def layer_operations(net: Any, family: str, tokens: int, text_tokens: int) -> LayerOperations:
     """Of a layer of a WAN or CogVideoX model.

@@ -205,13 +205,12 @@ def _gain(
     work = layer_operations(net, family, tokens, text_tokens)
     sparse_layers, layers = layer_calls(net, choice.schedule)
     saved = sparse_steps * sparse_layers / layers * (1 - plan.density())
-    share = work.attention / (work.attention + work.other)
-    speedup = 1 / (1 - saved * share)
+    speedup = work.speedup(saved)
     return _Gain(
         speedup,
-        f"{sparse_layers} of {layers} layers may run sparse. Attention is {share:.0%} of a dense "
-        f"step's operations, of which {1 - saved:.0%} remain: {at_most}{speedup:.2f}x as "
-        "fast, if all operations take equally long.",
+        f"{sparse_layers} of {layers} layers may run sparse. Attention is "
+        f"{work.attention_share:.0%} of a dense step's operations, of which {1 - saved:.0%} "
+        f"remain: {at_most}{speedup:.2f}x as fast, if all operations take equally long.",
     )
 
 
