@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..sparge import SpargeCheckpoint, SpargePolicy, load_checkpoint
-from ..sparge.policy import PUBLISHED_BLOCKS
+from ..sparge.policy import BLOCK_ORDERS, PUBLISHED_BLOCKS
 from ..third_party import spas_sage_attn
 from .choice import make_choice
 from .install import describe_model
@@ -131,6 +131,9 @@ def sparge_choice(
     Raises:
         ValueError: an input is not allowed or the checkpoint does not fit, in one sentence.
     """
+    orders = (AUTO_ORDER, *BLOCK_ORDERS)
+    if block_order not in orders:
+        raise ValueError(f"block_order {shown(block_order)}: allowed are {', '.join(orders)}")
     checkpoint = _load(model, sparge_ckpt)
     block_m, block_n = _block_size(shared.get("kernel", "auto"), model.load_device)
     if block_order == AUTO_ORDER:

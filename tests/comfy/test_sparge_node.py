@@ -67,6 +67,8 @@ def test_auto_order_is_gilbert_but_for_what_belongs_to_the_models_own_order(
     assert order(attention_sink=True) == order(sparge_ckpt="tuned.pt") == "raster"
     assert order(attention_sink=True, block_order="Gilbert") == "Gilbert"
     assert order(block_order="raster") == "raster"
+    with pytest.raises(ValueError, match="'hilbert': allowed are auto, raster, Gilbert"):
+        order(block_order="hilbert")
 
 
 @pytest.mark.core
