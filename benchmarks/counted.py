@@ -8,47 +8,99 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 from sparse_video_attention.kernels import TokenLayout
-from sparse_video_attention.patching.layout import WAN
+from sparse_video_attention.patching.layout import COGVIDEOX, WAN
 from sparse_video_attention.patching.operations import LayerOperations, layer_operations
+from sparse_video_attention.patching.schedule import Schedule
 from sparse_video_attention.patching.settings import SparsePolicy
 from sparse_video_attention.psa import PsaPolicy, load_presets
 from sparse_video_attention.radial_attn import RadialPolicy
 
 from .markdown import table
-from .node_defaults import SPARGE_POLICY
+from .node_defaults import CLOSEST_PRESETS, SPARGE_POLICY
 
-WAN_14B = SimpleNamespace(dim=5120, ffn_dim=13824, blocks=range(40))
-TEXT_TOKENS = 512
-STEPS = 20
-SIZES = {"832x480": TokenLayout(21, 30, 52), "1280x720": TokenLayout(21, 45, 80)}
+WAN_TEXT, COGVIDEOX_TEXT = 512, 226
+DENSE_LAYERS = frozenset({0})
 
 
 @dataclass(frozen=True)
-class Row:
+class Model:
+    """What counts of a network.
+
+    Attributes:
+        ffn_dim: of WAN's; CogVideoX's follows from dim.
+    """
+
+    name: str
+    family: str
+    dim: int
+    layers: int
+    ffn_dim: int = 0
+
+
+WAN_14B = Model("WAN 14B", WAN, 5120, 40, 13824)
+WAN_1_3B = Model("WAN 2.1 1.3B", WAN, 1536, 30, 8960)
+WAN_5B = Model("WAN 2.2 5B", WAN, 3072, 30, 14336)
+COGVIDEOX_5B = Model("CogVideoX 5B", COGVIDEOX, 3072, 42)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A video and the steps it takes.
+
+    Attributes:
+        video: WIDTHxHEIGHTxFRAMES.
+        layout: its tokens.
+    """
+
+    model: Model
+    video: str
+    layout: TokenLayout
+    steps: int
+
+    def layer(self) -> LayerOperations:
+        """Of the model's layers, one."""
+        return layer_operations(self.model, self.model.family, self.layout.num_tokens, WAN_TEXT)
+
+
+@dataclass(frozen=True)
+class Node:
     """A node's settings.
 
     Attributes:
-        dense_layers, dense_steps: how many; of the steps those of a sampler of STEPS.
+        dense_timesteps: as in the node.
     """
 
-    node: str
+    name: str
     policy: SparsePolicy
-    dense_layers: int
-    dense_steps: int
+    dense_timesteps: int
+
+    def schedule(self) -> Schedule:
+        return Schedule(DENSE_LAYERS, self.dense_timesteps)
 
 
-def rows() -> Iterator[Row]:
+def runs() -> Iterator[Run]:
+    """What people make; of four steps those of WAN 2.2's two experts together."""
+    small, large = TokenLayout(21, 30, 52), TokenLayout(21, 45, 80)
+    for steps in (20, 4):
+        yield Run(WAN_14B, "832x480x81", small, steps)
+        yield Run(WAN_14B, "1280x720x81", large, steps)
+    yield Run(WAN_1_3B, "832x480x81", small, 20)
+    yield Run(WAN_5B, "1280x704x121", TokenLayout(31, 22, 40), 20)
+    text_first = TokenLayout(13, 30, 45, prefix_tokens=COGVIDEOX_TEXT)
+    yield Run(COGVIDEOX_5B, "720x480x49", text_first, 30)
+
+
+def nodes(family: str) -> Iterator[Node]:
     """The nodes at their defaults, and what makes them faster."""
-    yield Row("Sparge at its defaults", SPARGE_POLICY, 1, 1)
-    yield Row("Sparge, `topk` 0.2", replace(SPARGE_POLICY, topk=0.2), 1, 1)
-    preset = load_presets()["Wan2.1_1.3b"]["psa_topk"]
+    yield Node("Sparge at its defaults", SPARGE_POLICY, 1)
+    yield Node("Sparge, `topk` 0.2", replace(SPARGE_POLICY, topk=0.2), 1)
+    section, name = CLOSEST_PRESETS[family.lower()]
+    preset = load_presets()[section][name]
     psa = PsaPolicy.from_preset(preset, skipped_blocks="pool")
-    yield Row("PSA, `preset` Wan2.1_1.3b/psa_topk", psa, 1, STEPS // 4)
-    yield Row("the same, `warmup_steps` 1", psa, 1, 1)
-    yield Row("Radial at its defaults", RadialPolicy(), 1, STEPS // 4)
+    yield Node("PSA, closest preset", psa, -1)
+    yield Node("Radial at its defaults", RadialPolicy(), -1)
 
 
 def density(policy: SparsePolicy, layout: TokenLayout) -> float:
@@ -63,36 +115,24 @@ def density(policy: SparsePolicy, layout: TokenLayout) -> float:
     return known[0].density()
 
 
-def layer(layout: TokenLayout) -> LayerOperations:
-    """Of WAN 14B."""
-    return layer_operations(WAN_14B, WAN, layout.num_tokens, TEXT_TOKENS)
-
-
-def speedup(row: Row, layout: TokenLayout) -> float:
-    """Of STEPS steps, over dense ones."""
-    layers = len(WAN_14B.blocks)
-    sparse = (STEPS - row.dense_steps) / STEPS * (layers - row.dense_layers) / layers
-    return layer(layout).speedup(sparse * (1 - density(row.policy, layout)))
+def speedup(run: Run, node: Node) -> float:
+    """Of all steps, over dense ones."""
+    layers, steps = run.model.layers, run.steps
+    dense_steps = node.schedule().first_dense_steps(steps)
+    sparse = (steps - dense_steps) / steps * (layers - len(DENSE_LAYERS)) / layers
+    return run.layer().speedup(sparse * (1 - density(node.policy, run.layout)))
 
 
 def counted_table() -> str:
-    """By node, for the README."""
-    shares = " and ".join(
-        f"{100 * layer(at).attention_share:.0f} % at {size}" for size, at in SIZES.items()
-    )
+    """By run and node, for the README."""
     lines = [
         (
-            row.node,
-            ", ".join(dict.fromkeys(f"{density(row.policy, at):.2f}" for at in SIZES.values())),
-            str(row.dense_steps),
-            *(f"{speedup(row, at):.1f}x" for at in SIZES.values()),
+            f"{run.model.name}, {run.video}",
+            str(run.steps),
+            f"{100 * run.layer().attention_share:.0f} %",
+            *(f"{speedup(run, node):.1f}x" for node in nodes(run.model.family)),
         )
-        for row in rows()
+        for run in runs()
     ]
-    head = ["node", "density at each size", "dense steps", *SIZES]
-    return (
-        f"Attention is only part of a step: of a dense one of WAN 14B, with 81 frames, {shares} of "
-        "the operations. A sparse call computes the share of it under *density*, and some steps "
-        "stay dense. By that count, which *Preview Attention Mask* makes for your settings, "
-        f"{STEPS} steps become this much faster:\n\n{table(head, lines)}"
-    )
+    names = [node.name for node in nodes(WAN)]
+    return table(["video", "steps", "attention", *names], lines)

@@ -1,9 +1,9 @@
 """Methods with blocks as small for a miniature's frames as they are for the frames of real models.
 
 A frame of a miniature has 240 tokens, less than two blocks of 128; of real models it has 1350 to
-3600. So a token of the miniature stands here for SCALE tokens of a real model: blocks and windows
-are that many times smaller, and a mean over no more than SCALE tokens is a token itself. Densities
-are those of the real blocks.
+3600. So a token of the miniature stands here for a few tokens of a real model, the scale: blocks and windows
+are that many times smaller, and a mean over no more than so many tokens is a token itself.
+Densities are those of the real blocks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from sparse_video_attention.radial_attn import RadialPolicy
 from sparse_video_attention.sparge import SpargePolicy
 from torch import Tensor
 
+# With the usual one a miniature's frame has as many blocks as one of 1920 tokens.
 SCALE = 8
+SCALES = (2, 4, SCALE)
 Densities = list[Tensor]
 
 
@@ -43,25 +45,26 @@ def _kept(plan: BlockPlan) -> Tensor:
 
 @dataclass(frozen=True)
 class FineRadial(RadialPolicy):
-    """Radial attention with the mask of frames with SCALE times as many tokens."""
+    """Radial attention with the mask of frames with `block_scale` times as many tokens."""
 
+    block_scale: int = SCALE
     densities: Densities = field(default_factory=list, compare=False, repr=False)
 
     @property
     def block_m(self) -> int:
-        return self.block_size // SCALE
+        return self.block_size // self.block_scale
 
     @property
     def block_n(self) -> int:
-        return self.block_size // SCALE
+        return self.block_size // self.block_scale
 
     def static_plan(self, layout: TokenLayout, device: torch.device | str) -> BlockPlan:
         real = TokenLayout(
             layout.frames,
             layout.height,
-            layout.width * SCALE,
-            layout.prefix_tokens * SCALE,
-            layout.suffix_tokens * SCALE,
+            layout.width * self.block_scale,
+            layout.prefix_tokens * self.block_scale,
+            layout.suffix_tokens * self.block_scale,
         )
         whole = RadialPolicy(self.block_size, self.decay_factor, self.skipped_blocks, self.family)
         plan = whole.static_plan(real, device)
@@ -80,6 +83,7 @@ class FineRadial(RadialPolicy):
 class FineSparge(SpargePolicy):
     """Sparge with blocks of block_m queries and block_n keys that are already small."""
 
+    block_scale: int = SCALE
     densities: Densities = field(default_factory=list, compare=False, repr=False)
 
     block_sizes: ClassVar[tuple[int, ...]] = PLAN_BLOCK_SIZES
@@ -88,7 +92,7 @@ class FineSparge(SpargePolicy):
         self, q: Tensor, k: Tensor, layout: TokenLayout, *, layer: int, scale: float
     ) -> BlockPlan:
         plan = super().plan(q, k, layout, layer=layer, scale=scale)
-        pooled = self.block_n * SCALE if self.skipped_blocks == "pool" else None
+        pooled = self.block_n * self.block_scale if self.skipped_blocks == "pool" else None
         self.densities.append(real_density(_kept(plan), skipped_level=pooled))
         return plan
 
@@ -97,21 +101,22 @@ class FineSparge(SpargePolicy):
 class FinePsa(PsaPolicy):
     """A preset with small blocks, whose pooled levels are as much finer.
 
-    It has no similarity cap: groups of no more than SCALE tokens are one token here, which is like
-    itself.
+    It has no similarity cap: groups of no more than `block_scale` tokens are one token here, which is
+    like itself.
     """
 
+    block_scale: int = SCALE
     densities: Densities = field(default_factory=list, compare=False, repr=False)
 
     @property
     def levels(self) -> tuple[int, ...]:
-        return tuple(sorted({max(1, level // SCALE) for level in super().levels}))
+        return tuple(sorted({max(1, level // self.block_scale) for level in super().levels}))
 
     def _with_text(self, levels: Tensor, layout: TokenLayout, *, packed: bool) -> BlockPlan:
-        pooled = self.block_n * SCALE if self.skipped_blocks == "pool" else None
+        pooled = self.block_n * self.block_scale if self.skipped_blocks == "pool" else None
         keep_text(levels, layout, block_m=self.block_m, block_n=self.block_n)
         self.densities.append(real_density(levels, skipped_level=pooled))
-        finer = torch.where(levels > 0, (levels // SCALE).clamp(min=1), levels)
+        finer = torch.where(levels > 0, (levels // self.block_scale).clamp(min=1), levels)
         return super()._with_text(finer, layout, packed=packed)
 
 
@@ -119,23 +124,31 @@ def _fields(policy: Any) -> dict[str, Any]:
     return {own.name: getattr(policy, own.name) for own in fields(policy)}
 
 
-def in_fine_blocks(choice: SparseChoice) -> SparseChoice:
-    """The choice with everything that is counted in tokens SCALE times smaller.
+def in_fine_blocks(choice: SparseChoice, scale: int = SCALE) -> SparseChoice:
+    """The choice with everything that is counted in tokens `scale` times smaller.
+
+    Args:
+        scale: one of SCALES.
 
     Raises:
-        ValueError: of a policy that is none of the three methods'.
+        ValueError: another scale, or a policy that is none of the three methods', or PSA's at
+            another scale than SCALE: its levels of 8 keys would be more than a token.
     """
     policy: Any = choice.policy
+    if scale not in SCALES:
+        raise ValueError(f"scale {scale!r}: allowed are {', '.join(map(str, SCALES))}")
+    fine: dict[str, Any] = {"block_scale": scale}
     if isinstance(policy, RadialPolicy):
-        return replace(choice, policy=FineRadial(**_fields(policy)))
+        return replace(choice, policy=FineRadial(**(_fields(policy) | fine)))
     if not isinstance(policy, SpargePolicy | PsaPolicy):
         raise ValueError(f"{type(policy).__name__} has no form in fine blocks")
-    small = {"block_m": policy.block_m // SCALE, "block_n": policy.block_n // SCALE}
+    fine |= {"block_m": policy.block_m // scale, "block_n": policy.block_n // scale}
     if isinstance(policy, SpargePolicy):
-        return replace(choice, policy=FineSparge(**(_fields(policy) | small)))
-    small["tile_n"] = max(1, policy.tile_n // SCALE)
-    small |= {"sim_thresholds": None}
-    return replace(choice, policy=FinePsa(**(_fields(policy) | small)))
+        return replace(choice, policy=FineSparge(**(_fields(policy) | fine)))
+    if scale != SCALE:
+        raise ValueError(f"scale {scale}: PSA has a form in fine blocks at {SCALE} only")
+    fine |= {"tile_n": max(1, policy.tile_n // scale), "sim_thresholds": None}
+    return replace(choice, policy=FinePsa(**(_fields(policy) | fine)))
 
 
 def mean_density(choice: SparseChoice) -> float | None:

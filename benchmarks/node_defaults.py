@@ -16,6 +16,12 @@ NODES = ("radial", "psa", "sparge")
 # Of PatchSpargeAttention's defaults, where there is no MODEL at hand.
 SPARGE_POLICY = SpargePolicy(topk=0.3, block_order="Gilbert", skipped_blocks="pool")
 
+# PSA's presets that are closest to dense attention for their density (docs/measurements.md).
+CLOSEST_PRESETS = {
+    "wan": ("Wan2.1_1.3b", "psa_topk"),
+    "cogvideox": ("CogVideo1.5_5b", "psa_balanced"),
+}
+
 
 def default_choice(model: Any, method: str) -> SparseChoice:
     """What a node chooses for a MODEL with its defaults.

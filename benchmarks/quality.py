@@ -18,12 +18,12 @@ from miniature.weights import weights_path
 from .command import add_places, run_command
 from .eight_bit import int8_twin
 from .environment import command_line, default_device, device_name, header, slug
-from .fine_blocks import SCALE
+from .fine_blocks import SCALE, SCALES
 from .quality_metrics import Distance, find_lpips, psnr, ssim
 from .quality_plot import can_be_drawn, draw
 from .quality_rows import Row, keep_others, row_writer, weights_facts
 from .quality_sampling import Miniature, Result, Shot
-from .quality_settings import FINE, GRIDS, INT8_DENSE, METHODS, STEPS, settings
+from .quality_settings import FINE_GRIDS, GRIDS, INT8_DENSE, METHODS, STEPS, settings
 from .quality_summary import directions, summarise
 from .quality_table import FLOOR
 from .wan_model import start_comfyui
@@ -45,6 +45,13 @@ def parse_size(text: str) -> tuple[int, int, int]:
             f"size {text!r}: a latent is FRAMESxHEIGHTxWIDTH with even sides, such as 9x24x40"
         )
     return sides[0], sides[1], sides[2]
+
+
+def fine_suffix(grid: str, scale: int) -> str:
+    """Of a result file's name: what blocks that are `scale` times smaller add to it."""
+    if grid not in FINE_GRIDS:
+        return ""
+    return "_fine" if scale == SCALE else f"_fine{scale}"
 
 
 def find_weights(family: str, given: list[str] | None) -> Path | None:
@@ -114,7 +121,9 @@ def _measure(
     device = exact.model.load_device.type
     grid = [
         setting
-        for setting in settings(exact.family, arguments.grid, arguments.steps)
+        for setting in settings(
+            exact.family, arguments.grid, arguments.steps, arguments.block_scale
+        )
         if setting.method in arguments.methods and arguments.only in setting.label
     ]
     if arguments.only and not grid:
@@ -126,7 +135,7 @@ def _measure(
         count = 1 if device == "cpu" else len(shots)
     floors = shots[:count]
     # By the twin that a CPU has: a GPU's own kernels do not take fp32.
-    int8 = [INT8_DENSE] if floors and device == "cpu" and arguments.grid != FINE else []
+    int8 = [INT8_DENSE] if floors and device == "cpu" and arguments.grid not in FINE_GRIDS else []
     videos = len(shots) * (len(grid) + 1 + len(int8)) + len(floors)
     name = f"{exact.family} {shots[0].size_name}"
     with tqdm(total=videos, desc=name, unit="video") as bar:
@@ -195,7 +204,7 @@ def run(arguments: argparse.Namespace) -> list[Path]:
                 for prompt in arguments.prompts
                 for seed in arguments.seeds
             ]
-            fine = f"_{FINE}" if arguments.grid == FINE else ""
+            fine = fine_suffix(arguments.grid, arguments.block_scale)
             path = folder / f"quality_{family}_{size}_{arguments.steps}steps{fine}.json"
             result: dict[str, Any] = {
                 "header": header(device),
@@ -203,7 +212,7 @@ def run(arguments: argparse.Namespace) -> list[Path]:
                 "weights": weights_facts(weights),
                 "steps": arguments.steps,
                 "guidance": arguments.guidance,
-                **({"block_scale": SCALE} if fine else {}),
+                **({"block_scale": arguments.block_scale} if fine else {}),
                 "rows": [],
             }
             if arguments.keep_others:
@@ -262,6 +271,13 @@ def parser() -> argparse.ArgumentParser:
         help="keep what the file has of the rest, if its weights are the same",
     )
     result.add_argument("--grid", choices=GRIDS, default="small")
+    result.add_argument(
+        "--block-scale",
+        type=int,
+        choices=SCALES,
+        default=SCALE,
+        help=f"how many times smaller blocks are, with {', '.join(FINE_GRIDS)} (%(default)s)",
+    )
     result.add_argument("--comfyui", help="ComfyUI's folder (default: COMFYUI_PATH, or .comfyui/)")
     add_places(result)
     return result

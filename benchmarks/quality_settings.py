@@ -14,15 +14,17 @@ from sparse_video_attention.patching.sparge_choice import sparge_choice
 from sparse_video_attention.psa import load_presets
 from sparse_video_attention.radial_attn import RadialPolicy
 
-from .fine_blocks import in_fine_blocks
+from .fine_blocks import SCALE, in_fine_blocks
+from .node_defaults import CLOSEST_PRESETS
 
 METHODS = ("radial", "psa", "sparge")
 STEPS = 12
 QUARTER = STEPS // 4
 # First and last denoising steps that stay dense, of few.
-FEW_DENSE = ((0, 0), (1, 0), (2, 0), (1, 1))
-FINE = "fine"
-GRIDS = ("small", "full", "few_steps", "ends", FINE)
+FEW_DENSE = ((0, 0), (1, 0), (0, 1), (2, 0), (1, 1))
+# Their blocks are smaller than the nodes'.
+FINE_GRIDS = ("fine", "fine_few_steps", "frames")
+GRIDS = ("small", "full", "few_steps", "ends", *FINE_GRIDS)
 PUBLISHED_BLOCKS = {"block_order": "raster", "skipped_blocks": "drop"}
 ALL_LAYERS = {"dense_layers": ""}
 # Of a miniature's large blocks few are alike; without this nearly all would be kept.
@@ -43,7 +45,7 @@ class Setting:
         own: inputs of the method's own.
         schedule: inputs that all methods share.
         policy: attributes of the policy that no node has an input for.
-        fine: blocks as small for a miniature's frames as they are for real models'.
+        block_scale: how many times smaller than the nodes' the blocks are.
     """
 
     method: str
@@ -51,7 +53,7 @@ class Setting:
     own: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
     policy: dict[str, Any] = field(default_factory=dict)
-    fine: bool = False
+    block_scale: int = 1
 
     @property
     def label(self) -> str:
@@ -71,7 +73,7 @@ class Setting:
         policy: Any = choice.policy
         if self.policy:
             choice = replace(choice, policy=replace(policy, **self.policy))
-        return in_fine_blocks(choice) if self.fine else choice
+        return in_fine_blocks(choice, self.block_scale) if self.block_scale > 1 else choice
 
     def _choice(self, model: Any) -> SparseChoice:
         if self.method in ("radial", "dense"):
@@ -229,13 +231,39 @@ def _in_fine_blocks(family: str) -> Iterator[Setting]:
         yield Setting("radial", "radial choices", own)
 
 
-def settings(family: str, grid: str, steps: int = STEPS) -> list[Setting]:
+def _few_in_fine_blocks(family: str) -> Iterator[Setting]:
+    """Which of few steps to keep dense, at the block counts of real models."""
+    section, preset = CLOSEST_PRESETS[family]
+    bases = [
+        Setting("sparge", "sparge few"),
+        Setting("sparge", "sparge few 0.5", {"topk": 0.5}),
+        Setting("radial", "radial few"),
+        Setting("psa", "psa few", {"preset": f"{section}/{preset}"}),
+    ]
+    for base in bases:
+        own = "warmup_steps" if base.method == "psa" else "dense_timesteps"
+        for first, last in FEW_DENSE:
+            yield replace(base, schedule={own: first, "last_dense_timesteps": last})
+
+
+def _frames() -> Iterator[Setting]:
+    """What Sparge needs in frames of fewer blocks."""
+    yield Setting("sparge", "sparge defaults")
+    yield Setting("sparge", "sparge published", {"topk": 0.5} | PUBLISHED_BLOCKS)
+    for share in (0.3, 0.5):
+        for order in ("Gilbert", "raster"):
+            own = {"topk": share, "block_order": order}
+            yield Setting("sparge", f"sparge {order} pool", own)
+
+
+def settings(family: str, grid: str, steps: int = STEPS, scale: int = SCALE) -> list[Setting]:
     """All of them.
 
     Args:
         family: "wan" or "cogvideox".
-        grid: "small", "full" or "fine", for STEPS denoising steps, "few_steps", or "ends".
+        grid: one of GRIDS; "small", "full", "fine" and "frames" are for STEPS denoising steps.
         steps: of the schedule, to "ends".
+        scale: how many times smaller the blocks are, in FINE_GRIDS.
 
     Raises:
         ValueError: another grid.
@@ -246,8 +274,10 @@ def settings(family: str, grid: str, steps: int = STEPS) -> list[Setting]:
         return list(_few_steps(family))
     if grid == "ends":
         return list(_ends(steps))
-    if grid == FINE:
-        return [replace(setting, fine=True) for setting in _in_fine_blocks(family)]
+    if grid in FINE_GRIDS:
+        fine = {"fine": _in_fine_blocks, "fine_few_steps": _few_in_fine_blocks}
+        chosen = fine[grid](family) if grid in fine else _frames()
+        return [replace(setting, block_scale=scale) for setting in chosen]
     full = grid == "full"
     choosing = [*_psa(family), *_sparge(full)]
     return [

@@ -2,37 +2,60 @@
 
 import pytest
 
-from benchmarks.counted import SIZES, STEPS, counted_table, density, rows, speedup
+from benchmarks.counted import counted_table, density, nodes, runs, speedup
 
-# (dense layers, dense steps) of the nodes at their defaults, for 20 steps.
-DEFAULTS = {"Sparge at its defaults": (1, 1), "Radial at its defaults": (1, 5)}
-WIDTH, FFN, LAYERS, TEXT = 5120, 13824, 40, 512
-
-
-def operations(tokens, kept):
-    """Multiply-adds of a layer of WAN 14B."""
-    attention = 2 * tokens * tokens * WIDTH * kept
-    projections = (4 + 2) * tokens * WIDTH * WIDTH
-    text = 2 * tokens * TEXT * WIDTH
-    return attention + projections + text + 2 * tokens * WIDTH * FFN
-
-
-def test_a_speedup_is_the_quotient_of_all_operations():
-    found = {row.node: row for row in rows()}
-    for node, (dense_layers, dense_steps) in DEFAULTS.items():
-        for layout in SIZES.values():
-            kept = density(found[node].policy, layout)
-            total = 0.0
-            for step in range(STEPS):
-                for layer in range(LAYERS):
-                    whole = step < dense_steps or layer < dense_layers
-                    total += operations(layout.num_tokens, 1.0 if whole else kept)
-            dense = STEPS * LAYERS * operations(layout.num_tokens, 1.0)
-            assert speedup(found[node], layout) == pytest.approx(dense / total, rel=1e-6)
+# (layers, operations of a token besides attention) by model, from their configurations.
+WIDTHS = {"WAN 14B": 5120, "WAN 2.1 1.3B": 1536, "WAN 2.2 5B": 3072, "CogVideoX 5B": 3072}
+FFN = {"WAN 14B": 13824, "WAN 2.1 1.3B": 8960, "WAN 2.2 5B": 14336, "CogVideoX 5B": 4 * 3072}
+LAYERS = {"WAN 14B": 40, "WAN 2.1 1.3B": 30, "WAN 2.2 5B": 30, "CogVideoX 5B": 42}
+# Dense steps of 4, 20 and 30; one layer is dense.
+DENSE_STEPS = {
+    "Sparge at its defaults": {4: 1, 20: 1, 30: 1},
+    "Sparge, `topk` 0.2": {4: 1, 20: 1, 30: 1},
+    "PSA, closest preset": {4: 1, 20: 5, 30: 7},
+    "Radial at its defaults": {4: 1, 20: 5, 30: 7},
+}
 
 
-def test_the_table_says_what_it_counts():
-    text = counted_table()
-    assert "52 % at 832x480 and 72 % at 1280x720" in text
-    line = next(line for line in text.splitlines() if "Radial" in line)
-    assert [cell.strip() for cell in line.strip("|").split("|")][1:3] == ["0.35, 0.27", "5"]
+def operations(model, tokens, kept):
+    """Multiply-adds of a layer."""
+    width = WIDTHS[model]
+    attention = 2 * tokens * tokens * width * kept
+    own_projections = 4 * width * width
+    feed_forward = 2 * width * FFN[model]
+    cross = 0 if model.startswith("Cog") else 2 * width * width + 2 * 512 * width
+    return attention + tokens * (own_projections + feed_forward + cross)
+
+
+@pytest.mark.parametrize(
+    "run", list(runs()), ids=lambda run: f"{run.model.name} {run.video} {run.steps}"
+)
+def test_a_speedup_is_the_quotient_of_all_operations(run):
+    model, tokens = run.model.name, run.layout.num_tokens
+    for node in nodes(run.model.family):
+        kept, total = density(node.policy, run.layout), 0.0
+        for step in range(run.steps):
+            for layer in range(LAYERS[model]):
+                whole = step < DENSE_STEPS[node.name][run.steps] or layer == 0
+                total += operations(model, tokens, 1.0 if whole else kept)
+        dense = run.steps * LAYERS[model] * operations(model, tokens, 1.0)
+        assert speedup(run, node) == pytest.approx(dense / total, rel=1e-6)
+
+
+def test_tokens_are_those_of_the_videos():
+    for run in runs():
+        width, height, frames = map(int, run.video.split("x"))
+        patch = 32 if run.model.name == "WAN 2.2 5B" else 16
+        video = ((frames - 1) // 4 + 1) * (width // patch) * (height // patch)
+        text = 226 if run.model.name.startswith("Cog") else 0
+        assert run.layout.num_tokens == video + text
+
+
+def test_a_line_has_the_share_of_attention_and_every_node():
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in counted_table().splitlines()
+    ]
+    assert lines[0][3:] == list(DENSE_STEPS)
+    (line,) = [line for line in lines if line[:2] == ["WAN 14B, 1280x720x81", "20"]]
+    assert line[2] == "72 %" and line[3] == "1.8x"

@@ -10,11 +10,14 @@ from sparse_video_attention.psa import PsaPolicy
 from sparse_video_attention.radial_attn import RadialPolicy
 from sparse_video_attention.sparge import SpargePolicy
 
-from benchmarks.fine_blocks import SCALE, in_fine_blocks, mean_density, real_density
+from benchmarks.fine_blocks import SCALE, SCALES, in_fine_blocks, mean_density, real_density
 
 LAYOUT = TokenLayout(8, 5, 9, prefix_tokens=3)
-REAL = TokenLayout(8, 5, 9 * SCALE, prefix_tokens=3 * SCALE)
 TOKENS = LAYOUT.num_tokens
+
+
+def real_layout(scale=SCALE):
+    return TokenLayout(8, 5, 9 * scale, prefix_tokens=3 * scale)
 
 
 def qkv(block_m=1, block_n=1):
@@ -34,19 +37,20 @@ def choice_of(policy):
     return SparseChoice(policy, schedule=SimpleNamespace())
 
 
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("skipped", ["drop", "pool"])
 @pytest.mark.parametrize(
     "policy",
     [RadialPolicy(128, 0.2), RadialPolicy(64, 0.8), SpargePolicy(topk=0.3, simthreshd1=-1.0)],
     ids=lambda policy: policy.describe(),
 )
-def test_fine_blocks_are_the_real_ones_on_repeated_tokens(policy, skipped):
+def test_fine_blocks_are_the_real_ones_on_repeated_tokens(policy, skipped, scale):
     policy = type(policy)(**(vars(policy) | {"skipped_blocks": skipped}))
-    choice = in_fine_blocks(choice_of(policy))
+    choice = in_fine_blocks(choice_of(policy), scale)
     fine, fine_plan = attend(choice.policy, LAYOUT, *qkv())
-    repeated = (x.repeat_interleave(SCALE, dim=2) for x in qkv())
-    real, plan = attend(policy, REAL, *repeated)
-    torch.testing.assert_close(fine, real[:, :, ::SCALE], atol=1e-4, rtol=1e-4)
+    repeated = (x.repeat_interleave(scale, dim=2) for x in qkv())
+    real, plan = attend(policy, real_layout(scale), *repeated)
+    torch.testing.assert_close(fine, real[:, :, ::scale], atol=1e-4, rtol=1e-4)
     assert fine_plan.num_k_blocks == plan.num_k_blocks > 3
     assert mean_density(choice) == pytest.approx(plan.density(), rel=1e-5)
     assert plan.density() < 0.9
@@ -62,7 +66,7 @@ def test_a_presets_levels_are_the_real_ones_on_repeated_tokens(block_n, skipped)
     tensors = qkv(128 // SCALE, block_n // SCALE)
     fine, fine_plan = attend(choice.policy, LAYOUT, *tensors)
     repeated = (x.repeat_interleave(SCALE, dim=2) for x in tensors)
-    real, plan = attend(policy, REAL, *repeated)
+    real, plan = attend(policy, real_layout(), *repeated)
     torch.testing.assert_close(fine, real[:, :, ::SCALE], atol=1e-4, rtol=1e-4)
     assert fine_plan.block_n == block_n // SCALE and 8 in plan.levels
     assert mean_density(choice) == pytest.approx(plan.density(), rel=1e-5)
@@ -72,6 +76,14 @@ def test_density_counts_the_means_of_skipped_blocks():
     levels = torch.tensor([[1, 2], [0, 8]], dtype=torch.int8)
     assert float(real_density(levels, skipped_level=None)) == (1 + 1 / 2 + 1 / 8) / 4
     assert float(real_density(levels, skipped_level=64)) == (1 + 1 / 2 + 1 / 64 + 1 / 8) / 4
+
+
+def test_scales_that_have_no_fine_form_are_refused():
+    with pytest.raises(ValueError, match="scale 3: allowed are 2, 4, 8"):
+        in_fine_blocks(choice_of(RadialPolicy()), 3)
+    psa = PsaPolicy(((1, (0.0, 0.2)), (0, (0.2, 1.0))), "topk")
+    with pytest.raises(ValueError, match="scale 4: PSA has a form in fine blocks at 8 only"):
+        in_fine_blocks(choice_of(psa), 4)
 
 
 def test_other_policies_have_no_fine_form():
