@@ -1,9 +1,9 @@
 """Methods with blocks as small for a miniature's frames as they are for the frames of real models.
 
 A frame of a miniature has 240 tokens, less than two blocks of 128; of real models it has 1350 to
-3600. So a token of the miniature stands here for a few tokens of a real model, the scale: blocks and windows
-are that many times smaller, and a mean over no more than so many tokens is a token itself.
-Densities are those of the real blocks.
+3600. So a token of the miniature stands here for several tokens of a real model: blocks and windows
+are as many times smaller (block_scale), and a mean over no more than so many tokens is a token
+itself. Densities are those of the real blocks.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _kept(plan: BlockPlan) -> Tensor:
 
 @dataclass(frozen=True)
 class FineRadial(RadialPolicy):
-    """Radial attention with the mask of frames with `block_scale` times as many tokens."""
+    """Radial attention with the mask of frames with block_scale times as many tokens."""
 
     block_scale: int = SCALE
     densities: Densities = field(default_factory=list, compare=False, repr=False)
@@ -101,8 +101,8 @@ class FineSparge(SpargePolicy):
 class FinePsa(PsaPolicy):
     """A preset with small blocks, whose pooled levels are as much finer.
 
-    It has no similarity cap: groups of no more than `block_scale` tokens are one token here, which is
-    like itself.
+    It has no similarity cap: groups of no more than block_scale tokens are one token here, which
+    is like itself.
     """
 
     block_scale: int = SCALE

@@ -53,7 +53,7 @@ def test_fine_blocks_are_the_real_ones_on_repeated_tokens(policy, skipped, scale
     torch.testing.assert_close(fine, real[:, :, ::scale], atol=1e-4, rtol=1e-4)
     assert fine_plan.num_k_blocks == plan.num_k_blocks > 3
     assert mean_density(choice) == pytest.approx(plan.density(), rel=1e-5)
-    assert plan.density() < 0.9
+    assert plan.density() < 0.95, "something is skipped"
 
 
 @pytest.mark.parametrize("block_n", [128, 32])
