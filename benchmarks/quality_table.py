@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
+from .fine_blocks import SCALE
 from .markdown import table
-from .quality_settings import STEPS
+from .node_defaults import CLOSEST_PRESETS
+from .quality_settings import QUARTER, STEPS
 from .quality_summary import Summary, directions, said_of_blocks, summarise
 
 Result = dict[str, Any]
 
 KIND = "quality_"
 FLOOR = "dense in bf16"
-README_CURVES = ("sparge published", "sparge topk")
+FAMILY_NAMES = {"wan": "WAN", "cogvideox": "CogVideoX"}
+# What the README calls a setting, its label, and how many steps were dense.
+README_ROWS = (
+    ("Dense, the whole model in bf16", FLOOR, STEPS),
+    ("Sparge at its defaults", "sparge at its defaults", 1),
+    ("Sparge, `topk` 0.2", "sparge topk=0.2", QUARTER),
+    ("Sparge, `topk` 0.5", "sparge topk=0.5", QUARTER),
+    (
+        "Sparge as published",
+        "sparge topk=0.5 block_order=raster skipped_blocks=drop",
+        QUARTER,
+    ),
+    ("PSA, closest preset", f"psa preset={{preset}} warmup_steps={QUARTER}", QUARTER),
+    ("PSA at its defaults", "psa at its defaults", QUARTER),
+    ("Radial at its defaults", "radial at its defaults", QUARTER),
+)
 NOTHING_YET = (
     "Nothing is measured yet. `python -m benchmarks.quality` compares videos of trained "
     "miniatures with their own dense ones."
@@ -93,35 +110,51 @@ def _measurements(found: dict[str, dict[str, Result]]) -> Iterator[Result]:
                 yield result
 
 
-def _model_size_steps(result: Result) -> tuple[bool, int, int]:
-    row = result["rows"][0]
-    return row["family"] != "wan", row["tokens"], result["steps"]
+def _readme_results(found: dict[str, dict[str, Result]]) -> dict[str, Result]:
+    """By family, what was measured at the block counts of real models, in STEPS steps."""
+    return {
+        result["rows"][0]["family"]: result
+        for result in _measurements(found)
+        if result["rows"] and result.get("block_scale") == SCALE and result["steps"] == STEPS
+    }
 
 
-def _is_in_readme(summary: Summary, fine: bool, steps: int) -> bool:
-    """Rounding alone, and what nodes do at block counts like those of real models."""
-    if not fine:
-        return summary.label == FLOOR and steps == STEPS
-    return summary.curve.endswith(" defaults") or summary.curve in README_CURVES
-
-
-def _readme_lines(results: Iterable[Result]) -> Iterator[tuple[str, ...]]:
-    for result in sorted(results, key=_model_size_steps):
-        for summary in summarise(result["rows"]):
-            if _is_in_readme(summary, bool(said_of_blocks(result)), result["steps"]):
-                yield (
-                    f"{summary.family} miniature, {result['rows'][0]['tokens']} tokens",
-                    summary.label,
-                    "" if summary.label == FLOOR else f"{summary.density:.2f}",
-                    f"{_decibels(summary)} dB",
-                    f"{summary.ssim:.3f}",
-                )
+def _floors(found: dict[str, dict[str, Result]]) -> list[Summary]:
+    """What rounding alone changes, in blocks of any size, since there are none."""
+    return [
+        summary
+        for result in _measurements(found)
+        if result["steps"] == STEPS
+        for summary in summarise(result["rows"])
+        if summary.label == FLOOR
+    ]
 
 
 def readme_table(found: dict[str, dict[str, Result]]) -> str:
-    """The nodes at their defaults, beside what rounding alone changes."""
-    lines = list(_readme_lines(_measurements(found)))
-    if not lines:
+    """The nodes at their defaults and near them, beside what rounding alone changes."""
+    results = _readme_results(found)
+    if not results:
         return NOTHING_YET
-    head = ["model", "attention", "density", "PSNR against dense", "SSIM"]
-    return table(head, lines)
+    families = [family for family in CLOSEST_PRESETS if family in results]
+    floors = _floors(found)
+    by_label = {
+        family: {
+            s.label: s for s in [*floors, *summarise(results[family]["rows"])] if s.family == family
+        }
+        for family in families
+    }
+    lines = []
+    for name, label, dense_steps in README_ROWS:
+        cells = []
+        for family in families:
+            preset = "/".join(CLOSEST_PRESETS[family])
+            summary = by_label[family].get(label.format(preset=preset))
+            if summary is None:
+                cells += ["", ""]
+                continue
+            density = "" if summary.method == "dense" else f"{summary.density:.2f}"
+            cells += [f"{_decibels(summary)} dB", density]
+        if any(cells):
+            lines.append((name, str(dense_steps), *cells))
+    columns = [head for family in families for head in (FAMILY_NAMES[family], "density")]
+    return table(["attention", f"dense steps of {STEPS}", *columns], lines)

@@ -49,7 +49,9 @@ class DenseCalls:
             check: called with the output, q, k and v of calls without a mask; what it raises counts
                 as the backend's.
         """
-        key = (name, tuple(call.q.shape), tuple(call.k.shape), call.q.dtype, call.q.device)
+        # With a mask a library runs another way, which may fail where the plain one does not.
+        masked = None if call.mask is None else (tuple(call.mask.shape), call.mask.dtype)
+        key = (name, tuple(call.q.shape), tuple(call.k.shape), call.q.dtype, call.q.device, masked)
         reason = DENSE_BACKENDS[name].unavailable() or self._failed.get(key)
         if reason is not None:
             return reason

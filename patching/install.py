@@ -40,7 +40,7 @@ def _check_kernel(choice: SparseChoice) -> None:
     name = choice.kernel
     if name == "auto":
         return
-    if name not in registry.kernels():
+    if not isinstance(name, str) or name not in registry.kernels():
         raise ValueError(f"kernel {name!r}: allowed are auto, {', '.join(registry.kernels())}")
     reason = registry.unavailable_reason(name)
     if reason is not None:

@@ -33,6 +33,10 @@ FROM_ELSEWHERE = (
     "mostly fp16 that overflows (load it in bf16: weight_dtype, or --bf16-unet), a LoRA, or a "
     "broken file"
 )
+FROM_THE_SAMPLER = (
+    "every output of the model was finite, so neither attention nor the model made it: the sampler "
+    "or its noise levels (sigmas) did, or a node that changes the model's outputs"
+)
 FROM_A_CACHE = "no attention call came in that step: a cache may keep it"
 
 
@@ -58,13 +62,17 @@ class Begun(NamedTuple):
 
 
 class _Output(NamedTuple):
-    """A forward's output. finite, inputs_finite: on the device. looked_at: calls in it."""
+    """A forward's output, or the sampler's result (of_result).
+
+    finite, inputs_finite: on the device. looked_at: calls in it.
+    """
 
     step: int | None
     finite: Tensor
     inputs_finite: list[Tensor]
     watched: bool
     looked_at: int
+    of_result: bool = False
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -92,6 +100,8 @@ class OutputCheck:
         self._pending: list[_Output] = []
         self._looked_at = 0
         self._seen = False
+        # Outputs that were looked at, and whether any could not be.
+        self._outputs, self._missed = 0, False
 
     def begin(self) -> Begun:
         """A forward begins."""
@@ -117,7 +127,9 @@ class OutputCheck:
             Whether the forward is to be run again, with its calls watched.
         """
         if not _checkable(out) or self._seen:
+            self._missed = True
             return False
+        self._outputs += 1
         came_in = [_finite(x) for x in inputs if _checkable(x)]
         looked_at = self._looked_at - begun.looked_at
         found = _Output(step, _finite(out), came_in, begun.watched, looked_at)
@@ -152,7 +164,7 @@ class OutputCheck:
         if self._seen:
             return
         if _checkable(result) and not bool(finite := _finite(result)):
-            found = _Output(None, finite, [], self.watched, self._looked_at)
+            found = _Output(None, finite, [], self.watched, self._looked_at, of_result=True)
             self._say("the sampler's result", found, watch)
             return
         watch.elsewhere = False
@@ -189,6 +201,8 @@ class OutputCheck:
         why, suspected = "", False
         if not all(map(bool, found.inputs_finite)):
             why = CAME_IN
+        elif found.of_result and self._outputs and not self._missed:
+            why = FROM_THE_SAMPLER
         elif watch.elsewhere:
             why = FROM_ELSEWHERE
         elif not found.watched:

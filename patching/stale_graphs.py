@@ -57,6 +57,13 @@ class _Forward:
         return out, self._run.self_calls - before
 
 
+def _is_cancelled(error: Exception) -> bool:
+    """Whether the person has stopped the run; in older ComfyUIs that is an Exception."""
+    from comfy.model_management import InterruptProcessingException
+
+    return isinstance(error, InterruptProcessingException)
+
+
 class StaleGraphs:
     """APPLY_MODEL wrapper: throws compiled graphs away where they keep calls from this pack.
 
@@ -111,6 +118,8 @@ class StaleGraphs:
         try:
             out, calls = forward()
         except Exception as error:  # a sampling run must not end for this
+            if _is_cancelled(error):
+                raise
             log.warning(f"a step could not be run again: {one_line(error)}")
             self._is_helpless = True
             return out

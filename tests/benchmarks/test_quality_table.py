@@ -68,17 +68,24 @@ def test_a_section_says_that_its_blocks_are_small():
     assert "Blocks are" not in section("quality_wan_9x24x40_12steps", QUALITY)[1]
 
 
-def test_the_readme_shows_rounding_alone_and_what_nodes_do_with_as_many_blocks_as_real_models():
-    files = {"other": OTHER, "quality_wan": QUALITY, "quality_wan_fine": FINE}
-    text = readme_table({"gpu-x": files})
-    rows = {row[1]: row for row in cells(text)}
-    assert set(rows) == {
-        *("attention", "dense in bf16", "radial at its defaults"),
-        *("sparge topk=0.5", "sparge topk=0.2"),
+def test_the_readme_shows_what_nodes_do_with_as_many_blocks_as_real_models():
+    cogvideox = [quality_row("sparge at its defaults", "sparge defaults", 0, 44.0, 0.3)]
+    files = {
+        "other": OTHER,
+        "quality_wan": QUALITY,
+        "quality_wan_fine": FINE,
+        "quality_wan_4steps_fine": FINE | {"steps": 4, "rows": [FINE["rows"][0]]},
+        "quality_wan_fine2": FINE | {"block_scale": 2, "rows": [FINE["rows"][0]]},
+        "quality_cog_fine": FINE | {"rows": [row | {"family": "cogvideox"} for row in cogvideox]},
     }
-    assert rows["radial at its defaults"] == [
-        *("wan miniature, 2160 tokens", "radial at its defaults", "0.25"),
-        *("22.0 \u00b1 2.0 dB", "0.875"),
-    ]
-    assert rows["dense in bf16"][2:] == ["", "40.0 dB", "0.875"]
+    text = readme_table({"gpu-x": files})
+    rows = {row[0]: row[1:] for row in cells(text)}
+    assert rows == {
+        "attention": ["dense steps of 12", "WAN", "density", "CogVideoX", "density"],
+        "Dense, the whole model in bf16": ["12", "40.0 dB", "", "", ""],
+        "Sparge at its defaults": ["1", "", "", "44.0 dB", "0.30"],
+        "Sparge, `topk` 0.2": ["3", "38.0 dB", "0.20", "", ""],
+        "Sparge, `topk` 0.5": ["3", "50.0 dB", "0.50", "", ""],
+        "Radial at its defaults": ["3", "22.0 \u00b1 2.0 dB", "0.25", "", ""],
+    }
     assert "Nothing is measured yet" in readme_table({"gpu-x": {"other": OTHER}})

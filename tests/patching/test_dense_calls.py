@@ -68,3 +68,29 @@ def test_what_can_be_told_later_is_settled_then(broken, monkeypatch):
     for _ in range(5):
         runs.run("broken", broken)
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("masked_first", [False, True])
+def test_calls_with_a_mask_and_without_are_judged_apart(monkeypatch, masked_first):
+    """A library that cannot mask, and makes noise without one."""
+
+    def run(q, k, v, *, scale, mask):
+        if mask is not None:
+            raise RuntimeError("no kernel for this mask")
+        return torch.full_like(q, 7)
+
+    def is_sound(*call):
+        raise ArithmeticError("off by 6")
+
+    backend = SimpleNamespace(
+        unavailable=lambda: None, refuses=lambda *call: None, run=run, is_sound=is_sound
+    )
+    monkeypatch.setitem(dense_calls.DENSE_BACKENDS, "broken", backend)
+    x = torch.ones(1, 64, 32)
+    plain, masked = (
+        read_call((x, x, x, 2), {"mask": mask}) for mask in (None, torch.zeros(64, 64))
+    )
+    runs = DenseCalls()
+    for call in (masked, plain) if masked_first else (plain, masked):
+        found = runs.run("broken", call)
+        assert ("no kernel" if call is masked else "off by 6") in found

@@ -91,6 +91,19 @@ def test_where_no_call_reaches_this_pack_none_is_promised_to_be_looked_at(watch)
     assert "looks at every call" not in run.finish(BAD) and not watch.suspected
 
 
+@pytest.mark.parametrize("suspected", [False, True])
+def test_what_the_sampler_makes_of_finite_outputs_is_not_blamed_on_attention(watch, suspected):
+    watch.suspected = suspected
+    run = Run(watch)
+    assert not run.forward(GOOD, looks=2) and not run.forward(GOOD, looks=2)
+    assert run.finish(BAD).endswith(output_check.FROM_THE_SAMPLER)
+    assert not watch.suspected and not watch.elsewhere
+    unseen = Run(watch)
+    unseen.forward(GOOD)
+    unseen.forward([GOOD])
+    assert "the next run looks at every call" in unseen.finish(BAD), "not all of it was looked at"
+
+
 def test_a_model_that_makes_nan_itself_is_looked_at_once(watch):
     first = Run(watch)
     assert first.forward(BAD)

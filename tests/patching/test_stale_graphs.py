@@ -90,7 +90,7 @@ def test_other_models_need_one_call_or_none(monkeypatch, watched):
     assert model.resets == 0
 
 
-def test_a_second_forward_that_fails_costs_nothing(monkeypatch):
+def test_a_second_forward_that_fails_costs_nothing(monkeypatch, comfyui):
     graphs, model, run = StaleGraphs(), Compiled(monkeypatch), new_run()
 
     def fails_again(*args):
@@ -101,6 +101,27 @@ def test_a_second_forward_that_fails_costs_nothing(monkeypatch):
     assert forward(graphs, fails_again, run) == 1
     with pytest.raises(torch.OutOfMemoryError):
         forward(graphs, fails_again, run)
+
+
+def test_a_run_that_is_cancelled_in_the_second_forward_ends(monkeypatch, comfyui):
+    """In older ComfyUIs that is an Exception like any other."""
+    import comfy.model_management
+
+    class Cancelled(Exception):
+        pass
+
+    monkeypatch.setattr(comfy.model_management, "InterruptProcessingException", Cancelled)
+    graphs, model, run = StaleGraphs(), Compiled(monkeypatch), new_run()
+
+    def is_cancelled(*args):
+        if model.resets:
+            raise Cancelled
+        return model(*args)
+
+    with pytest.raises(Cancelled):
+        forward(graphs, is_cancelled, run)
+    model.stale = LAYERS
+    assert forward(graphs, model, new_run()) == 3, "and nothing is given up for good"
 
 
 def of_class(name, blocks=LAYERS):
