@@ -33,18 +33,8 @@ PATCHES = tuple(method.node for method in METHODS)
 def method_workflow(folder: Path, stem: str, method: Method) -> Workflow:
     """The shipped workflow of a family with a method's node.
 
-    Where none ships, the node of WAN's takes the place of the radial one.
-
     Args:
         folder: with API forms.
         stem: of the family's file names: "wan_t2v" or "cogvideox".
     """
-    path = folder / f"{stem}_{method.key}.json"
-    if path.exists():
-        return Workflow.load(path)
-    donor = Workflow.load(folder / f"wan_t2v_{method.key}.json")
-    inputs = donor.nodes[donor.find(method.node)]["inputs"]
-    widgets = {name: value for name, value in inputs.items() if not isinstance(value, list)}
-    return Workflow.load(folder / f"{stem}_radial.json").replacing(
-        RADIAL.node, method.node, widgets
-    )
+    return Workflow.load(folder / f"{stem}_{method.key}.json")

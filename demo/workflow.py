@@ -92,15 +92,6 @@ class Workflow:
             del new.nodes[name]
         return new
 
-    def replacing(self, class_type: str, other: str, widgets: dict[str, Any]) -> Workflow:
-        """With a node of another class in the place of one; it keeps what is linked to it."""
-        new = self._copy()
-        name = self.find(class_type)
-        inputs = self.nodes[name]["inputs"]
-        links = {key: value for key, value in inputs.items() if isinstance(value, list)}
-        new.nodes[name] = {"class_type": other, "inputs": widgets | links}
-        return new
-
     def with_miniature_prompt(self, sentence: str) -> Workflow:
         """With what a miniature was trained on where the text encoder was."""
         new = self._copy()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .first_output import ALLOWED_ERROR
+from .memory_errors import short_error
 from .registry import Kernel, KernelCall, register
 from .triton_launch import architecture
 
@@ -34,10 +35,6 @@ UNMEASURED_RANK = 0.0
 
 
 def _unavailable() -> str | None:
-    try:
-        import triton.experimental.gluon  # noqa: F401
-    except ImportError:
-        return "it needs Triton 3.6 or newer with Gluon: pip install -U triton"
     if not torch.cuda.is_available():
         return "there is no CUDA device; it runs on compute capability 9.0 (H100, H200)"
     found = [
@@ -46,8 +43,11 @@ def _unavailable() -> str | None:
     if ARCHITECTURE not in found:
         return f"it runs on compute capability 9.0 (H100, H200); found {_spelled(found[0])}"
     # Feature test: what the kernel uses of Gluon, under the names it had from Triton 3.6 to 3.9.
-    from . import hopper_forward  # noqa: F401
-
+    try:
+        from . import hopper_forward  # noqa: F401
+    except ImportError as error:
+        why = short_error(error, 100)
+        return f"it needs Triton 3.6 or newer with Gluon: pip install -U triton ({why})"
     return None
 
 

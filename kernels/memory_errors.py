@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from .triton_install import cannot_build
@@ -10,6 +12,8 @@ from .triton_install import cannot_build
 _SAYINGS = ("out of memory", "blas_status_alloc_failed")
 # One type under two names; the shorter came with torch 2.5.
 _ERRORS = (torch.cuda.OutOfMemoryError, MemoryError)
+# How Triton's errors about a kernel's source begin.
+_PLACE = re.compile(r"at \d+:\d+:")
 
 OUT_OF_MEMORY = "ran out of memory"
 
@@ -35,5 +39,13 @@ def short_error(error: BaseException, limit: int) -> str:
         return OUT_OF_MEMORY
     if (advice := cannot_build(error)) is not None:
         return advice
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:limit]}" if text else type(error).__name__
+    text = _telling_line(error)
+    return f"{type(error).__name__}: {text[:limit]}" if text else type(error).__name__
+
+
+def _telling_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    if not _PLACE.fullmatch(lines[0]):
+        return lines[0]
+    # A kernel's source follows; what is wrong with it comes last, or in the error below.
+    return lines[-1].strip() if error.__cause__ is None else _telling_line(error.__cause__)

@@ -69,6 +69,7 @@ class RunRecord:
         ended_early: it was stopped, or failed.
         no_forward: what is said where no forward came to this pack.
         starts_inside: the sampler starts where another one may have stopped.
+        goes_on: it does, and adds no noise: another one has stopped there.
         attended_by: what may have kept calls from this pack, where it could be seen.
     """
 
@@ -85,6 +86,7 @@ class RunRecord:
     ended_early: bool = False
     no_forward: str = NOT_CALLED
     starts_inside: bool = False
+    goes_on: bool = False
     attended_by: str | None = None
     seconds: float = 0.0
     forward_steps: set[int | None] = field(default_factory=set)

@@ -17,7 +17,7 @@ from .log import log, one_line
 from .output_check import NanWatch, OutputCheck
 from .record import RunRecord
 from .replaced import who_attends
-from .sampler_steps import SIGMAS, SamplerSteps
+from .sampler_steps import NOISE, SIGMAS, SamplerSteps
 from .schedule import NoiseBounds, Schedule
 from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice
 
@@ -129,6 +129,18 @@ def starts_inside(args: tuple[Any, ...], model_patcher: Any) -> bool:
         return False
 
 
+def adds_no_noise(args: tuple[Any, ...]) -> bool:
+    """Whether a sampler takes its latent as it is.
+
+    Args:
+        args: of CFGGuider.outer_sample.
+    """
+    try:
+        return not bool(args[NOISE].any())
+    except Exception:  # it is no more than a hint
+        return False
+
+
 def _open_record(settings: AttentionSettings, diffusion_model: Any) -> RunRecord:
     choice, dense = settings.sparse, settings.dense
     return RunRecord(
@@ -151,13 +163,16 @@ def _say(record: RunRecord, choice: SparseChoice | None) -> None:
             f"{record.total_steps} or more, so a quarter of them is dense "
             f"({schedule.first_dense_steps(record.total_steps)})"
         )
-    own = "warmup_steps" if schedule.fits_warmup else "dense_timesteps"
     many = schedule.first_dense_steps(record.total_steps)
-    if schedule.counts_its_own and many and record.starts_inside and record.sparse().calls:
+    # Where the node's count is meant it is said only of what surely goes on after another sampler.
+    unlikely = record.goes_on or (record.starts_inside and schedule.counts_its_own)
+    if many and unlikely and record.sparse().calls:
+        own = "warmup_steps" if schedule.fits_warmup else "dense_timesteps"
+        count = f"{own} -1" if schedule.counts_its_own else "as its node is set"
+        follows = "as it follows another sampler" if record.goes_on else "if it follows another one"
         record.note(
             f"this sampler starts inside the noise schedule, and its first {many} of "
-            f"{record.total_steps} steps are dense all the same ({own} -1): if it follows another "
-            "sampler, set that to 0"
+            f"{record.total_steps} steps are dense all the same ({count}): {follows}, set that to 0"
         )
     last = min(schedule.last_dense_timesteps, record.total_steps)
     not_run, _ = record.steps_without_calls()
@@ -204,6 +219,7 @@ class OuterSampleWrapper:
         if choice is not None:
             bounds = noise_bounds(choice.schedule, guider.model_patcher)
             record.starts_inside = starts_inside(args, guider.model_patcher)
+            record.goes_on = record.starts_inside and adds_no_noise(args)
         watched = 0
         if is_compiled(guider.model_options, guider.model_patcher):
             watched = fewest_calls(network)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .step import churned_levels, denoising_step
 
 # Of CFGGuider.outer_sample's arguments.
-_SAMPLER, SIGMAS, _CALLBACK = 2, 3, 5
+NOISE, _SAMPLER, SIGMAS, _CALLBACK = 0, 2, 3, 5
 
 # Of ComfyUI's samplers those whose steps start from the latent alone; ddim is its euler, and
 # VOID_DDIM what the node VOIDSampler gives, for CogVideoX. The others extrapolate from what the

@@ -10,7 +10,9 @@ from .quantized import round_keys, round_rows, scores_in_8_bits
 from .sampling import QUARTER, Sample
 
 # Scores held at once, in elements of 4 bytes; there are two such buffers.
-CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
+# A CPU keeps them in its cache; other devices pay for every launch.
+CHUNK_ELEMENTS = {"cpu": 2**18}
+CHUNK_ELEMENTS_ELSEWHERE = 2**24
 
 
 def check_heads(q: Tensor, k: Tensor) -> None:
@@ -68,7 +70,7 @@ def _importance(
     blocks, num_k_blocks = q_tokens // rows, k.shape[2] // tokens
     out = torch.empty((batch, heads, blocks, num_k_blocks), dtype=torch.float32, device=q.device)
 
-    elements = CHUNK_ELEMENTS.get(q.device.type, 2**18)
+    elements = CHUNK_ELEMENTS.get(q.device.type, CHUNK_ELEMENTS_ELSEWHERE)
     blocks_at_once = min(blocks, max(1, elements // (rows * num_k_blocks)))
     heads_at_once = min(heads, max(1, elements // (blocks_at_once * rows * num_k_blocks)))
     scratch = out.new_empty(2, heads_at_once * blocks_at_once * rows * num_k_blocks)

@@ -20,7 +20,8 @@ CUMULATIVE_SLACK = 1e-6
 # Of a twin's first result, about so many rows are looked at.
 CHECKED_ROWS = 64
 # Ranked entries held at once (8 bytes each, and about as much again beside them).
-CHUNK_ENTRIES = {"cpu": 2**19, "cuda": 2**24}
+CHUNK_ENTRIES = {"cpu": 2**19}
+CHUNK_ENTRIES_ELSEWHERE = 2**24
 
 Ratios = Mapping[int, Sequence[float]] | Mapping[str, Sequence[float]]
 
@@ -198,7 +199,9 @@ def assign_levels(
         return found
     rows = importance.reshape(-1, num_k_blocks)
     levels = torch.zeros(rows.shape, dtype=torch.int8, device=importance.device)
-    chunk = max(1, CHUNK_ENTRIES.get(importance.device.type, 2**19) // num_k_blocks)
+    chunk = max(
+        1, CHUNK_ENTRIES.get(importance.device.type, CHUNK_ENTRIES_ELSEWHERE) // num_k_blocks
+    )
     segments = topk_segments(mask_ratios, num_k_blocks, block_n=block_n, tile_n=tile_n)
     order = threshold_order(mask_ratios)
     for part, out in zip(rows.split(chunk), levels.split(chunk), strict=True):

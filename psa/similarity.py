@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..kernels.twins import TORCH_ONLY, Twins, how_far
 
-CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
+CHUNK_ELEMENTS = {"cpu": 2**20}
+CHUNK_ELEMENTS_ELSEWHERE = 2**25
 
 
 def _mean_cosine(x: Tensor, norms: Tensor, group: int, num_blocks: int, block_n: int) -> Tensor:
@@ -76,7 +77,7 @@ def similarity_cap(
     num_blocks = -(-num_tokens // block_n)
     caps = torch.ones((batch, heads, num_blocks), dtype=torch.int8, device=k.device)
     per_head = num_tokens * head_dim
-    heads_at_once = max(1, CHUNK_ELEMENTS.get(k.device.type, 2**20) // per_head)
+    heads_at_once = max(1, CHUNK_ELEMENTS.get(k.device.type, CHUNK_ELEMENTS_ELSEWHERE) // per_head)
     for sample in range(batch):
         for head in range(0, heads, heads_at_once):
             x = k[sample, head : head + heads_at_once].float()

@@ -25,6 +25,8 @@ from .triton_sample import sampled_keys
 
 PROGRAMS_PER_SM = 2
 MAX_SCRATCH_BYTES = 2**27
+# So many of the programs that the device holds are worth it that nothing is computed twice.
+ENOUGH_PROGRAMS = 0.9
 # Programs under the interpreter, where there is no device to ask.
 INTERPRETED_PROGRAMS = 3
 LOG2_E = 1.4426950408889634
@@ -243,10 +245,11 @@ def _launch(
     )
     tiles_per_head = -(-num_q_blocks * tokens_per_q_block // tile.rows)
     num_tiles = batch * heads * tiles_per_head
-    programs = min(num_tiles, _resident_programs(q.device))
-    kept = programs * tile.rows * -(-num_k_blocks // tile.blocks) * tile.blocks
-    keep_maxima = kept * out.element_size() <= MAX_SCRATCH_BYTES
-    scratch = out.new_empty(kept if keep_maxima else 1)
+    kept = tile.rows * -(-num_k_blocks // tile.blocks) * tile.blocks
+    programs, keep_maxima = programs_to_launch(
+        min(num_tiles, _resident_programs(q.device)), kept * out.element_size()
+    )
+    scratch = out.new_empty(programs * kept if keep_maxima else 1)
     importance_kernel[(programs,)](
         q, k, out if k_scales is None else k_scales, out, scratch,
         q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(3), k.stride(2),
@@ -257,6 +260,18 @@ def _launch(
         **tile.options(),
     )  # fmt: skip
     return out
+
+
+def programs_to_launch(wanted: int, scratch_bytes: int) -> tuple[int, bool]:
+    """(programs, whether each keeps what the first pass found), a few less than wanted if need be.
+
+    Args:
+        scratch_bytes: that a program needs to keep it.
+    """
+    fitting = MAX_SCRATCH_BYTES // scratch_bytes
+    if fitting >= ENOUGH_PROGRAMS * wanted:
+        return min(wanted, fitting), True
+    return wanted, False
 
 
 def _resident_programs(device: torch.device) -> int:

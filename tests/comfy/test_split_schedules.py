@@ -61,9 +61,10 @@ def empty(shape=LATENT):
     [
         ({"dense_timesteps": 2}, {"dense_timesteps": 0}, "ddssssss"),
         ({"dense_timesteps": -1}, {"dense_timesteps": -1}, "dsssdsss"),
+        ({"dense_timesteps": 1}, {"dense_timesteps": 1}, "dsssdsss"),
         ({"dense_timesteps": 4}, {"dense_timesteps": 0, "last_dense_timesteps": 1}, "ddddsssd"),
     ],
-    ids=["on-the-first", "a-quarter-of-each", "and-the-last"],
+    ids=["on-the-first", "a-quarter-of-each", "one-of-each", "and-the-last"],
 )
 def test_two_samplers_that_split_a_schedule_count_their_own_steps(
     two_experts, advanced, high, low, expected
@@ -73,16 +74,30 @@ def test_two_samplers_that_split_a_schedule_count_their_own_steps(
     advanced(second, half_way, steps=8, start=4, first=False)
     assert len(first.sigmas) == len(second.sigmas) == 4
     assert first.sparse + second.sparse == [letter == "s" for letter in expected]
-    # The node of the second sampler is where a quarter by default may not be meant.
+    # The node of the second sampler is where dense first steps are seldom meant.
     notes = [run_history(run.model).latest.notes for run in (first, second)]
     assert not notes[0]
-    assert bool(notes[1]) == (low["dense_timesteps"] == -1)
+    assert bool(notes[1]) == (low["dense_timesteps"] != 0)
     if notes[1]:
         said = "starts inside the noise schedule, and its first 1 of 4 steps are dense all the same"
-        assert f"{said} (dense_timesteps -1)" in notes[1][0]
+        own = low["dense_timesteps"] == -1
+        count = "dense_timesteps -1" if own else "as its node is set"
+        assert f"{said} ({count}): as it follows another sampler, set that to 0" in notes[1][0]
 
 
-@pytest.mark.parametrize(("warmup_steps", "said"), [(-1, True), (1, False)])
+@pytest.mark.parametrize("count", [1, -1])
+def test_a_new_video_from_another_ones_latent_may_mean_its_dense_steps(
+    two_experts, advanced, count
+):
+    """With noise of its own a sampler need not go on after another one: denoise below 1."""
+    (run, _) = two_experts({"dense_timesteps": count}, {})
+    advanced(run, empty(), steps=8, start=4)
+    notes = "; ".join(run_history(run.model).latest.notes)
+    assert run.sparse == [False, True, True, True]
+    assert ("if it follows another one, set that to 0" in notes) == (count == -1)
+
+
+@pytest.mark.parametrize(("warmup_steps", "said"), [(-1, True), (1, True), (0, False)])
 def test_a_preset_s_warm_up_that_comes_again_is_said(
     models, comfy_nodes, advanced, warmup_steps, said
 ):
@@ -95,7 +110,8 @@ def test_a_preset_s_warm_up_that_comes_again_is_said(
     first, second = run(), run()
     half_way = advanced(first, empty((1, 16, 6, 16, 20)), steps=8, end=4, leftover=True)
     advanced(second, half_way, steps=8, start=4, first=False)
-    again = "its first 1 of 4 steps are dense all the same (warmup_steps -1)"
+    count = "warmup_steps -1" if warmup_steps == -1 else "as its node is set"
+    again = f"its first 1 of 4 steps are dense all the same ({count})"
     notes = ["; ".join(run_history(each.model).latest.notes) for each in (first, second)]
     assert again not in notes[0] and (again in notes[1]) == said
 

@@ -42,8 +42,9 @@ def test_there_is_a_workflow_for_every_promise():
         "wan_t2v_psa",
         "cogvideox_psa",
         "wan_t2v_sparge",
-        "wan22_t2v_radial",
-        "wan22_i2v_radial_4_steps",
+        "cogvideox_sparge",
+        "wan22_t2v_sparge",
+        "wan22_i2v_sparge_4_steps",
     }
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from demo.methods import METHODS, PATCHES, RADIAL, SPARGE, method_workflow
+from demo.methods import METHODS, PATCHES, RADIAL, method_workflow
 from demo.workflow import PATCH, Workflow
 from miniature.prompts import PROMPTS
 
@@ -119,11 +119,3 @@ def test_every_method_has_a_workflow_that_differs_by_its_node_alone(stem, method
         method.node
     ]
     assert links(workflow) == links(radial) and node == radial.find(PATCH)
-
-
-def test_a_node_that_takes_another_s_place_has_its_own_settings():
-    sparge = method_workflow(WORKFLOWS / "api", "cogvideox", SPARGE)
-    donor = Workflow.load(WORKFLOWS / "api" / "wan_t2v_sparge.json")
-    inputs = sparge.nodes[sparge.find(SPARGE.node)]["inputs"]
-    assert inputs.keys() == donor.nodes[donor.find(SPARGE.node)]["inputs"].keys()
-    assert "decay_factor" not in inputs

@@ -1,6 +1,7 @@
 """When the "hopper" kernel is used: its refusals and its rank."""
 
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -63,6 +64,29 @@ def test_another_gpu_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(hopper_kernel, "architecture", lambda device: 120)
     assert hopper_kernel._unavailable().endswith("found 12.0")
+
+
+def test_an_older_gluon_is_not_used(monkeypatch):
+    """Triton 3.5's, whose partitions take their arguments in another way."""
+    pytest.importorskip("triton.experimental.gluon")
+    from sparse_video_attention import kernels
+    from triton.experimental.gluon import language
+
+    def warp_specialize(
+        default_args, default_partition, worker_args, worker_partitions, worker_num_warps,
+        worker_num_regs, _semantic=None, _generator=None,
+    ):  # fmt: skip
+        raise AssertionError("nothing is compiled")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(hopper_kernel, "architecture", lambda device: hopper_kernel.ARCHITECTURE)
+    assert hopper_kernel._unavailable() is None
+    monkeypatch.setattr(language, "warp_specialize", warp_specialize)
+    for name in ("hopper_forward", "hopper_attention", "gluon_names"):
+        monkeypatch.delitem(sys.modules, f"{kernels.__name__}.{name}", raising=False)
+        monkeypatch.delattr(kernels, name, raising=False)
+    assert hopper_kernel._unavailable().startswith("it needs Triton 3.6 or newer with Gluon")
 
 
 def test_auto_leaves_it_out_where_it_is_not_measured(as_if_on_hopper, monkeypatch):

@@ -90,6 +90,7 @@ def test_other_models_need_one_call_or_none(monkeypatch, watched):
     assert model.resets == 0
 
 
+@pytest.mark.comfy
 def test_a_second_forward_that_fails_costs_nothing(monkeypatch, comfyui):
     graphs, model, run = StaleGraphs(), Compiled(monkeypatch), new_run()
 
@@ -103,6 +104,7 @@ def test_a_second_forward_that_fails_costs_nothing(monkeypatch, comfyui):
         forward(graphs, fails_again, run)
 
 
+@pytest.mark.comfy
 def test_a_run_that_is_cancelled_in_the_second_forward_ends(monkeypatch, comfyui):
     """In older ComfyUIs that is an Exception like any other."""
     import comfy.model_management

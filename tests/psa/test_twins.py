@@ -216,3 +216,22 @@ def test_levels_of_long_rows_are_equal_to_torch_on_a_gpu(mask_mode, blocks):
     how = {"mask_mode": mask_mode, "block_n": 32, "tile_n": 32}
     got = triton_levels.levels(rows.cuda(), ratios, **how)
     assert torch.equal(got.cpu(), assign_levels(rows, ratios, **how))
+
+
+@pytest.mark.parametrize(
+    ("programs", "blocks", "launched", "keeps"),
+    [
+        (216, 1024, 216, True),  # an A100 with blocks of 32 keys at 832x480
+        (264, 1024, 256, True),  # an H100: a few programs less, and no score computed twice
+        (340, 1024, 340, False),  # too few would be left
+        (264, 2**21, 264, False),
+    ],
+)
+def test_few_programs_less_are_launched_where_that_lets_them_keep_what_they_found(
+    monkeypatch, programs, blocks, launched, keeps
+):
+    pytest.importorskip("triton")
+    from sparse_video_attention.psa import triton_importance
+
+    monkeypatch.setattr(triton_importance, "MAX_SCRATCH_BYTES", 2**27)
+    assert triton_importance.programs_to_launch(programs, 128 * blocks * 4) == (launched, keeps)

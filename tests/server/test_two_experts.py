@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from demo.checkpoints import make_wan_checkpoint
 from demo.comparison import pack_lines
-from demo.workflow import PATCH, Workflow
+from demo.workflow import Workflow
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows" / "api"
 SIZE = {"width": 192, "height": 128, "length": 17}
@@ -59,7 +59,7 @@ def shipped(stem):
 
 @pytest.fixture(scope="module", autouse=True)
 def weights(server, comfyui):
-    for stem in ("wan22_t2v_radial", "wan22_i2v_radial_4_steps"):
+    for stem in ("wan22_t2v_sparge", "wan22_i2v_sparge_4_steps"):
         for file in shipped(stem)[1]:
             path = server.base / "models" / file
             path.parent.mkdir(exist_ok=True)
@@ -76,8 +76,8 @@ def weights(server, comfyui):
 @pytest.mark.parametrize(
     ("stem", "first", "second"),
     [
-        ("wan22_t2v_radial", "5 of 10", "10 of 10"),
-        ("wan22_i2v_radial_4_steps", "1 of 2", "2 of 2"),
+        ("wan22_t2v_sparge", "9 of 10", "10 of 10"),
+        ("wan22_i2v_sparge_4_steps", "2 of 2", "1 of 2"),
     ],
 )
 def test_each_expert_counts_the_steps_of_its_own_sampler(run, stem, first, second):
@@ -87,7 +87,7 @@ def test_each_expert_counts_the_steps_of_its_own_sampler(run, stem, first, secon
     assert len(lines) == 2
     assert f"2 of {LAYERS} layers sparse on {first} steps" in lines[0]
     assert f"2 of {LAYERS} layers sparse on {second} steps" in lines[1]
-    assert all("decay 0.8" in line and "5x8x12" in line for line in lines)
+    assert all("topk 0.3" in line and "5x8x12" in line for line in lines)
     assert not any("NaN" in line for line in lines), "what was looked at is a video"
     (video,) = result.files["22"]
     assert video.suffix == ".mp4" and video.stat().st_size > 1000
@@ -95,12 +95,13 @@ def test_each_expert_counts_the_steps_of_its_own_sampler(run, stem, first, secon
 
 def test_what_the_note_says_of_the_other_way_to_sample_runs_too(run):
     """The LoRAs bypassed, twenty steps."""
-    workflow, _ = shipped("wan22_i2v_radial_4_steps")
+    workflow, _ = shipped("wan22_i2v_sparge_4_steps")
     workflow = workflow.without("LoraLoaderModelOnly").setting(steps=20, cfg=3.5)
     nodes = workflow.nodes
-    patches = [node["inputs"] for node in nodes.values() if node["class_type"] == PATCH]
+    kind = "PatchSpargeAttention"
+    patches = [node["inputs"] for node in nodes.values() if node["class_type"] == kind]
     samplers = [nodes[name]["inputs"] for name in sorted(workflow.samplers)]
-    patches[0]["dense_timesteps"] = 5
+    patches[0]["dense_timesteps"], patches[1]["last_dense_timesteps"] = 1, 0
     samplers[0]["end_at_step"] = samplers[1]["start_at_step"] = 10
     lines = pack_lines(run(workflow).log)
-    assert "sparse on 5 of 10 steps" in lines[0] and "sparse on 10 of 10 steps" in lines[1]
+    assert "sparse on 9 of 10 steps" in lines[0] and "sparse on 10 of 10 steps" in lines[1]
