@@ -12,7 +12,7 @@ from miniature.weights import weights_path
 
 from .comparison import Weights
 from .families import Family
-from .methods import METHODS, SPARGE, Method, method_workflow
+from .methods import METHODS, Method, method_workflow
 from .workflow import Workflow
 
 API_FORMS = ROOT / "workflows" / "api"
@@ -87,12 +87,8 @@ def real_workflows(
         for name in ("width", "height", "length", "steps")
         if getattr(options, name) is not None
     }
-    # Counts for a usual number of steps would not fit another one; Sparge's single step does.
-    counts = {}
-    if options.steps is not None:
-        counts = {"dense_timesteps": -1, "warmup_steps": max(1, options.steps // 4)}
 
-    def real(workflow: Workflow, method: Method) -> Workflow:
+    def real(workflow: Workflow) -> Workflow:
         workflow = workflow.setting(
             unet_name=options.unet.name,
             clip_name=options.clip.name,
@@ -100,11 +96,13 @@ def real_workflows(
             seed=options.seed,
             noise_seed=options.seed,
             **given,
-            **(counts if method is not SPARGE else {}),
-        ).saving_frames(f"{family.key}/{method.key}")
+        )
         prompt = workflow.linked_from("positive")
         workflow.nodes[prompt]["inputs"]["text"] = options.prompt
         return workflow
 
     shipped = [(m, method_workflow(API_FORMS, family.workflow, m)) for m in METHODS]
-    return [(method, real(workflow, method)) for method, workflow in shipped]
+    return [
+        (method, real(workflow).saving_frames(f"{family.key}/{method.key}"))
+        for method, workflow in shipped
+    ]

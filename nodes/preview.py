@@ -36,8 +36,8 @@ class PreviewAttentionMask(io.ComfyNode):
                     max=10000,
                     optional=True,
                     tooltip=(
-                        "Steps of the sampler (with several samplers, of one), to count its dense "
-                        "steps."
+                        "Steps that this model's sampler runs, to count the dense ones. Where two "
+                        "samplers share a schedule: end_at_step minus start_at_step."
                     ),
                 ),
             ],

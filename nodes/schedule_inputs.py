@@ -93,7 +93,7 @@ def advanced_inputs() -> list[io.Input]:
             **ADVANCED,
             tooltip=(
                 "How many of this sampler's last steps keep full attention. Use 1 with LoRAs for "
-                "4 to 8 steps."
+                "4 to 8 steps; where two samplers share those, on the second one's model alone."
             ),
         ),
         io.Float.Input(
