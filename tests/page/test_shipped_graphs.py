@@ -10,6 +10,16 @@ from playwright.sync_api import expect
 from .comfy_page import SETTLED_MS
 from .conftest import WORKFLOWS
 
+# Titles of nodes that lie on each other, at the sizes that the page gives them.
+OVERLAPS = """() => {
+    const boxes = app.graph.nodes.map(node => {
+        const [left, top, width, height] = node.getBounding()
+        return {title: node.title, left, top, right: left + width, bottom: top + height}
+    })
+    return boxes.flatMap((a, i) => boxes.slice(i + 1)
+        .filter(b => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom)
+        .map(b => [a.title, b.title]))
+}"""
 STEMS = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 
 
@@ -68,6 +78,7 @@ def test_a_workflow_opens_without_complaint_and_sends_its_api_form(stem, page, o
     expect(page.complaint).to_have_count(0)
     expect(page.tab.get_by_role("dialog")).to_have_count(0)
     assert_sent_is_shipped(page.sent(), stem, object_info)
+    assert page.ask(OVERLAPS) == [], "every input of every node can be seen"
 
 
 def test_the_page_does_complain_of_a_node_and_a_model_that_are_not_there(page):
