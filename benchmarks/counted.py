@@ -95,7 +95,8 @@ def runs() -> Iterator[Run]:
 def nodes(family: str) -> Iterator[Node]:
     """The nodes at their defaults, and what makes them faster."""
     yield Node("Sparge at its defaults", SPARGE_POLICY, 1)
-    yield Node("Sparge, `topk` 0.2", replace(SPARGE_POLICY, topk=0.2), 1)
+    yield Node("`topk` 0.2", replace(SPARGE_POLICY, topk=0.2), 1)
+    yield Node("`topk` 0.5, no dense steps", replace(SPARGE_POLICY, topk=0.5), 0)
     section, name = CLOSEST_PRESETS[family.lower()]
     preset = load_presets()[section][name]
     psa = PsaPolicy.from_preset(preset, skipped_blocks="pool")

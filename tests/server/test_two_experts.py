@@ -77,7 +77,7 @@ def weights(server, comfyui):
     ("stem", "first", "second"),
     [
         ("wan22_t2v_sparge", "9 of 10", "10 of 10"),
-        ("wan22_i2v_sparge_4_steps", "2 of 2", "1 of 2"),
+        ("wan22_i2v_sparge_4_steps", "2 of 2", "2 of 2"),
     ],
 )
 def test_each_expert_counts_the_steps_of_its_own_sampler(run, stem, first, second):
@@ -87,7 +87,7 @@ def test_each_expert_counts_the_steps_of_its_own_sampler(run, stem, first, secon
     assert len(lines) == 2
     assert f"2 of {LAYERS} layers sparse on {first} steps" in lines[0]
     assert f"2 of {LAYERS} layers sparse on {second} steps" in lines[1]
-    assert all("topk 0.3" in line and "5x8x12" in line for line in lines)
+    assert all("(topk 0." in line and "5x8x12" in line for line in lines)
     assert not any("NaN" in line for line in lines), "what was looked at is a video"
     (video,) = result.files["22"]
     assert video.suffix == ".mp4" and video.stat().st_size > 1000
@@ -101,7 +101,7 @@ def test_what_the_note_says_of_the_other_way_to_sample_runs_too(run):
     kind = "PatchSpargeAttention"
     patches = [node["inputs"] for node in nodes.values() if node["class_type"] == kind]
     samplers = [nodes[name]["inputs"] for name in sorted(workflow.samplers)]
-    patches[0]["dense_timesteps"], patches[1]["last_dense_timesteps"] = 1, 0
+    patches[0]["dense_timesteps"] = 1
     samplers[0]["end_at_step"] = samplers[1]["start_at_step"] = 10
     lines = pack_lines(run(workflow).log)
     assert "sparse on 9 of 10 steps" in lines[0] and "sparse on 10 of 10 steps" in lines[1]
