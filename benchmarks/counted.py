@@ -69,7 +69,8 @@ class Node:
     """A node's settings.
 
     Attributes:
-        dense_timesteps: as in the node.
+        dense_timesteps: as in the node; -1 also stands for the warm-up of PSA's presets, 15 steps,
+            in place of which up to 30 have a quarter dense.
     """
 
     name: str

@@ -23,7 +23,7 @@ from .quality_metrics import Distance, find_lpips, psnr, ssim
 from .quality_plot import can_be_drawn, draw
 from .quality_rows import Row, keep_others, row_writer, weights_facts
 from .quality_sampling import Miniature, Result, Shot
-from .quality_settings import FINE_GRIDS, GRIDS, INT8_DENSE, METHODS, STEPS, settings
+from .quality_settings import FINE_GRIDS, FRAMES, GRIDS, INT8_DENSE, METHODS, STEPS, settings
 from .quality_summary import directions, summarise
 from .quality_table import FLOOR
 from .wan_model import start_comfyui
@@ -47,11 +47,25 @@ def parse_size(text: str) -> tuple[int, int, int]:
     return sides[0], sides[1], sides[2]
 
 
+def block_scale(grid: str, given: int | None) -> int:
+    """How many times smaller than the nodes' blocks are.
+
+    Raises:
+        ValueError: the grid does not have them in the size given.
+    """
+    allowed = SCALES if grid == FRAMES else (SCALE,) if grid in FINE_GRIDS else (1,)
+    scale = given or max(allowed)
+    if scale not in allowed:
+        one_of = ", ".join(map(str, allowed))
+        raise ValueError(f"block-scale {scale}: allowed with grid {grid} is {one_of}")
+    return scale
+
+
 def fine_suffix(grid: str, scale: int) -> str:
     """Of a result file's name: what blocks that are `scale` times smaller add to it."""
     if grid not in FINE_GRIDS:
         return ""
-    return "_fine" if scale == SCALE else f"_fine{scale}"
+    return f"_fine{scale}" if grid == FRAMES else "_fine"
 
 
 def find_weights(family: str, given: list[str] | None) -> Path | None:
@@ -117,13 +131,12 @@ def _measure(
         pair: the miniature in fp32 and in bf16.
     """
     exact, rounded = pair
+    scale = block_scale(arguments.grid, arguments.block_scale)
     lpips = find_lpips()
     device = exact.model.load_device.type
     grid = [
         setting
-        for setting in settings(
-            exact.family, arguments.grid, arguments.steps, arguments.block_scale
-        )
+        for setting in settings(exact.family, arguments.grid, arguments.steps, scale)
         if setting.method in arguments.methods and arguments.only in setting.label
     ]
     if arguments.only and not grid:
@@ -177,6 +190,7 @@ def run(arguments: argparse.Namespace) -> list[Path]:
     """
     for size in arguments.sizes:
         parse_size(size)
+    scale = block_scale(arguments.grid, arguments.block_scale)
     if arguments.floors is not None and arguments.floors < 0:
         raise ValueError(f"floors {arguments.floors}: allowed are whole numbers from 0 on")
     if arguments.floors == 0 and "dense" in arguments.methods:
@@ -204,7 +218,7 @@ def run(arguments: argparse.Namespace) -> list[Path]:
                 for prompt in arguments.prompts
                 for seed in arguments.seeds
             ]
-            fine = fine_suffix(arguments.grid, arguments.block_scale)
+            fine = fine_suffix(arguments.grid, scale)
             path = folder / f"quality_{family}_{size}_{arguments.steps}steps{fine}.json"
             result: dict[str, Any] = {
                 "header": header(device),
@@ -212,7 +226,7 @@ def run(arguments: argparse.Namespace) -> list[Path]:
                 "weights": weights_facts(weights),
                 "steps": arguments.steps,
                 "guidance": arguments.guidance,
-                **({"block_scale": arguments.block_scale} if fine else {}),
+                **({"block_scale": scale} if fine else {}),
                 "rows": [],
             }
             if arguments.keep_others:
@@ -274,9 +288,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--block-scale",
         type=int,
-        choices=SCALES,
-        default=SCALE,
-        help=f"how many times smaller blocks are, with {', '.join(FINE_GRIDS)} (%(default)s)",
+        metavar="N",
+        help=f"how many times smaller blocks are: with {FRAMES} one of {SCALES}",
     )
     result.add_argument("--comfyui", help="ComfyUI's folder (default: COMFYUI_PATH, or .comfyui/)")
     add_places(result)

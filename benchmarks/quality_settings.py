@@ -23,7 +23,8 @@ QUARTER = STEPS // 4
 # First and last denoising steps that stay dense, of few.
 FEW_DENSE = ((0, 0), (1, 0), (0, 1), (2, 0), (1, 1))
 # Their blocks are smaller than the nodes'.
-FINE_GRIDS = ("fine", "fine_few_steps", "frames")
+FRAMES = "frames"
+FINE_GRIDS = ("fine", "fine_few_steps", FRAMES)
 GRIDS = ("small", "full", "few_steps", "ends", *FINE_GRIDS)
 PUBLISHED_BLOCKS = {"block_order": "raster", "skipped_blocks": "drop"}
 ALL_LAYERS = {"dense_layers": ""}

@@ -91,9 +91,9 @@ def _step_table(gpus: Gpus) -> str:
 def speed_table(found: dict[str, dict[str, Result]]) -> str:
     """What stands between the README's marker lines: of GPUs, or that there is none."""
     gpus = {name: files for name, files in found.items() if not name.startswith("cpu")}
-    parts = [_method_table(gpus), _step_table(gpus)] if gpus else [NO_GPU]
+    parts = [part for part in (_method_table(gpus), _step_table(gpus)) if part] or [NO_GPU]
     parts.append(
         "[All results](benchmarks/RESULTS.md), with kernels, errors, memory and the commands that "
         "make them anew."
     )
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(parts)

@@ -45,9 +45,10 @@ def _unavailable() -> str | None:
     # Feature test: what the kernel uses of Gluon, under the names it had from Triton 3.6 to 3.9.
     try:
         from . import hopper_forward  # noqa: F401
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
+        # Not a command: with another Triton than PyTorch's torch.compile breaks.
         why = short_error(error, 100)
-        return f"it needs Triton 3.6 or newer with Gluon: pip install -U triton ({why})"
+        return f"it needs Triton 3.6 or newer with Gluon, as PyTorch 2.10 brings it ({why})"
     return None
 
 

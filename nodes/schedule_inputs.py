@@ -92,9 +92,9 @@ def advanced_inputs() -> list[io.Input]:
             optional=True,
             **ADVANCED,
             tooltip=(
-                "How many of this sampler's last steps keep full attention. Of 4 to 8 steps a dense "
-                "last one mostly does more than a dense first one; where two samplers share them, "
-                "set it on the second one's model alone."
+                "How many of this sampler's last steps keep full attention. Of 4 to 8 steps a "
+                "dense last one mostly does more than a dense first one; where two samplers share "
+                "them, set it on the second one's model alone."
             ),
         ),
         io.Float.Input(

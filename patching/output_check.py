@@ -100,8 +100,8 @@ class OutputCheck:
         self._pending: list[_Output] = []
         self._looked_at = 0
         self._seen = False
-        # Outputs that were looked at, and whether any could not be.
-        self._outputs, self._missed = 0, False
+        # Forwards, and those of them whose output is known or will be.
+        self._forwards = self._known = 0
 
     def begin(self) -> Begun:
         """A forward begins."""
@@ -126,25 +126,27 @@ class OutputCheck:
         Returns:
             Whether the forward is to be run again, with its calls watched.
         """
+        self._forwards += 1
         if not _checkable(out) or self._seen:
-            self._missed = True
             return False
-        self._outputs += 1
         came_in = [_finite(x) for x in inputs if _checkable(x)]
         looked_at = self._looked_at - begun.looked_at
         found = _Output(step, _finite(out), came_in, begun.watched, looked_at)
         kind = frozenset(call.ran for call in calls), out.shape, out.dtype, out.device
         if begun.watched or kind in watch.settled:
             self._pending.append(found)
+            self._known += 1
             return False
         watch.settled.add(kind)
         if bool(found.finite):
+            self._known += 1
             return False
         # One that cannot be run again is looked at in the next run, from its start.
         if not can_repeat or not all(map(bool, came_in)):
             self._pending.append(found)
             return False
         self.watched = True
+        self._forwards -= 1
         self.say_once(
             f"the model's output in {self._step(step)} was not finite (NaN): it was run again, "
             "looking at every attention call"
@@ -201,7 +203,7 @@ class OutputCheck:
         why, suspected = "", False
         if not all(map(bool, found.inputs_finite)):
             why = CAME_IN
-        elif found.of_result and self._outputs and not self._missed:
+        elif found.of_result and 0 < self._known == self._forwards:
             why = FROM_THE_SAMPLER
         elif watch.elsewhere:
             why = FROM_ELSEWHERE

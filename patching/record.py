@@ -69,7 +69,7 @@ class RunRecord:
         ended_early: it was stopped, or failed.
         no_forward: what is said where no forward came to this pack.
         starts_inside: the sampler starts where another one may have stopped.
-        goes_on: it does, and adds no noise: another one has stopped there.
+        goes_on: it does, and adds no noise: another one seems to have stopped there.
         attended_by: what may have kept calls from this pack, where it could be seen.
     """
 

@@ -164,12 +164,14 @@ def _say(record: RunRecord, choice: SparseChoice | None) -> None:
             f"({schedule.first_dense_steps(record.total_steps)})"
         )
     many = schedule.first_dense_steps(record.total_steps)
-    # Where the node's count is meant it is said only of what surely goes on after another sampler.
+    # Where a person has set the count it is said only of what hardly is a video of its own.
     unlikely = record.goes_on or (record.starts_inside and schedule.counts_its_own)
     if many and unlikely and record.sparse().calls:
         own = "warmup_steps" if schedule.fits_warmup else "dense_timesteps"
         count = f"{own} -1" if schedule.counts_its_own else "as its node is set"
-        follows = "as it follows another sampler" if record.goes_on else "if it follows another one"
+        follows = "if it follows another one"
+        if record.goes_on:
+            follows = "as it adds no noise, it seems to follow another one"
         record.note(
             f"this sampler starts inside the noise schedule, and its first {many} of "
             f"{record.total_steps} steps are dense all the same ({count}): {follows}, set that to 0"

@@ -19,7 +19,8 @@ MIN_LEVEL1_SHARE = 0.06
 CUMULATIVE_SLACK = 1e-6
 # Of a twin's first result, about so many rows are looked at.
 CHECKED_ROWS = 64
-# Ranked entries held at once (8 bytes each, and about as much again beside them).
+# Ranked entries held at once (8 bytes each, and about as much again beside them): a CPU keeps them
+# in its cache, other devices pay for every launch.
 CHUNK_ENTRIES = {"cpu": 2**19}
 CHUNK_ENTRIES_ELSEWHERE = 2**24
 

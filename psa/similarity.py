@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..kernels.twins import TORCH_ONLY, Twins, how_far
 
+# A CPU keeps them in its cache; other devices pay for every launch.
 CHUNK_ELEMENTS = {"cpu": 2**20}
 CHUNK_ELEMENTS_ELSEWHERE = 2**25
 

@@ -25,7 +25,7 @@ from .triton_sample import sampled_keys
 
 PROGRAMS_PER_SM = 2
 MAX_SCRATCH_BYTES = 2**27
-# So many of the programs that the device holds are worth it that nothing is computed twice.
+# Fewer programs than the device holds, down to this share, cost less than computing scores twice.
 ENOUGH_PROGRAMS = 0.9
 # Programs under the interpreter, where there is no device to ask.
 INTERPRETED_PROGRAMS = 3

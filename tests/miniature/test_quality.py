@@ -12,9 +12,12 @@ from sparse_video_attention.kernels import BlockPlan, block_sparse_attention
 
 from benchmarks import quality
 from benchmarks.eight_bit import int8_twin
+from benchmarks.node_defaults import CLOSEST_PRESETS
+from benchmarks.quality import block_scale, fine_suffix
 from benchmarks.quality_metrics import psnr, ssim
 from benchmarks.quality_settings import GRIDS, Setting, settings
 from benchmarks.quality_summary import directions, summarise
+from benchmarks.quality_table import FLOOR, README_ROWS
 from miniature.wan import WanMiniature
 
 
@@ -67,7 +70,8 @@ def test_every_setting_is_one_that_the_nodes_accept(family, load_model):
         found = settings(family, grid)
         labels = [(setting.curve, setting.label) for setting in found]
         assert len(set(labels)) == len(labels)
-        assert {setting.method for setting in found} == {"radial", "psa", "sparge"}
+        methods = {"sparge"} if grid == "frames" else {"radial", "psa", "sparge"}
+        assert {setting.method for setting in found} == methods
         for setting in found:
             choice = setting.choice(model)
             assert choice.policy.name == setting.method and choice.min_tokens == 0
@@ -96,6 +100,24 @@ def test_what_moves_tokens_is_also_measured_in_one_order(family):
     assert len([s for s in alone if s.method == "psa"]) == {"wan": 5, "cogvideox": 1}[family]
     assert len([s for s in alone if s.method == "sparge"]) == 2
     assert all(s.label.endswith(" alternate_orders=False") for s in alone)
+
+
+@pytest.mark.parametrize("family", ["wan", "cogvideox"])
+def test_the_readme_s_rows_are_of_settings_that_are_measured(family):
+    preset = "/".join(CLOSEST_PRESETS[family])
+    wanted = {label.format(preset=preset) for _, label, _ in README_ROWS} - {FLOOR}
+    assert wanted <= {setting.label for setting in settings(family, "fine")}
+
+
+def test_blocks_are_as_small_as_a_grid_has_them():
+    assert [block_scale(grid, None) for grid in GRIDS] == [1, 1, 1, 1, 8, 8, 8]
+    assert block_scale("frames", 2) == 2 and block_scale("fine", 8) == 8
+    names = [fine_suffix("small", 1), fine_suffix("fine_few_steps", 8), fine_suffix("frames", 8)]
+    assert names == ["", "_fine", "_fine8"], "one file is not written over the other"
+    for grid, scale, allowed in (("frames", 3, "2, 4, 8"), ("fine", 4, "8"), ("full", 8, "1")):
+        with pytest.raises(ValueError, match=f"allowed with grid {grid} is {allowed}"):
+            block_scale(grid, scale)
+    assert {s.block_scale for s in settings("wan", "frames", scale=2)} == {2}
 
 
 def test_an_unknown_grid_is_named():

@@ -98,10 +98,33 @@ def test_what_the_sampler_makes_of_finite_outputs_is_not_blamed_on_attention(wat
     assert not run.forward(GOOD, looks=2) and not run.forward(GOOD, looks=2)
     assert run.finish(BAD).endswith(output_check.FROM_THE_SAMPLER)
     assert not watch.suspected and not watch.elsewhere
+
+
+def cannot_look(x):
+    raise torch.OutOfMemoryError("no memory left")
+
+
+def test_an_output_that_nobody_could_look_at_may_be_the_bad_one(watch, monkeypatch):
+    said = "the next run looks at every call"
     unseen = Run(watch)
     unseen.forward(GOOD)
     unseen.forward([GOOD])
-    assert "the next run looks at every call" in unseen.finish(BAD), "not all of it was looked at"
+    assert said in unseen.finish(BAD)
+    watch.suspected = False
+    failed = Run(watch)
+    failed.forward(GOOD)
+    with monkeypatch.context() as patch:
+        patch.setattr(output_check, "_finite", cannot_look)
+        with pytest.raises(torch.OutOfMemoryError):
+            failed.forward(BAD)
+    assert said in failed.finish(BAD)
+
+
+def test_a_forward_that_was_run_again_counts_once(watch):
+    run = Run(watch)
+    assert run.forward(BAD)
+    assert not run.forward(GOOD, looks=1)
+    assert run.finish(BAD).endswith(output_check.FROM_THE_SAMPLER)
 
 
 def test_a_model_that_makes_nan_itself_is_looked_at_once(watch):
