@@ -15,7 +15,6 @@ from sparse_video_attention.patching.frame_calls import frame_plans
 from sparse_video_attention.patching.lightx2v import SITE_KEYS, read_lightx2v
 from sparse_video_attention.patching.settings import AttentionSite
 from sparse_video_attention.psa import ModelFacts, PsaPolicy, choose_section, load_sections
-from sparse_video_attention.radial_attn import radial_block_mask
 from sparse_video_attention.radial_attn.policy import RadialPolicy
 from sparse_video_attention.third_party import DENSE_BACKENDS
 from sparse_video_attention.third_party.routing import ENVIRONMENT_VARIABLE, IMPLEMENTATIONS
@@ -137,9 +136,22 @@ def test_densities_on_the_psa_page_follow_from_the_presets(language):
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_numbers_on_the_radial_page_follow_from_the_mask(language):
     text = page("PatchRadialAttention", language)
-    for tokens_per_frame, percent in ((1560, "34 %"), (3600, "26 %")):
-        density = float(radial_block_mask(21, tokens_per_frame).float().mean())
-        assert f"{density * 100:.0f} %" == percent and percent in text
+    small, large = TokenLayout(21, 30, 52), TokenLayout(21, 45, 80)
+    cogvideox = TokenLayout(13, 30, 45, prefix_tokens=226)
+    for settings, layout, percent in (
+        ({}, small, "35 %"),
+        ({}, large, "27 %"),
+        ({"block_size": 64}, small, "28 %"),
+        ({"block_size": 64}, large, "25"),
+        ({"decay_factor": 0.8}, small, "42"),
+        ({"decay_factor": 0.8}, large, "37 %"),
+        ({}, cogvideox, "47 %"),
+    ):
+        # Of the mask itself, and a key for each block that it skips.
+        plan = RadialPolicy(**settings).static_plan(layout, "cpu")
+        kept = float((plan.to_levels() == 1).float().mean())
+        density = kept + (1 - kept) / plan.block_n
+        assert f"{density * 100:.0f}" == percent.removesuffix(" %") and percent in text
     # Animate 2 has one frame more, the reference.
     for grid, percent in (((22, 30, 52), "42 %"), ((22, 45, 80), "32 %")):
         plans = frame_plans(RadialPolicy(), TokenLayout(*grid), torch.device("cpu")).calls
