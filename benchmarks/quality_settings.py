@@ -226,6 +226,9 @@ def _in_fine_blocks(family: str) -> Iterator[Setting]:
     for order, skipped in (("Gilbert", "drop"), ("raster", "pool")):
         own = {"topk": 0.3, "block_order": order, "skipped_blocks": skipped}
         yield Setting("sparge", "sparge choices", own)
+    for first, last in FEW_DENSE:
+        schedule = {"dense_timesteps": first, "last_dense_timesteps": last}
+        yield Setting("sparge", "sparge ends", schedule=schedule)
     one_order = {"alternate_orders": False}
     yield Setting("sparge", f"sparge topk{ONE_ORDER}", {"topk": 0.3}, policy=one_order)
     for own in ({"skipped_blocks": "drop"}, {"decay_factor": 0.8}):
