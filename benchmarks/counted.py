@@ -69,16 +69,18 @@ class Node:
     """A node's settings.
 
     Attributes:
-        dense_timesteps: as in the node; -1 also stands for the warm-up of PSA's presets, 15 steps,
-            in place of which up to 30 have a quarter dense.
+        dense_timesteps, last_dense_timesteps: as in the node; -1 of the first also stands for the
+            warm-up of PSA's presets, 15 steps, in place of which up to 30 have a quarter dense.
     """
 
     name: str
     policy: SparsePolicy
     dense_timesteps: int
+    last_dense_timesteps: int = 0
 
-    def schedule(self) -> Schedule:
-        return Schedule(DENSE_LAYERS, self.dense_timesteps)
+    def dense_steps(self, steps: int) -> int:
+        schedule = Schedule(DENSE_LAYERS, self.dense_timesteps, self.last_dense_timesteps)
+        return schedule.first_dense_steps(steps) + schedule.last_dense_steps(None)
 
 
 def runs() -> Iterator[Run]:
@@ -95,8 +97,8 @@ def runs() -> Iterator[Run]:
 
 def nodes(family: str) -> Iterator[Node]:
     """The nodes at their defaults, and what makes them faster."""
-    yield Node("Sparge at its defaults", SPARGE_POLICY, 1)
-    yield Node("`topk` 0.2", replace(SPARGE_POLICY, topk=0.2), 1)
+    yield Node("Sparge at its defaults", SPARGE_POLICY, 0, -1)
+    yield Node("`topk` 0.2", replace(SPARGE_POLICY, topk=0.2), 0, -1)
     yield Node("`topk` 0.5, no dense steps", replace(SPARGE_POLICY, topk=0.5), 0)
     section, name = CLOSEST_PRESETS[family.lower()]
     preset = load_presets()[section][name]
@@ -120,7 +122,7 @@ def density(policy: SparsePolicy, layout: TokenLayout) -> float:
 def speedup(run: Run, node: Node) -> float:
     """Of all steps, over dense ones."""
     layers, steps = run.model.layers, run.steps
-    dense_steps = node.schedule().first_dense_steps(steps)
+    dense_steps = node.dense_steps(steps)
     sparse = (steps - dense_steps) / steps * (layers - len(DENSE_LAYERS)) / layers
     return run.layer().speedup(sparse * (1 - density(node.policy, run.layout)))
 

@@ -51,7 +51,7 @@ def _sparse_row(
         raise RuntimeError(f"{method}: the run was not sound: {record.summary()}")
     step_s = statistics.median(sampled.step_seconds)
     total = dense.schedule_steps
-    first = choice.schedule.first_dense_steps(total) + choice.schedule.last_dense_timesteps
+    first = choice.schedule.first_dense_steps(total) + choice.schedule.last_dense_steps(None)
     schedule_s = first * dense.step_s + (total - first) * step_s
     error = (sampled.latent - dense_latent).norm() / dense_latent.norm()
     return replace(

@@ -40,7 +40,8 @@ def default_choice(model: Any, method: str) -> SparseChoice:
 
 def always_sparse(choice: SparseChoice) -> SparseChoice:
     """The choice with no dense steps; its dense layers stay."""
-    schedule = replace(choice.schedule, dense_timesteps=0, fits_warmup=False)
+    none = {"dense_timesteps": 0, "last_dense_timesteps": 0, "fits_warmup": False}
+    schedule = replace(choice.schedule, **none)
     return replace(choice, schedule=schedule)
 
 

@@ -83,8 +83,8 @@ class Setting:
             return make_choice(model, policy, **schedule)
         if self.method == "psa":
             return psa_choice(model, **({"min_tokens": 0} | self.own | self.schedule))
-        # One dense step is this node's default; its dials are compared at as many as the others'.
-        quarter = {"dense_timesteps": -1} if self.own else {}
+        # The last step is dense by this node's default; its dials are compared at those of others.
+        quarter = {"dense_timesteps": -1, "last_dense_timesteps": 0} if self.own else {}
         chosen = {"min_tokens": 0} | quarter | self.own | self.schedule
         return sparge_choice(model, **chosen)
 

@@ -65,7 +65,7 @@ def small_workflows(
         return (
             workflow.saving_latent(f"{family.key}/{method.key}")
             .setting(unet_name=name, steps=SMALL_STEPS, **SMALL_SIZE)
-            .setting(dense_timesteps=-1, warmup_steps=SMALL_WARMUP)
+            .setting(dense_timesteps=-1, last_dense_timesteps=0, warmup_steps=SMALL_WARMUP)
             .setting(**SMALL_SPARGE)
             .setting(seed=options.seed, noise_seed=options.seed)
         )

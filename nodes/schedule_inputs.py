@@ -82,19 +82,19 @@ def dense_timesteps_input(*, default: int = -1) -> io.Int.Input:
     )
 
 
-def advanced_inputs() -> list[io.Input]:
+def advanced_inputs(*, last_dense: int = 0) -> list[io.Input]:
     return [
         io.Int.Input(
             "last_dense_timesteps",
-            default=0,
-            min=0,
+            default=last_dense,
+            min=-1,
             max=100,
             optional=True,
             **ADVANCED,
             tooltip=(
-                "How many of this sampler's last steps keep full attention. Of 4 to 8 steps a "
-                "dense last one mostly does more than a dense first one; where two samplers share "
-                "them, set it on the second one's model alone."
+                "How many of this sampler's last steps keep full attention. -1 is the last one, "
+                "if the sampler goes down to no noise: of two that share a schedule only the "
+                "second does."
             ),
         ),
         io.Float.Input(

@@ -80,8 +80,8 @@ class PatchSpargeAttention(io.ComfyNode):
                     ),
                 ),
                 dense_layers_input(),
-                dense_timesteps_input(default=1),
-                *advanced_inputs(),
+                dense_timesteps_input(default=0),
+                *advanced_inputs(last_dense=-1),
                 io.Float.Input(
                     "cdfthreshd",
                     default=0.0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -141,6 +142,18 @@ def adds_no_noise(args: tuple[Any, ...]) -> bool:
         return False
 
 
+def goes_to_the_end(args: tuple[Any, ...]) -> bool:
+    """Whether a sampler goes down to no noise, or nobody knows.
+
+    Args:
+        args: of CFGGuider.outer_sample.
+    """
+    try:
+        return bool(args[SIGMAS][-1] == 0)
+    except Exception:  # sigmas of whatever kind
+        return True
+
+
 def _open_record(settings: AttentionSettings, diffusion_model: Any) -> RunRecord:
     choice, dense = settings.sparse, settings.dense
     return RunRecord(
@@ -152,7 +165,7 @@ def _open_record(settings: AttentionSettings, diffusion_model: Any) -> RunRecord
     )
 
 
-def _say(record: RunRecord, choice: SparseChoice | None) -> None:
+def _say(record: RunRecord, choice: SparseChoice | None, bounds: NoiseBounds | None) -> None:
     if choice is None:
         log.info(record.summary())
         return
@@ -176,7 +189,7 @@ def _say(record: RunRecord, choice: SparseChoice | None) -> None:
             f"this sampler starts inside the noise schedule, and its first {many} of "
             f"{record.total_steps} steps are dense all the same ({count}): {follows}, set that to 0"
         )
-    last = min(schedule.last_dense_timesteps, record.total_steps)
+    last = min(schedule.last_dense_steps(bounds), record.total_steps)
     not_run, _ = record.steps_without_calls()
     if last and not_run.issuperset(range(record.total_steps - last, record.total_steps)):
         record.note(
@@ -220,6 +233,7 @@ class OuterSampleWrapper:
         bounds = None
         if choice is not None:
             bounds = noise_bounds(choice.schedule, guider.model_patcher)
+            bounds = replace(bounds, reached=goes_to_the_end(args))
             record.starts_inside = starts_inside(args, guider.model_patcher)
             record.goes_on = record.starts_inside and adds_no_noise(args)
         watched = 0
@@ -253,6 +267,6 @@ class OuterSampleWrapper:
             self._history.add(record, result)
             run.outputs.finish(result, watch)
             record.finish()
-            _say(record, choice)
+            _say(record, choice, run.bounds)
         except Exception as error:  # it must not hide what ended the run
             log.warning(f"the run's record is incomplete: {one_line(error)}")

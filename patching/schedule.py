@@ -73,10 +73,16 @@ def resolve_layers(text: str, num_layers: int, *, name: str = "dense_layers") ->
 
 @dataclass(frozen=True)
 class NoiseBounds:
-    """Sigmas between which sparse attention may act: high where it starts, low where it ends."""
+    """Sigmas between which sparse attention may act: high where it starts, low where it ends.
+
+    Attributes:
+        reached: the sampler goes down to no noise. One that leaves some leaves the last steps of
+            the schedule, too, to another one.
+    """
 
     start_sigma: float = math.inf
     end_sigma: float = -math.inf
+    reached: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,8 @@ class Schedule:
         dense_layers: layers that always stay dense.
         dense_timesteps: the first denoising steps of each sampler that stay dense; -1 is a
             quarter of its steps, at least one.
-        last_dense_timesteps: the last denoising steps of each sampler that stay dense.
+        last_dense_timesteps: the last denoising steps of each sampler that stay dense; -1 is one
+            where it goes down to no noise.
         start_percent, end_percent: the part of the whole noise schedule, 0 to 1, where sparse
             attention may act. Unlike the step counts it does not depend on how a graph splits
             the schedule over samplers.
@@ -97,11 +104,8 @@ class Schedule:
     """
 
     dense_layers: frozenset[int] = frozenset()
-    # A quarter of the steps, as documented for radial attention; Sparge's node has one. On the
-    # trained miniatures (benchmarks/RESULTS.md) each further dense step was closer to dense
-    # attention; of four steps a dense last one did more than a second dense first one, but with
-    # one of PSA's presets on WAN. Of 50, too, the twelfth did more as the last one (0.1 to 1.0 dB);
-    # that is not the default, since samplers that share a schedule would each keep one.
+    # A quarter of the steps, as documented for radial attention; Sparge's node has none, and the
+    # last one, which on the trained miniatures does more (docs/measurements.md).
     dense_timesteps: int = -1
     last_dense_timesteps: int = 0
     start_percent: float = 0.0
@@ -112,7 +116,7 @@ class Schedule:
     def __post_init__(self) -> None:
         for name, value, lowest in (
             ("dense_timesteps", self.dense_timesteps, -1),
-            ("last_dense_timesteps", self.last_dense_timesteps, 0),
+            ("last_dense_timesteps", self.last_dense_timesteps, -1),
         ):
             if type(value) is not int or not lowest <= value <= MAX_TIMESTEPS:
                 raise ValueError(
@@ -148,6 +152,12 @@ class Schedule:
             return max(1, total_steps // 4)
         return self.dense_timesteps
 
+    def last_dense_steps(self, bounds: NoiseBounds | None) -> int:
+        """bounds: None if nothing is known of the sampler."""
+        if self.last_dense_timesteps >= 0:
+            return self.last_dense_timesteps
+        return int(bounds is None or bounds.reached)
+
     def warmup_is_too_long(self, total_steps: int) -> bool:
         return self.fits_warmup and 0 < total_steps <= 2 * self.dense_timesteps
 
@@ -169,8 +179,9 @@ class Schedule:
             first = self.first_dense_steps(total_steps)
             if step < first:
                 return f"first {min(first, total_steps)} of {total_steps} steps"
-            if step >= total_steps - self.last_dense_timesteps:
-                return f"last {min(self.last_dense_timesteps, total_steps)} of {total_steps} steps"
+            last = min(self.last_dense_steps(bounds), total_steps)
+            if step >= total_steps - last:
+                return f"last {last} of {total_steps} steps"
         if self.bounded_by_noise:
             if sigma is None or bounds is None:
                 return "the noise schedule is unknown, so percents cannot be placed"

@@ -114,14 +114,15 @@ def sparge_choice(
     block_order: str = AUTO_ORDER,
     skipped_blocks: str = "pool",
     dense_layers: str = "0",
-    dense_timesteps: int = 1,
+    dense_timesteps: int = 0,
+    last_dense_timesteps: int = -1,
     **shared: Any,
 ) -> SparseChoice:
     """The choice PatchSpargeAttention's inputs make for a MODEL; the defaults are the node's.
 
     Published are a topk of 0.5, raster order, dropped blocks and no dense steps. With compact
     blocks, and the means of the skipped ones attended to, 0.3 is closer to full attention than
-    that, and more dense steps than one add little (docs/measurements.md).
+    that; of dense steps the last one does most (docs/measurements.md).
 
     Args:
         cdfthreshd: 0 to keep by topk.
@@ -151,5 +152,10 @@ def sparge_choice(
         block_n=block_n,
     )
     return make_choice(
-        model, policy, dense_layers=dense_layers, dense_timesteps=dense_timesteps, **shared
+        model,
+        policy,
+        dense_layers=dense_layers,
+        dense_timesteps=dense_timesteps,
+        last_dense_timesteps=last_dense_timesteps,
+        **shared,
     )

@@ -75,7 +75,8 @@ def test_a_file_s_sparge_has_the_node_s_defaults(models, set_backends, tmp_path)
     assert by_file == _sparse(*PatchSpargeAttention.execute(models("wan")))
     policy, schedule = by_file.policy, by_file.schedule
     assert (policy.topk, policy.block_order, policy.skipped_blocks) == (0.3, "Gilbert", "pool")
-    assert (schedule.dense_timesteps, schedule.dense_layers) == (1, {0})
+    assert (schedule.dense_timesteps, schedule.last_dense_timesteps) == (0, -1)
+    assert schedule.dense_layers == {0}
 
 
 def _sparse(patched):

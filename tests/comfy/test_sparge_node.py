@@ -15,7 +15,12 @@ PATHS = {"wan": "blocks.{}.self_attn", "cogvideox": "transformer_blocks.{}.attn1
 def patch(comfyui):
     from sparse_video_attention.nodes.sparge import PatchSpargeAttention
 
-    defaults = {"min_tokens": 0, "dense_layers": "", "dense_timesteps": 1}
+    defaults = {
+        "min_tokens": 0,
+        "dense_layers": "",
+        "dense_timesteps": 1,
+        "last_dense_timesteps": 0,
+    }
     return lambda model, **inputs: PatchSpargeAttention.execute(
         model, **(defaults | inputs)
     ).result[0]

@@ -52,6 +52,9 @@ def advanced(comfy_nodes, conditioning):
     return sample
 
 
+AT_THE_END = {"dense_timesteps": 0, "last_dense_timesteps": -1}
+
+
 def empty(shape=LATENT):
     return {"samples": torch.zeros(shape)}
 
@@ -63,8 +66,9 @@ def empty(shape=LATENT):
         ({"dense_timesteps": -1}, {"dense_timesteps": -1}, "dsssdsss"),
         ({"dense_timesteps": 1}, {"dense_timesteps": 1}, "dsssdsss"),
         ({"dense_timesteps": 4}, {"dense_timesteps": 0, "last_dense_timesteps": 1}, "ddddsssd"),
+        (AT_THE_END, AT_THE_END, "sssssssd"),
     ],
-    ids=["on-the-first", "a-quarter-of-each", "one-of-each", "and-the-last"],
+    ids=["on-the-first", "a-quarter-of-each", "one-of-each", "and-the-last", "at-the-end"],
 )
 def test_two_samplers_that_split_a_schedule_count_their_own_steps(
     two_experts, advanced, high, low, expected

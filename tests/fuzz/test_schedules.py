@@ -97,10 +97,13 @@ def dense_steps(schedule, sigmas, bounds):
     first = schedule.dense_timesteps
     if first < 0 or (schedule.fits_warmup and first / total >= 0.5):
         first = max(1, total // 4)
+    last = schedule.last_dense_timesteps
+    if last < 0:
+        last = 1 if bounds.reached else 0
     dense = []
     for step in range(total):
         before, behind = step, total - 1 - step
-        counted = before < first or behind < schedule.last_dense_timesteps
+        counted = before < first or behind < last
         if counted or not bounds.end_sigma < sigmas[step] <= bounds.start_sigma:
             dense.append(step)
     return dense
@@ -113,11 +116,12 @@ percents = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.9, 1.0])
 @given(
     st.integers(1, 12),
     st.integers(-1, 14),
-    st.integers(0, 14),
+    st.integers(-1, 14),
     st.tuples(percents, percents).filter(lambda pair: pair[0] != pair[1]).map(sorted),
     st.booleans(),
+    st.booleans(),
 )
-def test_steps_are_dense_by_count_and_by_noise(total, first, last, percents, fits_warmup):
+def test_steps_are_dense_by_count_and_by_noise(total, first, last, percents, fits_warmup, reached):
     start, end = percents
     schedule = Schedule(
         dense_timesteps=first,
@@ -128,7 +132,7 @@ def test_steps_are_dense_by_count_and_by_noise(total, first, last, percents, fit
     )
     # Flow matching without a shift: the noise level is what is left of the schedule.
     sigmas = [1 - step / total for step in range(total + 1)]
-    bounds = NoiseBounds(1 - start, 1 - end)
+    bounds = NoiseBounds(1 - start, 1 - end, reached)
     reasons = [schedule.dense_step_reason(i, total, sigmas[i], bounds) for i in range(total)]
     found = [step for step, reason in enumerate(reasons) if reason is not None]
     assert found == dense_steps(schedule, sigmas, bounds)
@@ -137,7 +141,7 @@ def test_steps_are_dense_by_count_and_by_noise(total, first, last, percents, fit
 
 allowed = {
     "dense_timesteps": lambda value: type(value) is int and -1 <= value <= 100,
-    "last_dense_timesteps": lambda value: type(value) is int and 0 <= value <= 100,
+    "last_dense_timesteps": lambda value: type(value) is int and -1 <= value <= 100,
     "start_percent": lambda value: type(value) in (int, float) and 0 <= value < 1,
     "end_percent": lambda value: type(value) in (int, float) and 0 < value <= 1,
 }

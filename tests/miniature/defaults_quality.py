@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from sparse_video_attention.kernels import BlockPlan
 
+from benchmarks.fine_blocks import SCALE
 from benchmarks.quality_metrics import psnr
 from benchmarks.quality_sampling import Miniature, Shot
 from benchmarks.quality_settings import METHODS, Setting
@@ -78,7 +79,7 @@ class DefaultsQuality:
         if shot not in self._dense:
             self._dense[shot] = self._miniature.sample(shot, setting=None, **HOW).video
         # Of large blocks so few are left out that their means hide one that is off.
-        setting = kind(method, "defaults", fine=method == "sparge")
+        setting = kind(method, "defaults", block_scale=SCALE if method == "sparge" else 1)
         result = self._miniature.sample(shot, setting=setting, **HOW)
         assert result.sparse_calls and result.density < 1
         return psnr(self._dense[shot], result.video)

@@ -9,7 +9,7 @@ RADIAL = {"dense_layers": "0", "dense_timesteps": -1, "block_size": 128, "decay_
 PSA = {"preset": "auto", "warmup_steps": -1}
 SPARGE = {
     **{"sparge_ckpt": "none", "topk": 0.3, "simthreshd1": -0.1},
-    **{"dense_layers": "0", "dense_timesteps": 1},
+    **{"dense_layers": "0", "dense_timesteps": 0},
 }
 BACKEND = {
     **{"self_attn_1_type": "auto", "cross_attn_1_type": "auto", "cross_attn_2_type": "auto"},
@@ -25,7 +25,11 @@ DROPPED = {
     "PatchPSA": (PSA, {"config_file": "", "dense_layers": "0"} | SCHEDULE | KERNEL),
     "PatchSpargeAttention": (
         SPARGE,
-        SCHEDULE | SPARGE_ADVANCED | {"skipped_blocks": "pool"} | KERNEL,
+        SCHEDULE
+        | {"last_dense_timesteps": -1}
+        | SPARGE_ADVANCED
+        | {"skipped_blocks": "pool"}
+        | KERNEL,
     ),
     "SetAttentionBackend": (BACKEND, EXACT),
     "PreviewAttentionMask": ({"steps": 20}, {}),

@@ -106,6 +106,16 @@ def test_first_and_last_steps_are_counted_from_both_ends():
     assert dense_steps(Schedule(dense_timesteps=0, last_dense_timesteps=100), 3) == [0, 1, 2]
 
 
+def test_the_last_step_is_that_of_the_sampler_which_goes_down_to_no_noise():
+    schedule = Schedule(dense_timesteps=0, last_dense_timesteps=-1)
+    assert dense_steps(schedule, 4) == [3], "nothing is known of another sampler"
+    for reached, dense in ((True, [3]), (False, [])):
+        bounds = NoiseBounds(reached=reached)
+        reasons = [schedule.dense_step_reason(step, 4, 0.5, bounds) for step in range(4)]
+        assert [step for step, reason in enumerate(reasons) if reason] == dense
+    assert "cannot be counted" in schedule.dense_step_reason(None, 0, 0.5, NoiseBounds())
+
+
 def test_percents_bound_sparse_attention_by_noise_level():
     schedule = Schedule(dense_timesteps=0, start_percent=0.25, end_percent=0.75)
     bounds = NoiseBounds(start_sigma=0.9, end_sigma=0.4)
@@ -132,8 +142,8 @@ def test_what_cannot_be_placed_is_dense_and_says_so():
         ({"dense_timesteps": -2}, "dense_timesteps -2: allowed are whole numbers from -1 to 100"),
         ({"dense_timesteps": 101}, "dense_timesteps 101: allowed are whole numbers from -1 to 100"),
         (
-            {"last_dense_timesteps": -1},
-            "last_dense_timesteps -1: allowed are whole numbers from 0 to 100",
+            {"last_dense_timesteps": -2},
+            "last_dense_timesteps -2: allowed are whole numbers from -1 to 100",
         ),
         ({"start_percent": -0.1}, "start_percent -0.1: allowed are 0.0 to 1.0"),
         ({"end_percent": math.nan}, "end_percent nan: allowed are 0.0 to 1.0"),

@@ -69,7 +69,7 @@ def backend(*sparse):
 
 SCHEDULE = {
     "dense_layers": lambda value: is_layer_list(str(value)),
-    "last_dense_timesteps": number(int, 0, 100),
+    "last_dense_timesteps": number(int, -1, 100),
     "start_percent": number(float, 0, 1),
     "end_percent": number(float, 0, 1),
     "kernel": lambda v: v == "auto" or (v in KERNELS and kernels.available().get(v, "") is None),
