@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.counted import STEPS, rows
+from benchmarks.counted import DENSE_LAYERS, nodes
 from benchmarks.method_list import SPARGE_DEFAULT, methods
 from benchmarks.node_defaults import default_choice
 from benchmarks.quality_settings import Setting, settings
@@ -22,11 +22,13 @@ def test_default_choices_are_the_nodes(comfyui, models, method):
 
 @pytest.mark.parametrize("node", ["Sparge", "Radial"])
 def test_counted_speeds_are_of_the_defaults(comfyui, models, node):
-    (row,) = [row for row in rows() if row.node == f"{node} at its defaults"]
+    (counted,) = [each for each in nodes("WAN") if each.name == f"{node} at its defaults"]
     choice = default_choice(models("wan"), node.lower())
-    counted = row.policy, row.dense_layers, row.dense_steps
-    dense = choice.schedule.first_dense_steps(STEPS)
-    assert counted == (choice.policy, len(choice.schedule.dense_layers), dense)
+    schedule = choice.schedule
+    assert (counted.policy, DENSE_LAYERS) == (choice.policy, schedule.dense_layers)
+    for steps in (4, 20):
+        dense = schedule.first_dense_steps(steps) + schedule.last_dense_steps(None)
+        assert counted.dense_steps(steps) == dense
 
 
 def test_the_timed_sparge_is_the_node_s(comfyui, models):
@@ -37,10 +39,10 @@ def test_the_timed_sparge_is_the_node_s(comfyui, models):
 def test_settings_of_sparge_have_a_quarter_of_the_steps_dense_but_for_its_defaults(comfyui, models):
     def dense_steps(**own):
         choice = Setting("sparge", "a curve", own).choice(models("wan"))
-        return choice.schedule.first_dense_steps(12)
+        return choice.schedule.first_dense_steps(12), choice.schedule.last_dense_steps(None)
 
-    assert dense_steps() == 1
-    assert dense_steps(topk=0.3) == dense_steps(cdfthreshd=0.5) == 3
+    assert dense_steps() == (0, 1)
+    assert dense_steps(topk=0.3) == dense_steps(cdfthreshd=0.5) == (3, 0)
     (fine,) = [s for s in settings("wan", "fine") if s.label == "sparge at its defaults"]
     policy = fine.choice(models("wan")).policy
     assert (policy.block_m, policy.block_n, policy.topk) == (16, 8, 0.3)
