@@ -153,7 +153,9 @@ def sample_all(
     """
     for index, (method, workflow) in enumerate(workflows):
         warm_up = workflow.saving_latent(f"warm_up_{method.key}")
-        warm_up = warm_up.setting(steps=1, dense_timesteps=0, warmup_steps=0)
+        warm_up = warm_up.setting(
+            steps=1, dense_timesteps=0, last_dense_timesteps=0, warmup_steps=0
+        )
         loading = "loading and warming up" if index == 0 else "warming up"
         _run(server, warm_up, f"{title}: {loading} ({method.title})")
     dense = _run(server, workflows[0][1].without(*PATCHES), f"{title}: dense")

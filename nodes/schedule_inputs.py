@@ -94,7 +94,7 @@ def advanced_inputs(*, last_dense: int = 0) -> list[io.Input]:
             tooltip=(
                 "How many of this sampler's last steps keep full attention. -1 is the last one, "
                 "if the sampler goes down to no noise: of two that share a schedule only the "
-                "second does."
+                "second does. A number counts for each sampler."
             ),
         ),
         io.Float.Input(

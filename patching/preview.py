@@ -188,6 +188,8 @@ def _steps(model: Any, choice: SparseChoice, steps: int) -> tuple[str, int]:
     if not dense:
         return "No step stays dense.", steps
     told = ", ".join(dict.fromkeys(dense))
+    if schedule.last_dense_timesteps < 0:
+        told += " (that one if the sampler goes down to no noise)"
     return f"{len(dense)} of {steps} steps stay dense{said}: {told}.", steps - len(dense)
 
 

@@ -149,7 +149,8 @@ def goes_to_the_end(args: tuple[Any, ...]) -> bool:
         args: of CFGGuider.outer_sample.
     """
     try:
-        return bool(args[SIGMAS][-1] == 0)
+        # As ComfyUI's schedulers take it for none.
+        return bool(0 <= float(args[SIGMAS][-1]) < 1e-5)
     except Exception:  # sigmas of whatever kind
         return True
 
@@ -165,7 +166,7 @@ def _open_record(settings: AttentionSettings, diffusion_model: Any) -> RunRecord
     )
 
 
-def _say(record: RunRecord, choice: SparseChoice | None, bounds: NoiseBounds | None) -> None:
+def _say(record: RunRecord, choice: SparseChoice | None) -> None:
     if choice is None:
         log.info(record.summary())
         return
@@ -189,9 +190,10 @@ def _say(record: RunRecord, choice: SparseChoice | None, bounds: NoiseBounds | N
             f"this sampler starts inside the noise schedule, and its first {many} of "
             f"{record.total_steps} steps are dense all the same ({count}): {follows}, set that to 0"
         )
-    last = min(schedule.last_dense_steps(bounds), record.total_steps)
+    last = min(schedule.last_dense_timesteps, record.total_steps)
     not_run, _ = record.steps_without_calls()
-    if last and not_run.issuperset(range(record.total_steps - last, record.total_steps)):
+    # Not of the step that -1 stands for: it is a node's default.
+    if last > 0 and not_run.issuperset(range(record.total_steps - last, record.total_steps)):
         record.note(
             f"last_dense_timesteps {schedule.last_dense_timesteps} had no effect: the model did "
             "not run in the last steps"
@@ -267,6 +269,6 @@ class OuterSampleWrapper:
             self._history.add(record, result)
             run.outputs.finish(result, watch)
             record.finish()
-            _say(record, choice, run.bounds)
+            _say(record, choice)
         except Exception as error:  # it must not hide what ended the run
             log.warning(f"the run's record is incomplete: {one_line(error)}")

@@ -173,7 +173,7 @@ class Schedule:
                 start is included, the end is not.
         """
         if step is None:
-            if self.dense_timesteps or self.last_dense_timesteps:
+            if self.dense_timesteps or self.last_dense_steps(bounds):
                 return "the sampler's schedule is unknown, so dense steps cannot be counted"
         else:
             first = self.first_dense_steps(total_steps)

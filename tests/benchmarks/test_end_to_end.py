@@ -112,7 +112,8 @@ def test_the_settings_are_those_of_a_node_with_its_defaults(tiny, name):
     patched = node.execute(tiny, **inputs).result[0]
     chosen = patched.model_options["transformer_options"][SETTINGS_KEY].sparse
     assert default_choice(tiny, name) == chosen
-    assert always_sparse(chosen).schedule.first_dense_steps(50) == 0
+    always = always_sparse(chosen).schedule
+    assert always.first_dense_steps(50) == always.last_dense_steps(None) == 0
     assert always_sparse(chosen).schedule.dense_layers == chosen.schedule.dense_layers
 
 

@@ -13,9 +13,8 @@ def test_windows_over_rows_or_columns_are_counted_too(axis, grid, models, previe
     from comfy_extras.nodes_context_windows import WanContextWindowsManualNode as Windows
 
     shape = (1, 16, 5, 16, 20)
-    model = patch(
-        models("wan"), "PatchSpargeAttention", min_tokens=0, dense_layers="", dense_timesteps=0
-    )
+    none = {"dense_layers": "", "dense_timesteps": 0, "last_dense_timesteps": 0}
+    model = patch(models("wan"), "PatchSpargeAttention", min_tokens=0, **none)
     model = Windows.execute(model, 17, 4, "standard_static", 1, False, "pyramid", False).result[0]
     handler = model.model_options["context_handler"]
     handler.dim, handler.context_length, handler.context_overlap = axis, 8, 2
@@ -38,7 +37,8 @@ def test_context_windows_have_the_mask_of_a_window(name, fix, models, preview, s
     from comfy_extras.nodes_context_windows import WanContextWindowsManualNode as Windows
 
     shape = (1, 16, 9, 16, 20)
-    model = patch(models("wan"), name, min_tokens=0, dense_layers="", dense_timesteps=0)
+    none = {"dense_layers": "", "dense_timesteps": 0, "last_dense_timesteps": 0}
+    model = patch(models("wan"), name, min_tokens=0, **none)
     # 17 frames are 5 latent ones.
     model = Windows.execute(model, 17, 4, "standard_static", 1, False, "pyramid", False).result[0]
     handler = model.model_options["context_handler"]

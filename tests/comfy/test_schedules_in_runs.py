@@ -153,3 +153,6 @@ def test_unsampling_with_flipped_sigmas(install_band, model, comfy_nodes, sample
     run = sample_custom(install_band(model, dense_layers=(), dense_timesteps=2), rising.tolist())
     assert run.steps == [0, 1, 2, 3, 4]
     assert run.sparse == [False, False, True, True, True]
+    # Noise is where it ends.
+    none = install_band(model, dense_layers=(), dense_timesteps=0, last_dense_timesteps=-1)
+    assert all(sample_custom(none, rising.tolist()).sparse)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sparse_video_attention.patching import run_history
-from sparse_video_attention.patching.run import starts_inside
+from sparse_video_attention.patching.run import goes_to_the_end, starts_inside
 
 from .schedule_runs import LATENT, Run, level
 
@@ -87,6 +87,19 @@ def test_two_samplers_that_split_a_schedule_count_their_own_steps(
         own = low["dense_timesteps"] == -1
         count = "dense_timesteps -1" if own else "as its node is set"
         assert f"{said} ({count}): as it adds no noise, it seems to follow" in notes[1][0]
+
+
+def test_a_sampler_that_leaves_no_noise_ends_the_schedule(two_experts, advanced):
+    """Whatever its steps are: without leftover noise the last one goes all the way."""
+    (run, _) = two_experts(AT_THE_END, {})
+    advanced(run, empty(), steps=8, end=4)
+    assert run.sparse == [True, True, True, False]
+
+
+def test_where_sigmas_cannot_be_read_the_end_is_taken_to_be_reached():
+    assert goes_to_the_end(()) and goes_to_the_end((None,) * 4)
+    assert goes_to_the_end((None, None, None, torch.tensor([1.0, 1e-6])))
+    assert not goes_to_the_end((None, None, None, torch.tensor([1.0, 0.01])))
 
 
 @pytest.mark.parametrize("count", [1, -1])
@@ -182,7 +195,8 @@ def test_start_and_end_steps_make_a_schedule_of_their_own(two_experts, advanced)
 @pytest.mark.parametrize("split_at", [1, 3, 5])
 def test_split_sigmas_and_custom_sampling(two_experts, comfy_nodes, conditioning, model, split_at):
     comfy = comfy_nodes
-    first, second = two_experts({"dense_timesteps": 1}, {"dense_timesteps": 1})
+    settings = {"dense_timesteps": 1, "last_dense_timesteps": -1}
+    first, second = two_experts(settings, settings)
     (sigmas,) = comfy.BasicScheduler.execute(model, "simple", 6, 1.0).result
     high, low = comfy.SplitSigmas.execute(sigmas, split_at).result
     (sampler,) = comfy.KSamplerSelect.execute("res_multistep").result
@@ -200,4 +214,7 @@ def test_split_sigmas_and_custom_sampling(two_experts, comfy_nodes, conditioning
     assert first.sigmas + second.sigmas == pytest.approx(sigmas[:-1].tolist())
     for run, count in zip((first, second), steps, strict=True):
         assert run.steps == list(range(count))
-        assert run.sparse == [False] + [True] * (count - 1)
+        expected = [False] + [True] * (count - 1)
+        if run is second:
+            expected[-1] = False
+        assert run.sparse == expected

@@ -248,7 +248,7 @@ def test_every_sparse_node_has_the_input(model, run, node):
         "sparge": sparge.PatchSpargeAttention,
     }
     steps = "warmup_steps" if node == "psa" else "dense_timesteps"
-    inputs = {steps: 0, "min_tokens": 0, "dense_layers": "1"}
+    inputs = {steps: 0, "last_dense_timesteps": 0, "min_tokens": 0, "dense_layers": "1"}
     inputs |= {"block_size": 64} if node == "radial" else {}
     patched = nodes[node].execute(model, dense_vace_blocks=True, **inputs).result[0]
     run(patched)

@@ -58,6 +58,7 @@ def test_tiny_weights_go_with_random_text_and_a_quarter_of_the_steps_dense(famil
         inputs = workflow.nodes[workflow.find(method.node)]["inputs"]
         dense = inputs.get("dense_timesteps", inputs.get("warmup_steps"))
         assert dense in (-1, workflow.value("steps") // 4)
+        assert inputs["last_dense_timesteps"] == 0
     names = {workflow.value("unet_name") for _, workflow in made}
     assert len(names) == 1
     assert (tmp_path / "models" / "diffusion_models" / names.pop()).is_file()

@@ -114,6 +114,7 @@ def test_the_last_step_is_that_of_the_sampler_which_goes_down_to_no_noise():
         reasons = [schedule.dense_step_reason(step, 4, 0.5, bounds) for step in range(4)]
         assert [step for step, reason in enumerate(reasons) if reason] == dense
     assert "cannot be counted" in schedule.dense_step_reason(None, 0, 0.5, NoiseBounds())
+    assert schedule.dense_step_reason(None, 0, 0.5, NoiseBounds(reached=False)) is None
 
 
 def test_percents_bound_sparse_attention_by_noise_level():
