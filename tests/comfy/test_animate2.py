@@ -135,7 +135,7 @@ def test_of_the_methods_radial_serves_it(model, pose, guided, node, run_lines):
     inputs = {
         "radial": {"dense_timesteps": 0, "block_size": 64, "decay_factor": 0.0},
         "psa": {"warmup_steps": 0, "dense_layers": ""},
-        "sparge": {"dense_timesteps": 0, "dense_layers": ""},
+        "sparge": {"dense_timesteps": 0, "last_dense_timesteps": 0, "dense_layers": ""},
     }
     model.patcher.model.latent_format = SimpleNamespace(latent_channels=16)
     patched = nodes[node].execute(model.patcher, min_tokens=0, **inputs[node]).result[0]
