@@ -20,6 +20,7 @@ pytestmark = pytest.mark.comfy
         ({"block_size": "128"}, "block_size '128': allowed are 128 and 64"),
         ({"block_size": [128]}, "block_size [128]: allowed are 128 and 64"),
         ({"kernel": "nope"}, "kernel 'nope'"),
+        ({"kernel": ["nope"]}, "kernel ['nope']: allowed are auto"),
         ({"kernel": "triton"}, "kernel 'triton' cannot run here"),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
