@@ -18,7 +18,8 @@ from miniature.weights import weights_path
 from .command import add_places, run_command
 from .eight_bit import int8_twin
 from .environment import command_line, default_device, device_name, header, slug
-from .fine_blocks import SCALE, SCALES
+from .fine_blocks import SCALES
+from .quality_blocks import block_scale, fine_suffix
 from .quality_metrics import Distance, find_lpips, psnr, ssim
 from .quality_plot import can_be_drawn, draw
 from .quality_rows import Row, keep_others, row_writer, weights_facts
@@ -45,27 +46,6 @@ def parse_size(text: str) -> tuple[int, int, int]:
             f"size {text!r}: a latent is FRAMESxHEIGHTxWIDTH with even sides, such as 9x24x40"
         )
     return sides[0], sides[1], sides[2]
-
-
-def block_scale(grid: str, given: int | None) -> int:
-    """How many times smaller than the nodes' blocks are.
-
-    Raises:
-        ValueError: the grid does not have them in the size given.
-    """
-    allowed = SCALES if grid == FRAMES else (SCALE,) if grid in FINE_GRIDS else (1,)
-    scale = given or max(allowed)
-    if scale not in allowed:
-        one_of = ", ".join(map(str, allowed))
-        raise ValueError(f"block-scale {scale}: allowed with grid {grid} is {one_of}")
-    return scale
-
-
-def fine_suffix(grid: str, scale: int) -> str:
-    """Of a result file's name: what blocks that are `scale` times smaller add to it."""
-    if grid not in FINE_GRIDS:
-        return ""
-    return f"_fine{scale}" if grid == FRAMES else "_fine"
 
 
 def find_weights(family: str, given: list[str] | None) -> Path | None:
@@ -124,14 +104,15 @@ def _measure(
     pair: tuple[Miniature, Miniature],
     shots: list[Shot],
     write: Callable[[Row], None],
+    scale: int,
 ) -> None:
     """Every setting on every shot of one size.
 
     Args:
+        scale: how many times smaller than the nodes' blocks are.
         pair: the miniature in fp32 and in bf16.
     """
     exact, rounded = pair
-    scale = block_scale(arguments.grid, arguments.block_scale)
     lpips = find_lpips()
     device = exact.model.load_device.type
     grid = [
@@ -233,7 +214,7 @@ def run(arguments: argparse.Namespace) -> list[Path]:
                 dense = [] if arguments.floors == 0 else ["dense"]
                 keep_others(result, path, [*arguments.methods, *dense], arguments.only)
             with int8_twin() if device.type == "cpu" else nullcontext():
-                _measure(arguments, pair, shots, row_writer(result, path))
+                _measure(arguments, pair, shots, row_writer(result, path), scale)
             _print_summary(result["rows"])
             print(f"wrote {path}")
             if can_be_drawn(result):

@@ -13,7 +13,7 @@ from sparse_video_attention.kernels import BlockPlan, block_sparse_attention
 from benchmarks import quality
 from benchmarks.eight_bit import int8_twin
 from benchmarks.node_defaults import CLOSEST_PRESETS
-from benchmarks.quality import block_scale, fine_suffix
+from benchmarks.quality_blocks import block_scale, fine_suffix
 from benchmarks.quality_metrics import psnr, ssim
 from benchmarks.quality_settings import GRIDS, Setting, settings
 from benchmarks.quality_summary import directions, summarise
