@@ -144,6 +144,7 @@ def in_fine_blocks(choice: SparseChoice, scale: int = SCALE) -> SparseChoice:
         raise ValueError(f"{type(policy).__name__} has no form in fine blocks")
     fine |= {"block_m": policy.block_m // scale, "block_n": policy.block_n // scale}
     if isinstance(policy, SpargePolicy):
+        fine["groups"] = (max(1, policy.groups[0] // scale), max(1, policy.groups[1] // scale))
         return replace(choice, policy=FineSparge(**(_fields(policy) | fine)))
     if scale != SCALE:
         raise ValueError(f"scale {scale}: PSA has a form in fine blocks at {SCALE} only")

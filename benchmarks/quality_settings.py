@@ -30,6 +30,8 @@ PUBLISHED_BLOCKS = {"block_order": "raster", "skipped_blocks": "drop"}
 ALL_LAYERS = {"dense_layers": ""}
 # Of a miniature's large blocks few are alike; without this nearly all would be kept.
 ALIKE = {"simthreshd1": -1.0}
+# As published, and in what grids of the nodes' own blocks are measured with.
+BLOCK_MEANS = {"block_scores": "block means"}
 # Ends the name of a curve whose settings do not take turns with the mirrored order.
 ONE_ORDER = " one order"
 # End the names of curves whose settings differ in more than one dial.
@@ -162,9 +164,17 @@ def _one_order(settings: Iterable[Setting]) -> Iterator[Setting]:
             yield replace(setting, curve=curve, policy={"alternate_orders": False})
 
 
+def _by_block_means(settings: Iterable[Setting]) -> Iterator[Setting]:
+    """The settings given, with Sparge's scores as published but for its defaults."""
+    for setting in settings:
+        pinned = setting.method == "sparge" and setting != Setting("sparge", "sparge defaults")
+        yield replace(setting, policy=setting.policy | BLOCK_MEANS) if pinned else setting
+
+
 def _published() -> Iterator[Setting]:
     """What the nodes do otherwise than published: Sparge's blocks, PSA's dense first layer."""
-    yield Setting("sparge", "sparge published", {"topk": 0.5} | PUBLISHED_BLOCKS)
+    own = {"topk": 0.5} | PUBLISHED_BLOCKS
+    yield Setting("sparge", "sparge published", own, policy=BLOCK_MEANS)
     yield Setting("psa", "psa all layers", schedule=ALL_LAYERS)
 
 
@@ -223,6 +233,8 @@ def _in_fine_blocks(family: str) -> Iterator[Setting]:
         yield Setting("psa", "psa all layers presets", {"preset": preset}, quarter | ALL_LAYERS)
     for share in (0.2, 0.3, 0.5):
         yield Setting("sparge", "sparge topk", {"topk": share})
+        curve = "sparge block means topk"
+        yield Setting("sparge", curve, {"topk": share}, policy=BLOCK_MEANS)
     for order, skipped in (("Gilbert", "drop"), ("raster", "pool")):
         own = {"topk": 0.3, "block_order": order, "skipped_blocks": skipped}
         yield Setting("sparge", "sparge choices", own)
@@ -253,7 +265,8 @@ def _few_in_fine_blocks(family: str) -> Iterator[Setting]:
 def _frames() -> Iterator[Setting]:
     """What Sparge needs in frames of fewer blocks."""
     yield Setting("sparge", "sparge defaults")
-    yield Setting("sparge", "sparge published", {"topk": 0.5} | PUBLISHED_BLOCKS)
+    own = {"topk": 0.5} | PUBLISHED_BLOCKS
+    yield Setting("sparge", "sparge published", own, policy=BLOCK_MEANS)
     for share in (0.3, 0.5):
         for order in ("Gilbert", "raster"):
             own = {"topk": share, "block_order": order}
@@ -275,16 +288,16 @@ def settings(family: str, grid: str, steps: int = STEPS, scale: int = SCALE) -> 
     if grid not in GRIDS:
         raise ValueError(f"grid {grid!r}: allowed are {', '.join(GRIDS)}")
     if grid == "few_steps":
-        return list(_few_steps(family))
+        return list(_by_block_means(_few_steps(family)))
     if grid == "ends":
-        return list(_ends(steps))
+        return list(_by_block_means(_ends(steps)))
     if grid in FINE_GRIDS:
         fine = {"fine": _in_fine_blocks, "fine_few_steps": _few_in_fine_blocks}
-        chosen = fine[grid](family) if grid in fine else _frames()
-        return [replace(setting, block_scale=scale) for setting in chosen]
+        ours = fine[grid](family) if grid in fine else _frames()
+        return [replace(setting, block_scale=scale) for setting in ours]
     full = grid == "full"
     choosing = [*_psa(family), *_sparge(full)]
-    return [
+    chosen = [
         *_defaults(),
         *_published(),
         *_radial(full),
@@ -292,3 +305,4 @@ def settings(family: str, grid: str, steps: int = STEPS, scale: int = SCALE) -> 
         *_one_order(choosing),
         *_schedules(full),
     ]
+    return list(_by_block_means(chosen))

@@ -24,7 +24,7 @@ README_ROWS = (
     ("Sparge, `topk` 0.5", "sparge topk=0.5", QUARTER),
     (
         "Sparge as published",
-        "sparge topk=0.5 block_order=raster skipped_blocks=drop",
+        "sparge topk=0.5 block_order=raster skipped_blocks=drop block_scores=block means",
         QUARTER,
     ),
     ("PSA, closest preset", f"psa preset={{preset}} warmup_steps={QUARTER}", QUARTER),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..sparge import SpargeCheckpoint, SpargePolicy, load_checkpoint
-from ..sparge.policy import BLOCK_ORDERS, PUBLISHED_BLOCKS
+from ..sparge.policy import BLOCK_ORDERS, BLOCK_SCORES, PUBLISHED_BLOCKS
 from ..third_party import spas_sage_attn
 from .choice import make_choice
 from .install import describe_model
@@ -18,7 +18,7 @@ from .settings import SparseChoice
 
 FOLDER = "sparge"
 NO_CHECKPOINT = "none"
-AUTO_ORDER = "auto"
+AUTO = "auto"
 
 
 def register_folder() -> None:
@@ -111,7 +111,8 @@ def sparge_choice(
     simthreshd1: float = -0.1,
     cdfthreshd: float = 0.0,
     attention_sink: bool = False,
-    block_order: str = AUTO_ORDER,
+    block_order: str = AUTO,
+    block_scores: str = AUTO,
     skipped_blocks: str = "pool",
     dense_layers: str = "0",
     dense_timesteps: int = 0,
@@ -126,26 +127,35 @@ def sparge_choice(
 
     Args:
         cdfthreshd: 0 to keep by topk.
-        block_order: of SpargePolicy, or "auto".
+        block_order, block_scores: of SpargePolicy, or "auto".
         shared: the other inputs of make_choice.
 
     Raises:
         ValueError: an input is not allowed or the checkpoint does not fit, in one sentence.
     """
-    orders = (AUTO_ORDER, *BLOCK_ORDERS)
-    if block_order not in orders:
-        raise ValueError(f"block_order {shown(block_order)}: allowed are {', '.join(orders)}")
+    for name, given, known in (
+        ("block_order", block_order, BLOCK_ORDERS),
+        ("block_scores", block_scores, BLOCK_SCORES),
+    ):
+        if given not in (AUTO, *known):
+            allowed = ", ".join((AUTO, *known))
+            raise ValueError(f"{name} {shown(given)}: allowed are {allowed}")
     checkpoint = _load(model, sparge_ckpt)
     block_m, block_n = _block_size(shared.get("kernel", "auto"), model.load_device)
-    if block_order == AUTO_ORDER:
+    if block_order == AUTO:
         # Thresholds were tuned in the model's own order; the published sink is its first block.
         block_order = "Gilbert" if checkpoint is None and not attention_sink else "raster"
+    if block_scores == AUTO:
+        # Thresholds are sums of the published scores' softmax.
+        by_count = checkpoint is None and not cdfthreshd
+        block_scores = "group means" if by_count else "block means"
     policy = SpargePolicy(
         topk=topk,
         simthreshd1=simthreshd1,
         cdfthreshd=cdfthreshd or None,
         attention_sink=attention_sink,
         block_order=block_order,
+        block_scores=block_scores,
         skipped_blocks=skipped_blocks,
         checkpoint=checkpoint,
         block_m=block_m,

@@ -7,13 +7,16 @@ enough to predict attention between blocks; where they are not, the block is kep
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..kernels.autocast import without_autocast
 from ..kernels.twins import TORCH_ONLY, Twins, how_far
+from .group_scores import GroupScores
 from .statistics import block_statistics
 from .thresholds import Counts, Threshold, check_threshold, on_device, per_head, topk_counts
 
@@ -33,12 +36,14 @@ def block_map(
     attention_sink: bool = False,
     scale: float | None = None,
     subtract_key_mean: bool = False,
+    groups: tuple[int, int] | None = None,
+    pooled: bool = False,
     twins: Twins | None = None,
 ) -> Tensor:
     """Block map of one attention call.
 
-    A key block is kept for a query block if its score, the product of the mean tokens, is among
-    the highest. Query and key blocks that are not self-similar (mean pairwise cosine at most
+    A key block is kept for a query block if its score, as published the product of the mean tokens,
+    is among the highest. Query and key blocks that are not self-similar (mean pairwise cosine at most
     simthreshd1, or ragged) keep their whole row or column, and such key blocks do not compete.
 
     Args:
@@ -52,6 +57,9 @@ def block_map(
         subtract_key_mean: subtract the mean key of the sequence first, which leaves the softmax
             as it is and lets self-similarity see what tells keys apart. The published attention
             calls do so before they make their map; the published map on its own does not.
+        groups: queries and keys of a group, to score by GroupScores in place of the product of
+            the mean tokens.
+        pooled: of GroupScores.
         twins: what a caller keeps of failures over its calls, on CUDA.
 
     Returns:
@@ -74,25 +82,53 @@ def block_map(
 
     mean_key = k.mean(dim=2, keepdim=True, dtype=torch.float32) if subtract_key_mean else None
     twins = twins or Twins(checks=False)
-    of_q = block_statistics(q, block_q, twins=twins)
-    of_k = block_statistics(k, block_k, mean_key, twins)
-    similar = per_head(simthreshd1, q.device)
-    q_alike = of_q.similarity > similar
-    k_alike = of_k.similarity > similar
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    score: Callable[[int, int], Tensor]
+    if groups is not None:
+        score = GroupScores(
+            q, k, block_q=block_q, block_k=block_k, groups=groups, pooled=pooled, scale=scale,
+            center=mean_key, twins=twins,
+        ).rows  # fmt: skip
+        q_alike = _alike(q, block_q, None, simthreshd1, twins)
+        k_alike = _alike(k, block_k, mean_key, simthreshd1, twins)
+    else:
+        similar = per_head(simthreshd1, q.device)
+        of_q = block_statistics(q, block_q, twins=twins)
+        of_k = block_statistics(k, block_k, mean_key, twins)
+        q_alike, k_alike = of_q.similarity > similar, of_k.similarity > similar
+        q_mean, k_mean = of_q.mean.float() * scale, of_k.mean.float()
+        score = functools.partial(_mean_scores, q_mean, k_mean)
 
     num_q_blocks, num_k_blocks = q_alike.shape[-1], k_alike.shape[-1]
     kept = torch.empty(*q_alike.shape, num_k_blocks, dtype=torch.bool, device=q.device)
-    q_mean = of_q.mean.float() * (q.shape[-1] ** -0.5 if scale is None else scale)
-    k_mean = of_k.mean.float().transpose(-1, -2)
     counts = None if topk is None else topk_counts(topk, num_k_blocks)
     limit = None if cdfthreshd is None else per_head(cdfthreshd, q.device)
     rows = max(1, CHUNK_SCORES // (q.shape[0] * heads * num_k_blocks))
     for first in range(0, num_q_blocks, rows):
-        # Hosts that run a model under autocast would have them rounded, which ranks blocks anew.
-        with without_autocast(q.device.type):
-            scores = torch.matmul(q_mean[:, :, first : first + rows], k_mean)
+        scores = score(first, min(first + rows, num_q_blocks))
         _keep_rows(kept, scores, q_alike, k_alike, first, counts, limit, attention_sink, twins)
     return kept
+
+
+def _alike(
+    x: Tensor, block: int, center: Tensor | None, simthreshd1: Threshold, twins: Twins
+) -> Tensor:
+    """bool [B, H, blocks]: which blocks are self-similar."""
+    if isinstance(simthreshd1, int | float) and simthreshd1 < 0:
+        # The mean cosine over all pairs is the squared length of a mean: only ragged blocks fail.
+        batch, heads, tokens, _ = x.shape
+        alike = torch.ones(batch, heads, -(-tokens // block), dtype=torch.bool, device=x.device)
+        if tokens % block:
+            alike[..., -1] = False
+        return alike
+    return block_statistics(x, block, center, twins).similarity > per_head(simthreshd1, x.device)
+
+
+def _mean_scores(q_mean: Tensor, k_mean: Tensor, first: int, last: int) -> Tensor:
+    """fp32 [B, H, last - first, N]: products of the mean tokens of query and key blocks."""
+    # Hosts that run a model under autocast would have them rounded, which ranks blocks anew.
+    with without_autocast(q_mean.device.type):
+        return torch.matmul(q_mean[:, :, first:last], k_mean.transpose(-1, -2))
 
 
 def _keep_rows(

@@ -14,9 +14,11 @@ from ..kernels.plan import BLOCK_SIZES, POOLING, SKIPPED_BLOCKS
 from ..kernels.twins import Twins
 from .checkpoint import SpargeCheckpoint
 from .dynamic_map import block_map
+from .group_scores import GROUPS
 from .thresholds import topk_counts
 
 BLOCK_ORDERS = ("raster", "Gilbert")
+BLOCK_SCORES = ("block means", "group means")
 PUBLISHED_BLOCKS = (128, 64)
 
 
@@ -34,9 +36,12 @@ class SpargePolicy:
         attention_sink: keep the first key block for every query.
         block_order: "raster", or "Gilbert" to let blocks be compact in space and time.
         skipped_blocks: "drop", or "pool" to attend to each through one mean key and value.
+        block_scores: "block means" as published, or "group means" to score blocks by what their mean
+            would miss, from means of `groups` tokens (group_scores.py).
         checkpoint: tuned thresholds per layer and head; they replace topk, cdfthreshd and
             simthreshd1.
         block_m, block_n: tokens per query block and per key block.
+        groups: queries and keys of a group.
         alternate_orders: in Gilbert order, denoising steps take turns with the mirrored one. Not
             with attention_sink, whose first block would be another one, nor with a checkpoint,
             whose thresholds belong to the order that they were tuned in.
@@ -47,13 +52,15 @@ class SpargePolicy:
     simthreshd1: float = -0.1
     cdfthreshd: float | None = None
     attention_sink: bool = False
-    # As published. The node's defaults are those of patching/sparge_choice.py: Gilbert order and
-    # pooled blocks, which are closer to dense attention (docs/measurements.md).
+    # As published. The node's defaults are those of patching/sparge_choice.py: Gilbert order,
+    # pooled blocks and scores of group means, which are closer to dense attention (docs/measurements.md).
     block_order: str = "raster"
     skipped_blocks: str = "drop"
+    block_scores: str = "block means"
     checkpoint: SpargeCheckpoint | None = None
     block_m: int = PUBLISHED_BLOCKS[0]
     block_n: int = PUBLISHED_BLOCKS[1]
+    groups: tuple[int, int] = GROUPS
     alternate_orders: bool = True
     twins: Twins = field(default_factory=Twins, repr=False, compare=False)
 
@@ -65,6 +72,7 @@ class SpargePolicy:
         for name, choice, allowed in (
             ("block_order", self.block_order, BLOCK_ORDERS),
             ("skipped_blocks", self.skipped_blocks, SKIPPED_BLOCKS),
+            ("block_scores", self.block_scores, BLOCK_SCORES),
             ("block_m", self.block_m, self.block_sizes),
             ("block_n", self.block_n, self.block_sizes),
         ):
@@ -105,6 +113,7 @@ class SpargePolicy:
             parts = [kept, f"simthreshd1 {self.simthreshd1:g}"]
         parts += ["attention sink"] if self.attention_sink else []
         parts += [f"{self.block_order} order"] if self.block_order != "raster" else []
+        parts += [f"scores of {self.block_scores}"] if self.block_scores != BLOCK_SCORES[0] else []
         blocks = self.block_m, self.block_n
         parts += [f"blocks {self.block_m}x{self.block_n}"] if blocks != PUBLISHED_BLOCKS else []
         parts += ["skipped blocks pooled"] if self.skipped_blocks == "pool" else []
@@ -159,6 +168,8 @@ class SpargePolicy:
             attention_sink=self.attention_sink,
             scale=scale,
             subtract_key_mean=True,
+            groups=self.groups if self.block_scores == "group means" else None,
+            pooled=self.skipped_blocks == "pool",
             twins=self.twins,
         )
         return self._with_text(kept, layout, packed=False)

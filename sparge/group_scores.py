@@ -1,0 +1,167 @@
+"""Scores of key blocks from means of small groups of tokens: what a block's mean would miss.
+
+A block that is not attended to in full is stood for by its mean, or left out. What that changes
+depends on how unevenly a query's weights lie within the block, which block means cannot tell.
+Means of GROUPS tokens can: attention between them is a small share of all attention, and says for
+every block how far its groups' weights are from the one weight that the block's mean would get.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels.autocast import without_autocast
+from ..kernels.twins import Twins, how_far
+
+# Queries and keys of a group. In the order of Gilbert's curve 8 tokens are 2 frames, rows and
+# columns, 16 are two such cells.
+GROUPS = (16, 8)
+# Logits held at once; there are a few buffers of their size. A CPU keeps them in its cache.
+CHUNK_LOGITS = {"cpu": 2**18}
+CHUNK_LOGITS_ELSEWHERE = 2**24
+# The lowest sum of squares that a score is taken of: the smallest normal fp32.
+TINY = 2.0**-126
+
+
+def group_means(x: Tensor, group: int, center: Tensor | None = None) -> Tensor:
+    """Mean of every `group` tokens; the last group may have fewer.
+
+    Args:
+        x: [B, H, N, D], any strides.
+        center: fp32 [B, H, 1, D] to subtract, or None.
+
+    Returns:
+        [B * H, ceil(N / group), D], contiguous, in x's dtype.
+    """
+    whole = x.shape[2] // group * group
+    means = x[:, :, :whole].unflatten(2, (-1, group)).mean(dim=3, dtype=torch.float32)
+    if whole < x.shape[2]:
+        rest = x[:, :, whole:].mean(dim=2, keepdim=True, dtype=torch.float32)
+        means = torch.cat([means, rest], dim=2)
+    if center is not None:
+        means = means - center
+    return means.to(x.dtype).flatten(0, 1).contiguous()
+
+
+class GroupScores:
+    """Scores of one call's block pairs, a few rows of query blocks at a time.
+
+    With p(r, c) the softmax over all groups of keys of a group of queries r, and m(r, j) the same
+    of the mean of block j's groups' logits, the score of query block i and key block j is
+
+        ln sqrt( sum over r in i, c in j of (p(r, c) - m(r, j))^2 )
+
+    which ranks blocks by how far their groups' weights are from what their mean stands for. Where
+    nothing stands for a block that is left out, m is 0.
+
+    Args:
+        q: [B, H, N, D]; k: [B, H, N', D]; any strides.
+        block_q, block_k: tokens per block, multiples of a group's.
+        groups: queries and keys of a group.
+        pooled: blocks that are left out are attended to through their mean.
+        scale: of the logits.
+        center: fp32 [B, H, 1, D] to subtract from the keys, which moves no score; or None.
+        twins: what a caller keeps of failures over its calls, on CUDA.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        block_q: int,
+        block_k: int,
+        groups: tuple[int, int],
+        pooled: bool,
+        scale: float,
+        center: Tensor | None,
+        twins: Twins,
+    ) -> None:
+        self._sequences = q.shape[:2]
+        self._queries, self._keys = group_means(q, groups[0]), group_means(k, groups[1], center)
+        self._per_q_block, self._per_k_block = block_q // groups[0], block_k // groups[1]
+        self._num_k_blocks = -(-k.shape[2] // block_k)
+        self._pooled, self._scale, self._twins = pooled, scale, twins
+        queries, keys = self._queries, self._keys
+        # fp32 [B * H, groups of queries], base 2; None where torch scores.
+        self._log_sums: Tensor | None = twins.run(
+            self._twin,
+            q,
+            lambda twin: twin.refuses(queries, scale, self._per_q_block),
+            lambda twin: twin.log_sums(queries, keys, scale=scale),
+            lambda found: how_far(found[:1], _log_sums(queries[:1], keys[:1], scale)),
+            ("log_sums", q.shape[3], q.dtype),
+        )
+
+    _twin = f"{__package__}.triton_group_scores"
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """fp32 [B, H, last - first, key blocks]: the scores of these query blocks."""
+        found = None
+        per_q, per_k, blocks = self._per_q_block, self._per_k_block, self._num_k_blocks
+        log_sums = self._log_sums
+        if log_sums is not None:
+            sums = log_sums
+
+            def wrong(found: Tensor) -> str | None:
+                return how_far(found[:1], self._in_torch(first, last, 1))
+
+            found = self._twins.run(
+                self._twin,
+                self._queries,
+                lambda twin: None,
+                lambda twin: twin.scores(
+                    self._queries, self._keys, sums, scale=self._scale, first=first,
+                    blocks=(last - first, blocks), per_block=(per_q, per_k), pooled=self._pooled,
+                ),
+                wrong,
+                ("scores", self._keys.shape[2], self._keys.dtype, per_q, per_k, self._pooled),
+            )  # fmt: skip
+        if found is None:
+            found = self._in_torch(first, last, self._queries.shape[0])
+        return found.unflatten(0, self._sequences)
+
+    def _in_torch(self, first: int, last: int, sequences: int) -> Tensor:
+        """fp32 [sequences, last - first, key blocks], of the first sequences."""
+        keys = self._keys[:sequences].float()
+        rows, num_keys = self._per_q_block, keys.shape[1]
+        out = keys.new_empty(sequences, last - first, self._num_k_blocks)
+        elements = CHUNK_LOGITS.get(keys.device.type, CHUNK_LOGITS_ELSEWHERE)
+        blocks_at_once = max(1, elements // (rows * num_keys))
+        at_once = max(1, elements // (min(blocks_at_once, last - first) * rows * num_keys))
+        for sequence in range(0, sequences, at_once):
+            some = slice(sequence, sequence + at_once)
+            for block in range(first, last, blocks_at_once):
+                end = min(block + blocks_at_once, last)
+                queries = self._queries[some, block * rows : end * rows].float() * self._scale
+                out[some, block - first : end - first] = self._score(queries, keys[some])
+        return out
+
+    def _score(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """fp32 [G, blocks, key blocks] of queries [G, groups, D], scaled, and keys [G, groups, D].
+
+        An incomplete block is filled up with its last group.
+        """
+        with without_autocast(queries.device.type):
+            logits = torch.bmm(queries, keys.transpose(1, 2))
+        logits -= logits.logsumexp(-1, keepdim=True)
+        missing = self._num_k_blocks * self._per_k_block - logits.shape[2]
+        if missing:
+            last = logits[..., -1:].expand(-1, -1, missing)
+            logits = torch.cat([logits, last], dim=2)
+        logits = logits.unflatten(2, (self._num_k_blocks, self._per_k_block))
+        of_mean = logits.mean(-1, keepdim=True).exp_() if self._pooled else 0.0
+        squares = logits.exp_().sub_(of_mean).square_().sum(-1)
+        lacking = -squares.shape[1] % self._per_q_block
+        if lacking:
+            squares = torch.cat([squares, squares[:, -1:].expand(-1, lacking, -1)], dim=1)
+        squares = squares.unflatten(1, (-1, self._per_q_block)).sum(2)
+        return squares.clamp_(min=TINY).log_().mul_(0.5)
+
+
+def _log_sums(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """fp32 [G, groups of queries], base 2: of the sums that their weights are shares of."""
+    with without_autocast(queries.device.type):
+        logits = torch.bmm(queries.float() * scale, keys.float().transpose(1, 2))
+    return logits.logsumexp(-1) / torch.log(torch.tensor(2.0)).item()
