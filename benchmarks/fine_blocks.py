@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from sparse_video_attention.kernels import BlockPlan, TokenLayout
-from sparse_video_attention.kernels.plan import PLAN_BLOCK_SIZES
+from sparse_video_attention.kernels.plan import PLAN_BLOCK_SIZES, remainder
 from sparse_video_attention.patching import SparseChoice
 from sparse_video_attention.psa import PsaPolicy
 from sparse_video_attention.psa.policy import keep_text
@@ -75,7 +75,7 @@ class FineRadial(RadialPolicy):
             block_n=self.block_n,
             q_len=layout.num_tokens,
             k_len=layout.num_tokens,
-            pooled_remainder=self.skipped_blocks == "pool",
+            **remainder(self.skipped_blocks),
         )
 
 
@@ -92,7 +92,7 @@ class FineSparge(SpargePolicy):
         self, q: Tensor, k: Tensor, layout: TokenLayout, *, layer: int, scale: float
     ) -> BlockPlan:
         plan = super().plan(q, k, layout, layer=layer, scale=scale)
-        pooled = self.block_n * self.block_scale if self.skipped_blocks == "pool" else None
+        pooled = self.block_n * self.block_scale if self.skipped_blocks != "drop" else None
         self.densities.append(real_density(_kept(plan), skipped_level=pooled))
         return plan
 
@@ -113,7 +113,7 @@ class FinePsa(PsaPolicy):
         return tuple(sorted({max(1, level // self.block_scale) for level in super().levels}))
 
     def _with_text(self, levels: Tensor, layout: TokenLayout, *, packed: bool) -> BlockPlan:
-        pooled = self.block_n * self.block_scale if self.skipped_blocks == "pool" else None
+        pooled = self.block_n * self.block_scale if self.skipped_blocks != "drop" else None
         keep_text(levels, layout, block_m=self.block_m, block_n=self.block_n)
         self.densities.append(real_density(levels, skipped_level=pooled))
         finer = torch.where(levels > 0, (levels // self.block_scale).clamp(min=1), levels)

@@ -30,8 +30,10 @@ PUBLISHED_BLOCKS = {"block_order": "raster", "skipped_blocks": "drop"}
 ALL_LAYERS = {"dense_layers": ""}
 # Of a miniature's large blocks few are alike; without this nearly all would be kept.
 ALIKE = {"simthreshd1": -1.0}
-# As published, and in what grids of the nodes' own blocks are measured with.
+# As published, and what grids of the nodes' own blocks are measured with.
 BLOCK_MEANS = {"block_scores": "block means"}
+# Sparge's means and scores before they went by the queries nearby and by groups of tokens.
+PLAIN = {"skipped_blocks": "pool"} | BLOCK_MEANS
 # Ends the name of a curve whose settings do not take turns with the mirrored order.
 ONE_ORDER = " one order"
 # End the names of curves whose settings differ in more than one dial.
@@ -168,7 +170,8 @@ def _by_block_means(settings: Iterable[Setting]) -> Iterator[Setting]:
     """The settings given, with Sparge's scores as published but for its defaults."""
     for setting in settings:
         pinned = setting.method == "sparge" and setting != Setting("sparge", "sparge defaults")
-        yield replace(setting, policy=setting.policy | BLOCK_MEANS) if pinned else setting
+        instead = BLOCK_MEANS if "skipped_blocks" in setting.own else PLAIN
+        yield replace(setting, policy=setting.policy | instead) if pinned else setting
 
 
 def _published() -> Iterator[Setting]:
@@ -231,11 +234,14 @@ def _in_fine_blocks(family: str) -> Iterator[Setting]:
         quarter = {"warmup_steps": QUARTER}
         yield Setting("psa", "psa presets", {"preset": preset}, quarter)
         yield Setting("psa", "psa all layers presets", {"preset": preset}, quarter | ALL_LAYERS)
+    section, preset = CLOSEST_PRESETS[family]
+    closest = {"preset": f"{section}/{preset}", "skipped_blocks": "weighted"}
+    yield Setting("psa", "psa weighted presets", closest, {"warmup_steps": QUARTER})
     for share in (0.2, 0.3, 0.5):
         yield Setting("sparge", "sparge topk", {"topk": share})
-        curve = "sparge block means topk"
-        yield Setting("sparge", curve, {"topk": share}, policy=BLOCK_MEANS)
-    for order, skipped in (("Gilbert", "drop"), ("raster", "pool")):
+        yield Setting("sparge", "sparge plain topk", {"topk": share}, policy=PLAIN)
+    choices = (("Gilbert", "drop"), ("Gilbert", "pool"), ("raster", "weighted"))
+    for order, skipped in choices:
         own = {"topk": 0.3, "block_order": order, "skipped_blocks": skipped}
         yield Setting("sparge", "sparge choices", own)
     for first, last in FEW_DENSE:
@@ -243,7 +249,8 @@ def _in_fine_blocks(family: str) -> Iterator[Setting]:
         yield Setting("sparge", "sparge ends", schedule=schedule)
     one_order = {"alternate_orders": False}
     yield Setting("sparge", f"sparge topk{ONE_ORDER}", {"topk": 0.3}, policy=one_order)
-    for own in ({"skipped_blocks": "drop"}, {"decay_factor": 0.8}):
+    weighted = {"skipped_blocks": "weighted"}
+    for own in ({"skipped_blocks": "drop"}, weighted, {"decay_factor": 0.8}):
         yield Setting("radial", "radial choices", own)
 
 

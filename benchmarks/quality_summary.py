@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -139,7 +140,9 @@ def _more_dense(summaries: list[Summary], dial: str, amount: Callable[[str], int
 
 
 def _dial(label: str, name: str) -> str:
-    return label.partition(f"{name}=")[2]
+    """The value of a dial, up to the next one."""
+    found = re.search(rf"\b{name}=(.*?)(?: \w+=|$)", label)
+    return found[1] if found else ""
 
 
 def is_over_density(curve: str) -> bool:

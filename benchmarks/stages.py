@@ -35,9 +35,9 @@ STAGES = (
 # Seconds by stage of one call.
 Sample = dict[str, float]
 
-# (module, attribute, stage). Sparge's block means and similarities are its importance; what its
-# map does beyond them is its levels. In 8 bits pooling includes quantisation, one pass for both. A
-# module whose library is missing on this machine is left out.
+# (module, attribute, stage). Sparge's block means and similarities, or its scores of group means,
+# are its importance; what its map does beyond them is its levels. In 8 bits pooling includes
+# quantisation, one pass for both. A module whose library is missing on this machine is left out.
 TIMED_FUNCTIONS = (
     ("psa.policy", "token_importance", "importance"),
     ("psa.policy", "assign_levels", "levels"),
@@ -46,6 +46,8 @@ TIMED_FUNCTIONS = (
     ("psa.policy", "similarity_cap", "similarity cap"),
     ("sparge.policy", "block_map", "levels"),
     ("sparge.dynamic_map", "block_statistics", "importance"),
+    ("sparge.group_scores", "GroupScores.__init__", "importance"),
+    ("sparge.group_scores", "GroupScores.rows", "importance"),
     ("kernels.plan", "BlockPlan.from_levels", "lists"),
     ("patching.plans", "TokenOrder.reorder", "permutation"),
     ("patching.plans", "TokenOrder.restore", "permutation"),

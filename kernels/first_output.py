@@ -39,7 +39,12 @@ def _sample(call: KernelCall, batch: int, head: int) -> KernelCall:
     bounds = torch.stack([bounds[row] for row in rows])[None, None]
     k, v = (x[batch : batch + 1, head : head + 1].float() for x in (call.k, call.v))
     sampled = replace(plan, q_len=q.shape[2], bounds=bounds)
-    return KernelCall(q.float(), k, v, sampled, call.scale)
+    means = None
+    if plan.pool_rows:
+        groups = [row // plan.pool_rows for row in rows]
+        means = call.mean_queries()[batch : batch + 1, head : head + 1, groups].float()
+        sampled = replace(sampled, pool_rows=1)
+    return KernelCall(q.float(), k, v, sampled, call.scale, pool_queries=means)
 
 
 def _block(x: Tensor, block_m: int, batch: int, head: int, row: int) -> Tensor:

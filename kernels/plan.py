@@ -3,14 +3,15 @@
 A policy makes a plan, a kernel consumes it; neither knows the other. Level 1 is full
 resolution; level h replaces a key block by the means of its groups of h consecutive tokens,
 each with bias ln(tokens in the group) (arXiv 2512.04025). The pooled remainder is the coarsest
-level, one mean per skipped block. A skipped block without it is not listed at all.
+level, one mean per skipped block; plain, or weighted for the queries of `pool_rows` query blocks
+(weighted_means.py). A skipped block without it is not listed at all.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
@@ -23,13 +24,38 @@ if TYPE_CHECKING:
 PYRAMID_LEVELS = (1, 2, 4, 8)
 # What can become of blocks that a method leaves out, as its node's input says it, and what is said
 # where a kernel cannot pool.
-SKIPPED_BLOCKS = ("drop", "pool")
-POOLING = "skipped_blocks is pool: set it to drop, or kernel to auto"
+SKIPPED_BLOCKS = ("drop", "pool", "weighted")
+POOLING = "skipped_blocks is not drop: set it so, or kernel to auto"
+# Query blocks that share weighted means: fewer are closer, and take memory and time.
+WEIGHTED_ROWS = 4
+_SAID = {
+    "drop": [],
+    "pool": ["skipped blocks pooled"],
+    "weighted": ["skipped blocks pooled by weight"],
+}
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 # A plan may have smaller ones, which only the torch kernel takes: miniatures are measured with
 # blocks as small for their frames as these are for real ones (benchmarks/fine_blocks.py).
 PLAN_BLOCK_SIZES = (4, 8, *BLOCK_SIZES)
 MAX_ENTRIES = 2**31 - 1
+
+
+class Remainder(TypedDict):
+    """What becomes of skipped blocks, as arguments of BlockPlan.from_mask and from_levels."""
+
+    pooled_remainder: bool
+    pool_rows: int
+
+
+def remainder(skipped_blocks: str) -> Remainder:
+    """Of one of SKIPPED_BLOCKS."""
+    rows = WEIGHTED_ROWS if skipped_blocks == "weighted" else 0
+    return {"pooled_remainder": skipped_blocks != "drop", "pool_rows": rows}
+
+
+def said_of_skipped(skipped_blocks: str) -> list[str]:
+    """For the log: what becomes of skipped blocks, nothing if they are dropped."""
+    return _SAID[skipped_blocks]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +69,8 @@ class BlockPlan:
         indices: int32 [entries], key-block numbers.
         bounds: int32 [B or 1, H or 1, M, len(levels) + 1]; the entries of row i at levels[l] are
             indices[bounds[b, h, i, l] : bounds[b, h, i, l + 1]], ascending.
+        pool_rows: 0 if the pooled remainder's means are plain; else adjacent query blocks whose
+            mean query weighs them.
 
     A batch or head extent of 1 is shared by all samples or heads. Every row has an entry.
     """
@@ -54,6 +82,7 @@ class BlockPlan:
     levels: tuple[int, ...]
     indices: Tensor
     bounds: Tensor
+    pool_rows: int = 0
 
     @classmethod
     def from_mask(
@@ -65,6 +94,7 @@ class BlockPlan:
         q_len: int,
         k_len: int,
         pooled_remainder: bool = False,
+        pool_rows: int = 0,
         packed: bool = True,
     ) -> BlockPlan:
         """Plan from a block mask.
@@ -74,6 +104,7 @@ class BlockPlan:
                 N = ceil(k_len / block_n); True keeps the block.
             pooled_remainder: attend to every skipped block through one mean key and value
                 (level block_n) instead of dropping it.
+            pool_rows: of the plan, with pooled_remainder.
             packed: True for memory proportional to the kept blocks and a check that no row is
                 empty, at one device sync; False for plans made inside a sampling step.
 
@@ -89,6 +120,7 @@ class BlockPlan:
             q_len=q_len,
             k_len=k_len,
             pooled_remainder=pooled_remainder,
+            pool_rows=pool_rows,
             packed=packed,
             allowed=(1,),
         )
@@ -103,6 +135,7 @@ class BlockPlan:
         q_len: int,
         k_len: int,
         pooled_remainder: bool = False,
+        pool_rows: int = 0,
         packed: bool = True,
         allowed: tuple[int, ...] = PYRAMID_LEVELS,
     ) -> BlockPlan:
@@ -112,7 +145,7 @@ class BlockPlan:
             levels: integer [M, N], [H, M, N] or [B, H, M, N]; 0 skips a block.
             allowed: the levels that can occur besides 0, ascending, each a divisor of block_n.
                 With packed=False this is taken on trust: a value outside it is skipped.
-            pooled_remainder, packed: as in from_mask.
+            pooled_remainder, pool_rows, packed: as in from_mask.
 
         Raises:
             ValueError: a shape or a level is wrong, or a row is empty.
@@ -124,6 +157,11 @@ class BlockPlan:
             )
         if min(q_len, k_len) < 1:
             raise ValueError(f"a plan needs tokens; got q_len={q_len}, k_len={k_len}")
+        if pool_rows and not (pooled_remainder and pool_rows > 0):
+            raise ValueError(
+                f"pool_rows is for a pooled remainder, and at least 1; got {pool_rows} with "
+                f"pooled_remainder={pooled_remainder}"
+            )
         rows, columns = -(-q_len // block_m), -(-k_len // block_n)
         if levels.ndim not in (2, 3, 4) or tuple(levels.shape[-2:]) != (rows, columns):
             raise ValueError(
@@ -151,7 +189,7 @@ class BlockPlan:
                 f"{levels.numel()} block pairs exceed the limit of {MAX_ENTRIES}; use larger blocks"
             )
         indices, bounds = (packed_lists if packed else strided_lists)(levels, kept)
-        plan = cls(block_m, block_n, q_len, k_len, kept, indices, bounds)
+        plan = cls(block_m, block_n, q_len, k_len, kept, indices, bounds, pool_rows)
         if packed and bool((plan.entries_per_row() == 0).any()):
             raise ValueError("a query block attends to no key block; every row needs at least one")
         return plan

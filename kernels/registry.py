@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .memory_errors import short_error
 from .plan import BlockPlan
+from .torch_levels import group_means
 
 PRECISIONS = ("auto", "native", "int8", "fp8")
 
@@ -45,7 +46,11 @@ class KeptPools:
 
 @dataclass(frozen=True)
 class KernelCall:
-    """One call as a kernel sees it. q, k, v: [B, H, N, D], any strides."""
+    """One call as a kernel sees it.
+
+    q, k, v: [B, H, N, D], any strides. pool_queries: [B, H, groups, D], the mean queries of every
+    plan.pool_rows query blocks, where they are not those of q.
+    """
 
     q: Tensor
     k: Tensor
@@ -54,6 +59,13 @@ class KernelCall:
     scale: float
     precision: str = "native"
     kept: KeptPools | None = None
+    pool_queries: Tensor | None = None
+
+    def mean_queries(self) -> Tensor:
+        """[B, H, groups, D] in q's dtype, for a plan with pool_rows."""
+        if self.pool_queries is not None:
+            return self.pool_queries
+        return group_means(self.q, self.plan.block_m * self.plan.pool_rows)
 
     @property
     def needs_gradients(self) -> bool:

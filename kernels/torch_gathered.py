@@ -56,25 +56,35 @@ def attend_gathered(call: KernelCall, *, means_in: torch.dtype | None = None) ->
     # Heads that share a plan share the index work too.
     shared = plan.bounds.shape[1] == 1
     step = max(1, GATHER_BYTES // (bytes_per_key * plan.k_len)) if shared else 1
+    mean_queries = call.mean_queries() if plan.pool_rows else None
     with torch.no_grad(), without_autocast(plan.device.type):
         for b in range(batch):
             for h in range(0, heads, step):
                 some = slice(h, min(h + step, heads))
                 k, v = (x[b, some].to(dtype) for x in (call.k, call.v))
+                plain = plan.levels[:-1] if plan.pool_rows else plan.levels
                 keys = [
                     LevelKeys.of_tokens(k, v, level, plan.block_n, means_in=means_in)
-                    for level in plan.levels
+                    for level in plain
                 ]
                 plan_head = (min(b, plan.bounds.shape[0] - 1), 0 if shared else h)
                 max_keys = GATHER_BYTES // (bytes_per_key * k.shape[0])
                 for rows, tokens, entries in _batches(plan, plan_head, max_keys):
                     q = call.q[b, some].index_select(1, tokens).to(dtype)
+                    weighted = []
+                    if mean_queries is not None:
+                        means = mean_queries[b, some].index_select(1, rows // plan.pool_rows)
+                        weighted = [
+                            LevelKeys.weighted(
+                                k, v, means.to(dtype), plan.block_n, call.scale, means_in=means_in
+                            )
+                        ]
                     attended = _attend_rows(
                         q.unflatten(1, (len(rows), -1)),
                         plan,
                         plan.bounds[plan_head].index_select(0, rows).long(),
                         entries,
-                        keys,
+                        [*keys, *weighted],
                         call.scale,
                     )
                     out[b, tokens, some] = attended.to(out.dtype)
@@ -165,8 +175,15 @@ def _attend_rows(
             continue
         group, bias = _slots(plan, bounds, position, count, keys[position])
         biases.append(bias)
+        index = group
+        if plan.pool_rows and position == len(entries) - 1:
+            # Every row has means of its own, one row's after another's.
+            own = torch.arange(len(group), device=group.device) * keys[position].groups
+            index = group + own.unsqueeze(-1)
         for source, parts in ((keys[position].k, k_parts), (keys[position].v, v_parts)):
-            part = source.index_select(1, group.flatten()).unflatten(1, group.shape)
+            # [heads, groups, D], or of weighted means [heads, rows, groups, D]
+            source = source.flatten(1, -2)
+            part = source.index_select(1, index.flatten()).unflatten(1, index.shape)
             parts.append(part.transpose(0, 1))
     bias = torch.cat(biases, dim=1)[:, None, None, :]
     attended = F.scaled_dot_product_attention(

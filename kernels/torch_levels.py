@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .weighted_means import weighted_means
+
 
 def group_means(x: Tensor, level: int) -> Tensor:
     """[..., N, D] -> [..., ceil(N / level), D]; the last group may hold fewer than `level`."""
@@ -52,10 +54,41 @@ class LevelKeys:
         Args:
             means_in: a type to round means to; they stay in k's and v's.
         """
-        rest = k.shape[-2] % level
-        means = [group_means(x, level) for x in (k, v)]
+        means = group_means(k, level), group_means(v, level)
+        return cls._of_means(means, k.shape[-2], level, block_n, means_in)
+
+    @classmethod
+    def weighted(
+        cls,
+        k: Tensor,
+        v: Tensor,
+        queries: Tensor,
+        block_n: int,
+        scale: float,
+        *,
+        means_in: torch.dtype | None = None,
+    ) -> LevelKeys:
+        """The level block_n with weighted means, k and v [..., rows, blocks, D].
+
+        Args:
+            queries: [..., rows, D], as in weighted_means.
+        """
+        means = weighted_means(k, v, queries, block_n, scale)
+        return cls._of_means(means, k.shape[-2], block_n, block_n, means_in)
+
+    @classmethod
+    def _of_means(
+        cls,
+        means: tuple[Tensor, Tensor],
+        tokens: int,
+        level: int,
+        block_n: int,
+        means_in: torch.dtype | None,
+    ) -> LevelKeys:
+        rest = tokens % level
         if means_in is not None:
-            means = [x.to(means_in).to(x.dtype) for x in means]
+            k, v = (x.to(means_in).to(x.dtype) for x in means)
+            means = k, v
         return cls(
             k=means[0],
             v=means[1],

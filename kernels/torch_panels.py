@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -169,9 +169,11 @@ def _head_groups(call: KernelCall) -> Iterator[list[tuple[int, int]]]:
 
 
 def _level_keys(call: KernelCall, pairs: list[tuple[int, int]]) -> list[list[LevelKeys]]:
+    """Of every pair; a level of weighted means, which differ from row to row, has the tokens."""
     plan = call.plan
+    levels = [1 if plan.pool_rows and level == plan.block_n else level for level in plan.levels]
     return [
-        [LevelKeys.of_tokens(k, v, level, plan.block_n) for level in plan.levels]
+        [LevelKeys.of_tokens(k, v, level, plan.block_n) for level in levels]
         for k, v in ((_fp32(call.k[pair]), _fp32(call.v[pair])) for pair in pairs)
     ]
 
@@ -203,6 +205,7 @@ def _row_worker(
     plan = call.plan
     plan_batch, plan_heads = plan.bounds.shape[:2]
     whole_blocks = plan.k_len // plan.block_n
+    mean_queries = call.mean_queries() if plan.pool_rows else None
 
     def work(next_task: Callable[[], int | None]) -> None:
         workspace = PanelWorkspace(plan.block_m, call.q.shape[3])
@@ -213,7 +216,16 @@ def _row_worker(
             row = runs.of_row(plan_row * plan.num_q_blocks + i)
             tokens = slice(i * plan.block_m, min((i + 1) * plan.block_m, plan.q_len))
             q = _fp32(call.q[b, h, tokens]) * call.scale
-            panels = _panels(row, keys[pair], whole_blocks)
-            out[b, h, tokens] = _attend_row(q, panels, keys[pair], workspace)
+            levels = keys[pair]
+            if mean_queries is not None:
+                # Anew for each of the rows that share them: a small part of what a row attends to,
+                # where those of all rows would be as large as many copies of k and v.
+                group = i // plan.pool_rows
+                mean = mean_queries[b, h, group : group + 1].float()
+                *levels, every = levels
+                means = LevelKeys.weighted(every.k, every.v, mean, plan.block_n, call.scale)
+                levels.append(replace(means, k=means.k[0], v=means.v[0]))
+            panels = _panels(row, levels, whole_blocks)
+            out[b, h, tokens] = _attend_row(q, panels, levels, workspace)
 
     return work

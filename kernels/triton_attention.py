@@ -21,7 +21,7 @@ NUM_LOG_LEVELS: tl.constexpr = tl.constexpr(9)
 @triton.jit(
     do_not_specialize=[
         "stride_bounds_b", "stride_bounds_h", "stride_bounds_m",
-        "first_head", "heads", "q_len", "k_len", "scratch_k_rows", "scratch_v_rows",
+        "first_head", "heads", "q_len", "k_len", "scratch_k_rows", "scratch_v_rows", "scale_rows",
     ]
 )  # fmt: skip
 def attention_kernel(
@@ -59,9 +59,10 @@ def attention_kernel(
     k_len,
     scratch_k_rows,
     scratch_v_rows,
+    scale_rows,
     scale,
     LEVELS: tl.constexpr,
-    NUM_LEVELS: tl.constexpr,
+    POOL_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILE_N: tl.constexpr,
@@ -75,9 +76,11 @@ def attention_kernel(
 
     ScratchK [heads of this launch, scratch_k_rows, HEAD_DIM] holds the plan's pooled levels, and
     level 1 too if QUANTIZED, one after the other: num_k_blocks * BLOCK_N / level rows each.
-    ScratchV is the same for values, without level 1.
+    ScratchV is the same for values, without level 1. With POOL_ROWS the last level has so many rows
+    for every POOL_ROWS query blocks, weighted_means of their own.
     QUANTIZED: Q is int8 [heads of this launch, q_len, HEAD_DIM] with QScale [heads of this launch,
-        q_len]; ScratchK is int8 with KScale [heads of this launch, NUM_LEVELS, num_k_blocks].
+        q_len]; ScratchK is int8 with KScale [heads of this launch, scale_rows, num_k_blocks]: a row
+        for every level, and of the last one as many as it has weighted means of a block.
     FP8 (with QUANTIZED): level 1 of the values is StoredV, e4m3 [heads of this launch, HEAD_DIM,
         num_k_blocks * BLOCK_N]; these and ScratchV are to be multiplied by VScale [heads of this
         launch, HEAD_DIM].
@@ -114,7 +117,7 @@ def attention_kernel(
     ScratchK += local_head * scratch_k_rows * HEAD_DIM
     ScratchV += local_head * scratch_v_rows * HEAD_DIM
     StoredV += local_head * num_k_blocks * BLOCK_N * HEAD_DIM
-    KScale += local_head * num_k_blocks * NUM_LEVELS
+    KScale += local_head * num_k_blocks * scale_rows
     Bounds += b * stride_bounds_b + h * stride_bounds_h + block_m * stride_bounds_m
 
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
@@ -146,19 +149,26 @@ def attention_kernel(
                     row_stride_v = stride_vn
                 else:
                     v_row += num_k_blocks * (BLOCK_N >> LOG_LEVEL)
+                level_scale = KScale + position * num_k_blocks
+                if POOL_ROWS > 0 and (LEVELS >> LOG_LEVEL) == 1:
+                    # Its own means; int64, since they may be as many as 2**31 elements.
+                    own = (block_m // POOL_ROWS).to(tl.int64) * num_k_blocks
+                    level_k += own * HEAD_DIM
+                    level_v += own * HEAD_DIM
+                    level_scale += own
                 first, last, ragged = segment(
                     Bounds, Indices, position, num_k_blocks, k_len, BLOCK_N
                 )
                 if REST == 0:
                     acc, row_max, row_sum = visit_full_tiles(
-                        query, level_k, level_v, KScale + position * num_k_blocks,
+                        query, level_k, level_v, level_scale,
                         row_stride_k, row_stride_v, Indices, first, last - ragged,
                         acc, row_max, row_sum, scale, LOG_LEVEL, BLOCK_N, TILE_N, HEAD_DIM,
                         SHIFT, QUANTIZED, FP8 and LOG_LEVEL == 0, FP16_SUMS,
                     )  # fmt: skip
                 else:
                     acc, row_max, row_sum = visit_rest(
-                        query, level_k, level_v, KScale + position * num_k_blocks,
+                        query, level_k, level_v, level_scale,
                         row_stride_k, row_stride_v, Indices, first, last, ragged,
                         num_k_blocks, k_len,
                         acc, row_max, row_sum, scale, LOG_LEVEL, BLOCK_N, TILE_N, HEAD_DIM,

@@ -63,7 +63,7 @@ def _attend_by_groups(call: KernelCall, out: Tensor, log_sums: Tensor | None) ->
         for first in range(0, batch * heads, scratch.group):
             count = min(scratch.group, batch * heads - first)
             if kept is None:
-                scratch.fill(call.q, call.k, call.v, first, count)
+                scratch.fill(call, first, count)
             _attend(call, scratch, out, log_sums, first, count, launch)
     if kept is None:
         scratch.keep(call)
@@ -96,9 +96,10 @@ def _attend(
         bounds.stride(1) if bounds.shape[1] > 1 else 0,
         bounds.stride(2),
         *(first, k.shape[1], plan.q_len, plan.k_len, scratch.k_rows, scratch.v_rows),
+        scratch.scale_rows,
         call.scale * math.log2(math.e),
         LEVELS=sum(plan.levels),
-        NUM_LEVELS=len(plan.levels),
+        POOL_ROWS=plan.pool_rows,
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
         TILE_N=launch.tile_n,

@@ -204,7 +204,11 @@ def _quantize_values(
     tl.store(at, tl.trans(values.to(out.dtype.element_ty)))
 
 
-@triton.jit(do_not_specialize=["first_head", "heads", "k_len", "scratch_k_rows", "scratch_v_rows"])
+@triton.jit(
+    do_not_specialize=[
+        "first_head", "heads", "k_len", "scratch_k_rows", "scratch_v_rows", "scale_rows"
+    ]
+)  # fmt: skip
 def quantize_blocks_kernel(
     K,
     V,
@@ -225,8 +229,8 @@ def quantize_blocks_kernel(
     k_len,
     scratch_k_rows,
     scratch_v_rows,
+    scale_rows,
     LEVELS: tl.constexpr,
-    NUM_LEVELS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     FP8: tl.constexpr,
@@ -234,7 +238,7 @@ def quantize_blocks_kernel(
 ):
     """Grid (key blocks, heads of this launch). Layout of the results: see attention_kernel.
 
-    KMean, VScale: fp32 [heads of this launch, HEAD_DIM].
+    KMean, VScale: fp32 [heads of this launch, HEAD_DIM]. LEVELS: those with plain means.
     """
     block = tl.program_id(0)
     num_k_blocks = tl.num_programs(0)
@@ -250,7 +254,7 @@ def quantize_blocks_kernel(
     _quantize_keys(
         K, tl.load(KMean + local_head * HEAD_DIM + dims)[None, :],
         ScratchK + local_head * scratch_k_rows * HEAD_DIM,
-        KScale + local_head * num_k_blocks * NUM_LEVELS, stride_kn,
+        KScale + local_head * num_k_blocks * scale_rows, stride_kn,
         block, num_k_blocks, tokens_left, LEVELS, BLOCK_N, HEAD_DIM,
     )  # fmt: skip
     v_scale = 1.0

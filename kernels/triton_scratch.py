@@ -15,6 +15,7 @@ from .triton_launch import warps
 from .triton_pool import pool_kernel
 from .triton_quantize import quantize_blocks_kernel, quantize_queries_kernel
 from .triton_statistics import statistics_kernel
+from .triton_weighted import weighted_pool_kernel
 
 # Upper limits of the scratch memory of a call, unless one head needs more: in bytes or, if that is
 # more, as a share of the GPU's memory, since most of a GPU idles while a group's last programs
@@ -27,6 +28,9 @@ MAX_GRID_Y = 65535
 # Tokens per partial sum of the mean key.
 CHUNK_TOKENS = 1024
 FP8_MAX = 448.0
+LOG2_E = 1.4426950408889634
+# Of a tile of the kernel that makes weighted means.
+MEAN_QUERIES = 32
 # Of values that weights add up with in fp16: 64 weights of 2**8 (triton_launch.FP16_SUMS_KEYS) are
 # then at most 2**15. A power of two: values lose nothing by it.
 FP16_VALUES_MAX = 2.0
@@ -72,6 +76,12 @@ class Scratch:
         self.fp16_sums = fp16_sums and call.precision == "int8"
         heads, head_dim = k.shape[0] * k.shape[1], k.shape[3]
         level_rows = [plan.num_k_blocks * plan.block_n // level for level in plan.levels]
+        self.mean_queries = call.mean_queries().contiguous() if plan.pool_rows else None
+        weighted = 0 if self.mean_queries is None else self.mean_queries.shape[2]
+        # The last level, num_k_blocks rows where means are plain.
+        level_rows[-1] *= max(1, weighted)
+        self.plain_levels = plan.levels[:-1] if weighted else plan.levels
+        self.scale_rows = len(self.plain_levels) + weighted
         level_1 = level_rows[0] if plan.levels[0] == 1 else 0
         self.v_rows = sum(level_rows) - level_1
         self.k_rows = sum(level_rows) if self.quantized else self.v_rows
@@ -101,13 +111,13 @@ class Scratch:
         # Both ways are as large; fp8 is stored by channel.
         self.stored_v = empty(stored_rows, head_dim, dtype=stored_dtype)
         self.q_scale = empty(q_rows)
-        self.k_scale = empty(len(plan.levels) if self.quantized else 0, plan.num_k_blocks)
+        self.k_scale = empty(self.scale_rows if self.quantized else 0, plan.num_k_blocks)
         self.v_scale = empty(0)
 
     @classmethod
     def kept(cls, call: KernelCall) -> Scratch | None:
         """What an earlier call left for this one, full."""
-        if call.kept is None or call.kept.made is None:
+        if call.kept is None or call.kept.made is None or call.plan.pool_rows:
             return None
         source, made = call.kept.made
         return made if isinstance(made, cls) and source == _pooled_from(call) else None
@@ -115,25 +125,51 @@ class Scratch:
     def keep(self, call: KernelCall) -> None:
         """Leave it for further calls, if it has what is pooled of all heads and nothing else."""
         all_heads = self.group == call.k.shape[0] * call.k.shape[1]
+        all_heads &= self.mean_queries is None  # others have other queries
         if call.kept is not None and self.k_rows and all_heads and not self.quantized:
             call.kept.made = _pooled_from(call), self
 
-    def fill(self, q: Tensor, k: Tensor, v: Tensor, first: int, count: int) -> None:
+    def fill(self, call: KernelCall, first: int, count: int) -> None:
         """Compute everything for heads first to first + count, counted over the whole batch."""
+        q, k, v, plan = call.q, call.k, call.v, self.plan
+        k_mean = k
         if self.quantized:
-            self._quantize(q, k, v, first, count)
-        elif self.k_rows:
-            plan = self.plan
+            k_mean = self._quantize(q, k, v, first, count)
+        elif any(level > 1 for level in self.plain_levels):
             pool_kernel[plan.num_k_blocks, count](
                 *(k, v, self.k, self.v, *strides(k), *strides(v)),
                 *(first, k.shape[1], plan.k_len, self.k_rows),
-                LEVELS=sum(plan.levels),
+                LEVELS=sum(self.plain_levels),
                 BLOCK_N=plan.block_n,
                 HEAD_DIM=k.shape[3],
                 **warps(warps_per_block(plan.block_n, k.shape[3])),
             )
+        if self.mean_queries is not None:
+            self._weigh(call, k_mean, first, count)
 
-    def _quantize(self, q: Tensor, k: Tensor, v: Tensor, first: int, count: int) -> None:
+    def _weigh(self, call: KernelCall, k_mean: Tensor, first: int, count: int) -> None:
+        """The last level, of weighted means."""
+        plan, k, v, queries = self.plan, call.k, call.v, self.mean_queries
+        assert queries is not None
+        number = queries.shape[2]
+        own = number * plan.num_k_blocks
+        scaled = self.fp8 or self.fp16_sums
+        weighted_pool_kernel[plan.num_k_blocks, count](
+            *(queries, k, v, k_mean, self.v_scale if scaled else k_mean),
+            *(self.k, self.v, self.k_scale if self.quantized else self.v),
+            *(*strides(k), *strides(v), first, k.shape[1], plan.k_len, number),
+            *(self.k_rows, self.v_rows, self.k_rows - own, self.v_rows - own),
+            *(self.scale_rows, len(self.plain_levels), call.scale * LOG2_E),
+            QUERIES=MEAN_QUERIES,
+            BLOCK_N=plan.block_n,
+            HEAD_DIM=k.shape[3],
+            QUANTIZED=self.quantized,
+            SCALED=scaled,
+            **warps(4),
+        )
+
+    def _quantize(self, q: Tensor, k: Tensor, v: Tensor, first: int, count: int) -> Tensor:
+        """Everything but weighted means; returns the mean keys, fp32 [count, D]."""
         plan, heads, head_dim = self.plan, k.shape[1], k.shape[3]
         chunks = -(-plan.k_len // CHUNK_TOKENS)
         k_sums = k.new_empty(count, chunks, head_dim, dtype=torch.float32)
@@ -160,11 +196,12 @@ class Scratch:
         quantize_blocks_kernel[plan.num_k_blocks, count](
             *(k, v, k_mean, self.k, self.v, self.stored_v, self.k_scale, self.v_scale),
             *(*strides(k), *strides(v), first, heads, plan.k_len, self.k_rows, self.v_rows),
-            LEVELS=sum(plan.levels),
-            NUM_LEVELS=len(plan.levels),
+            self.scale_rows,
+            LEVELS=sum(self.plain_levels),
             BLOCK_N=plan.block_n,
             HEAD_DIM=head_dim,
             FP8=self.fp8,
             FP16_SUMS=self.fp16_sums,
             **warps(warps_per_block(plan.block_n, head_dim)),
         )
+        return k_mean

@@ -123,16 +123,17 @@ def advanced_inputs(*, last_dense: int = 0) -> list[io.Input]:
     ]
 
 
-def skipped_blocks_input() -> io.Combo.Input:
+def skipped_blocks_input(default: str = "pool") -> io.Combo.Input:
     return io.Combo.Input(
         "skipped_blocks",
-        options=["drop", "pool"],
-        default="pool",
+        options=["drop", "pool", "weighted"],
+        default=default,
         optional=True,
         **ADVANCED,
         tooltip=(
             "Blocks outside the selection: drop ignores them, pool attends to the mean of each "
-            "(mostly closer to full attention, for 1 to 3 % of its work)."
+            "(mostly closer to full attention, for 1 to 3 % of its work), weighted to a mean that "
+            "is weighted for the queries nearby (closer still)."
         ),
     )
 

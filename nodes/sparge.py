@@ -1,4 +1,4 @@
-"""PatchSpargeAttention: the blocks that matter, found from block means at every call."""
+"""PatchSpargeAttention: the blocks that matter, found from means of tokens at every call."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class PatchSpargeAttention(io.ComfyNode):
             display_name="Patch Sparge Attention",
             category=CATEGORY,
             description=(
-                "Faster WAN and CogVideoX sampling: every call predicts from block means which "
+                "Faster WAN and CogVideoX sampling: every call predicts from means of tokens which "
                 "blocks matter, attends to those in full and to each of the others through its "
                 "mean. No training is needed; a checkpoint tuned for "
                 "the model brings it closer to full attention. Put it between the model loader "
@@ -63,8 +63,8 @@ class PatchSpargeAttention(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "Share of the key blocks that every query block attends to. Lower is "
-                        "faster and less exact. Published: 0.5, with skipped_blocks drop and "
-                        "block_order raster."
+                        "faster and less exact. Published: 0.5, with skipped_blocks drop, "
+                        "block_order raster and block_scores block means."
                     ),
                 ),
                 io.Float.Input(
@@ -115,9 +115,23 @@ class PatchSpargeAttention(io.ComfyNode):
                         "with a tuned checkpoint or attention_sink."
                     ),
                 ),
-                skipped_blocks_input(),
+                skipped_blocks_input(default="weighted"),
                 *kernel_inputs(),
                 dense_vace_blocks_input(),
+                # Behind the inputs of saved graphs, which keep widget values by position.
+                io.Combo.Input(
+                    "block_scores",
+                    options=["auto", "group means", "block means"],
+                    default="auto",
+                    optional=True,
+                    **ADVANCED,
+                    tooltip=(
+                        "How blocks are ranked. group means: by how much the block's mean would "
+                        "miss, seen from means of 16 queries and of 8 keys. block means, as "
+                        "published: by the product of the blocks' mean query and mean key. auto is "
+                        "group means, but block means with a tuned checkpoint or cdfthreshd."
+                    ),
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The model with Sparge attention.")],
         )

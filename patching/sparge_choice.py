@@ -112,11 +112,11 @@ def sparge_choice(
     cdfthreshd: float = 0.0,
     attention_sink: bool = False,
     block_order: str = AUTO,
-    block_scores: str = AUTO,
-    skipped_blocks: str = "pool",
+    skipped_blocks: str = "weighted",
     dense_layers: str = "0",
     dense_timesteps: int = 0,
     last_dense_timesteps: int = -1,
+    block_scores: str = AUTO,
     **shared: Any,
 ) -> SparseChoice:
     """The choice PatchSpargeAttention's inputs make for a MODEL; the defaults are the node's.

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from ..kernels import BlockPlan, TokenLayout
 from ..kernels.orders import mirrored_in_turn, video_order
-from ..kernels.plan import POOLING, PYRAMID_LEVELS, SKIPPED_BLOCKS
+from ..kernels.plan import (
+    POOLING,
+    PYRAMID_LEVELS,
+    SKIPPED_BLOCKS,
+    remainder,
+    said_of_skipped,
+)
 from ..kernels.twins import Twins
 from .importance import token_importance
 from .levels import assign_levels, topk_segments
@@ -29,7 +35,8 @@ class PsaPolicy:
         sim_thresholds: None without the similarity cap.
         rearrange_method: "Gilbert", "STA" or None for the model's own token order.
         skipped_blocks: "drop" as published, or "pool" to attend to each block that the levels
-            leave out through one mean key and value.
+            leave out through one mean key and value, or "weighted" to weigh these means for the
+            queries nearby (kernels/weighted_means.py).
         alternate_orders: denoising steps take turns with the mirrored order, where the sampler
             does not extrapolate over steps.
         twins: what failed on which device, for as long as this policy lives.
@@ -107,7 +114,7 @@ class PsaPolicy:
         parts = [f"{self.mask_mode} {bounds}", f"blocks {self.block_m}x{self.block_n}"]
         parts += ["similarity cap"] if self.sim_thresholds is not None else []
         parts += [f"{self.rearrange_method} order"] if self.rearrange_method else []
-        parts += ["skipped blocks pooled"] if self.skipped_blocks == "pool" else []
+        parts += said_of_skipped(self.skipped_blocks)
         return f"psa {self.label} ({', '.join(parts)})"
 
     def pooling_reason(self) -> str | None:
@@ -115,7 +122,7 @@ class PsaPolicy:
         if self.levels != (1,):
             coarse = ", ".join(str(level) for level in self.levels[1:])
             return f"preset {self.label} has levels {coarse}: set kernel to auto"
-        return POOLING if self.skipped_blocks == "pool" else None
+        return POOLING if self.skipped_blocks != "drop" else None
 
     def dense_reason(self, layout: TokenLayout) -> str | None:
         """Why PSA cannot act on this layout, or None."""
@@ -201,7 +208,7 @@ class PsaPolicy:
             block_n=self.block_n,
             q_len=layout.num_tokens,
             k_len=layout.num_tokens,
-            pooled_remainder=self.skipped_blocks == "pool",
+            **remainder(self.skipped_blocks),
             packed=packed,
             allowed=self.levels,
         )

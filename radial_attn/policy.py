@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from ..kernels import BlockPlan, TokenLayout
-from ..kernels.plan import BLOCK_SIZES, POOLING, SKIPPED_BLOCKS
+from ..kernels.plan import (
+    BLOCK_SIZES,
+    POOLING,
+    SKIPPED_BLOCKS,
+    remainder,
+    said_of_skipped,
+)
 from .mask import FAMILIES, MAX_DECAY_FACTOR, fewest_dense_rows, radial_block_mask
 
 
@@ -20,7 +26,8 @@ class RadialPolicy:
     Attributes:
         block_size: tokens per query block and per key block.
         decay_factor: 0.0 to 2.0, width of the windows of frames two or more apart.
-        skipped_blocks: "pool" to attend to each through one mean key and value, or "drop".
+        skipped_blocks: "pool" to attend to each through one mean key and value, "weighted" to weigh
+            these means for the queries nearby (kernels/weighted_means.py), or "drop".
         family: "wan" or "hunyuan", the rules for the first frame (see radial_block_mask).
     """
 
@@ -67,13 +74,13 @@ class RadialPolicy:
     def describe(self) -> str:
         """The method and its parameters, for the log."""
         parts = [f"decay {self.decay_factor:g}", f"block {self.block_size}"]
-        parts += ["skipped blocks pooled"] if self.skipped_blocks == "pool" else []
+        parts += said_of_skipped(self.skipped_blocks)
         parts += [self.family] if self.family != "wan" else []
         return f"radial ({', '.join(parts)})"
 
     def pooling_reason(self) -> str | None:
         """Why only kernels that pool blocks can run its plans, or None."""
-        return POOLING if self.skipped_blocks == "pool" else None
+        return POOLING if self.skipped_blocks != "drop" else None
 
     def dense_reason(self, layout: TokenLayout) -> str | None:
         """Why radial attention cannot act on this layout, or None."""
@@ -117,7 +124,7 @@ class RadialPolicy:
             block_n=self.block_n,
             q_len=layout.num_tokens,
             k_len=layout.num_tokens,
-            pooled_remainder=self.skipped_blocks == "pool",
+            **remainder(self.skipped_blocks),
         ).on_device(device)
 
     def plan(

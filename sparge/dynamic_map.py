@@ -43,8 +43,9 @@ def block_map(
     """Block map of one attention call.
 
     A key block is kept for a query block if its score, as published the product of the mean tokens,
-    is among the highest. Query and key blocks that are not self-similar (mean pairwise cosine at most
-    simthreshd1, or ragged) keep their whole row or column, and such key blocks do not compete.
+    is among the highest. Query and key blocks that are not self-similar (mean pairwise cosine at
+    most simthreshd1, ragged, or not finite) keep their whole row or column, and such key blocks do
+    not compete.
 
     Args:
         q: [B, H, N, D]; k: [B, H, N', D]; fp32, bf16 or fp16, any strides.
@@ -85,12 +86,15 @@ def block_map(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     score: Callable[[int, int], Tensor]
     if groups is not None:
-        score = GroupScores(
+        of_groups = GroupScores(
             q, k, block_q=block_q, block_k=block_k, groups=groups, pooled=pooled, scale=scale,
             center=mean_key, twins=twins,
-        ).rows  # fmt: skip
-        q_alike = _alike(q, block_q, None, simthreshd1, twins)
-        k_alike = _alike(k, block_k, mean_key, simthreshd1, twins)
+        )  # fmt: skip
+        score = of_groups.rows
+        # As the similarity of the published scores: one that is NaN exceeds no threshold.
+        q_finite, k_finite = of_groups.finite()
+        q_alike = _alike(q, block_q, None, simthreshd1, twins) & q_finite
+        k_alike = _alike(k, block_k, mean_key, simthreshd1, twins) & k_finite
     else:
         similar = per_head(simthreshd1, q.device)
         of_q = block_statistics(q, block_q, twins=twins)
@@ -113,7 +117,7 @@ def block_map(
 def _alike(
     x: Tensor, block: int, center: Tensor | None, simthreshd1: Threshold, twins: Twins
 ) -> Tensor:
-    """bool [B, H, blocks]: which blocks are self-similar."""
+    """bool [B, H, blocks]: which blocks are self-similar, their tokens being finite."""
     if isinstance(simthreshd1, int | float) and simthreshd1 < 0:
         # The mean cosine over all pairs is the squared length of a mean: only ragged blocks fail.
         batch, heads, tokens, _ = x.shape

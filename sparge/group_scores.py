@@ -8,6 +8,8 @@ every block how far its groups' weights are from the one weight that the block's
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,9 @@ GROUPS = (16, 8)
 # Logits held at once; there are a few buffers of their size. A CPU keeps them in its cache.
 CHUNK_LOGITS = {"cpu": 2**18}
 CHUNK_LOGITS_ELSEWHERE = 2**24
+# A group's square is taken to be no less than this part of m's, which is what sums in fp32 can tell
+# from 0: of blocks that their means stand for well those of more weight come first.
+LEAST = 2.0**-18
 # The lowest sum of squares that a score is taken of: the smallest normal fp32.
 TINY = 2.0**-126
 
@@ -52,8 +57,9 @@ class GroupScores:
 
         ln sqrt( sum over r in i, c in j of (p(r, c) - m(r, j))^2 )
 
-    which ranks blocks by how far their groups' weights are from what their mean stands for. Where
-    nothing stands for a block that is left out, m is 0.
+    which ranks blocks by how far their groups' weights are from what their mean stands for; the
+    sum over c is no less than LEAST m(r, j)^2 for each group. Where nothing stands for a block that
+    is left out, m is 0.
 
     Args:
         q: [B, H, N, D]; k: [B, H, N', D]; any strides.
@@ -122,6 +128,21 @@ class GroupScores:
             found = self._in_torch(first, last, self._queries.shape[0])
         return found.unflatten(0, self._sequences)
 
+    def finite(self) -> tuple[Tensor, Tensor]:
+        """bool [B, H, blocks], of query and of key blocks: those with no NaN and no infinity."""
+        whole = []
+        for means, per_block in (
+            (self._queries, self._per_q_block),
+            (self._keys, self._per_k_block),
+        ):
+            # A mean of what is not finite is not either, and the largest shows it.
+            is_finite = torch.linalg.vector_norm(means, math.inf, dim=-1).isfinite()
+            lacking = -means.shape[1] % per_block
+            is_finite = torch.nn.functional.pad(is_finite, (0, lacking), value=True)
+            is_finite = is_finite.unflatten(1, (-1, per_block)).all(-1)
+            whole.append(is_finite.unflatten(0, self._sequences))
+        return whole[0], whole[1]
+
     def _in_torch(self, first: int, last: int, sequences: int) -> Tensor:
         """fp32 [sequences, last - first, key blocks], of the first sequences."""
         keys = self._keys[:sequences].float()
@@ -131,7 +152,7 @@ class GroupScores:
         blocks_at_once = max(1, elements // (rows * num_keys))
         at_once = max(1, elements // (min(blocks_at_once, last - first) * rows * num_keys))
         for sequence in range(0, sequences, at_once):
-            some = slice(sequence, sequence + at_once)
+            some = slice(sequence, min(sequence + at_once, sequences))
             for block in range(first, last, blocks_at_once):
                 end = min(block + blocks_at_once, last)
                 queries = self._queries[some, block * rows : end * rows].float() * self._scale
@@ -151,8 +172,13 @@ class GroupScores:
             last = logits[..., -1:].expand(-1, -1, missing)
             logits = torch.cat([logits, last], dim=2)
         logits = logits.unflatten(2, (self._num_k_blocks, self._per_k_block))
-        of_mean = logits.mean(-1, keepdim=True).exp_() if self._pooled else 0.0
-        squares = logits.exp_().sub_(of_mean).square_().sum(-1)
+        if self._pooled:
+            of_mean = logits.mean(-1, keepdim=True).exp_()
+            squares = logits.exp_().sub_(of_mean).square_().sum(-1)
+            least = LEAST * self._per_k_block
+            squares = torch.maximum(squares, of_mean.squeeze(-1).square_().mul_(least))
+        else:
+            squares = logits.exp_().square_().sum(-1)
         lacking = -squares.shape[1] % self._per_q_block
         if lacking:
             squares = torch.cat([squares, squares[:, -1:].expand(-1, lacking, -1)], dim=1)
@@ -164,4 +190,4 @@ def _log_sums(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     """fp32 [G, groups of queries], base 2: of the sums that their weights are shares of."""
     with without_autocast(queries.device.type):
         logits = torch.bmm(queries.float() * scale, keys.float().transpose(1, 2))
-    return logits.logsumexp(-1) / torch.log(torch.tensor(2.0)).item()
+    return logits.logsumexp(-1) / math.log(2.0)

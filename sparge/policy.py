@@ -10,7 +10,13 @@ from torch import Tensor
 
 from ..kernels import BlockPlan, TokenLayout
 from ..kernels.orders import mirrored_in_turn, video_order
-from ..kernels.plan import BLOCK_SIZES, POOLING, SKIPPED_BLOCKS
+from ..kernels.plan import (
+    BLOCK_SIZES,
+    POOLING,
+    SKIPPED_BLOCKS,
+    remainder,
+    said_of_skipped,
+)
 from ..kernels.twins import Twins
 from .checkpoint import SpargeCheckpoint
 from .dynamic_map import block_map
@@ -35,9 +41,10 @@ class SpargePolicy:
         cdfthreshd: keep the highest scores up to this sum of their softmax; replaces topk.
         attention_sink: keep the first key block for every query.
         block_order: "raster", or "Gilbert" to let blocks be compact in space and time.
-        skipped_blocks: "drop", or "pool" to attend to each through one mean key and value.
-        block_scores: "block means" as published, or "group means" to score blocks by what their mean
-            would miss, from means of `groups` tokens (group_scores.py).
+        skipped_blocks: "drop", or "pool" to attend to each through one mean key and value, or
+            "weighted" to weigh these means for the queries nearby (kernels/weighted_means.py).
+        block_scores: "block means" as published, or "group means" to score blocks by what their
+            mean would miss, from means of `groups` tokens (group_scores.py).
         checkpoint: tuned thresholds per layer and head; they replace topk, cdfthreshd and
             simthreshd1.
         block_m, block_n: tokens per query block and per key block.
@@ -53,7 +60,7 @@ class SpargePolicy:
     cdfthreshd: float | None = None
     attention_sink: bool = False
     # As published. The node's defaults are those of patching/sparge_choice.py: Gilbert order,
-    # pooled blocks and scores of group means, which are closer to dense attention (docs/measurements.md).
+    # weighted means and scores of group means, closer to dense attention (docs/measurements.md).
     block_order: str = "raster"
     skipped_blocks: str = "drop"
     block_scores: str = "block means"
@@ -116,12 +123,12 @@ class SpargePolicy:
         parts += [f"scores of {self.block_scores}"] if self.block_scores != BLOCK_SCORES[0] else []
         blocks = self.block_m, self.block_n
         parts += [f"blocks {self.block_m}x{self.block_n}"] if blocks != PUBLISHED_BLOCKS else []
-        parts += ["skipped blocks pooled"] if self.skipped_blocks == "pool" else []
+        parts += said_of_skipped(self.skipped_blocks)
         return f"sparge ({', '.join(parts)})"
 
     def pooling_reason(self) -> str | None:
         """Why only kernels that pool blocks can run its plans, or None."""
-        return POOLING if self.skipped_blocks == "pool" else None
+        return POOLING if self.skipped_blocks != "drop" else None
 
     def dense_reason(self, layout: TokenLayout) -> str | None:
         """Why Sparge cannot act on this layout, or None."""
@@ -169,7 +176,7 @@ class SpargePolicy:
             scale=scale,
             subtract_key_mean=True,
             groups=self.groups if self.block_scores == "group means" else None,
-            pooled=self.skipped_blocks == "pool",
+            pooled=self.skipped_blocks != "drop",
             twins=self.twins,
         )
         return self._with_text(kept, layout, packed=False)
@@ -190,7 +197,7 @@ class SpargePolicy:
             block_n=self.block_n,
             q_len=tokens,
             k_len=tokens,
-            pooled_remainder=self.skipped_blocks == "pool",
+            **remainder(self.skipped_blocks),
             packed=packed,
         )
 

@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..kernels.triton_launch import Launch, architecture, options
-from .group_scores import TINY
+from .group_scores import LEAST, TINY
 
 LOG2_E = 1.4426950408889634
 _LN_2 = tl.constexpr(0.6931471805599453)
-_TINY = tl.constexpr(TINY)
+_TINY, _LEAST = tl.constexpr(TINY), tl.constexpr(LEAST)
 # Rows of a tile of both kernels; key groups of a tile of the first, key blocks of the second.
 ROWS = 128
 SUMS = Launch(64, 8, 3)
@@ -114,6 +114,7 @@ def scores_kernel(
         # The sum of (weight - of_mean)^2, taken apart: of_mean is known after the last weight.
         of_mean = tl.math.exp2(of_logits / PER_K)
         of_squares += of_mean * (PER_K * of_mean - 2.0 * of_weights)
+        of_squares = tl.maximum(of_squares, _LEAST * PER_K * of_mean * of_mean)
     squares = tl.sum(tl.reshape(of_squares, [Q_BLOCKS, PER_Q, BLOCKS]), 1)
     scores = (0.5 * _LN_2) * tl.math.log2(tl.maximum(squares, _TINY))
 

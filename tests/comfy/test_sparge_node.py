@@ -49,11 +49,15 @@ def write_checkpoint(path, family, layers, heads, *, sparse=True, cdf=0.9):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("block_order", ["auto", "raster", "Gilbert"])
+@pytest.mark.parametrize(
+    ("block_order", "block_scores"),
+    [("auto", "auto"), ("raster", "group means"), ("Gilbert", "block means")],
+)
 @pytest.mark.parametrize("name", ["wan", "cogvideox"])
-def test_plug_and_play_acts(models, patch, sample, name, block_order):
+def test_plug_and_play_acts(models, patch, sample, name, block_order, block_scores):
     model = models(name)
-    patched = patch(model, topk=0.3, simthreshd1=-1.0, block_order=block_order)
+    how = {"block_order": block_order, "block_scores": block_scores}
+    patched = patch(model, topk=0.3, simthreshd1=-1.0, **how)
     out = sample(patched)
     assert 1e-6 < relative_error(out, sample(model)) < 1
     assert all(0 < call.density < 1 for call in sparse_calls(patched))
@@ -74,6 +78,30 @@ def test_auto_order_is_gilbert_but_for_what_belongs_to_the_models_own_order(
     assert order(block_order="raster") == "raster"
     with pytest.raises(ValueError, match="'hilbert': allowed are auto, raster, Gilbert"):
         order(block_order="hilbert")
+
+
+def test_auto_scores_are_of_group_means_but_for_thresholds_of_the_published_scores(
+    models, patch, checkpoint_folder
+):
+    write_checkpoint(checkpoint_folder / "tuned.pt", "wan", 4, 2)
+    tuned, by_sum = {"sparge_ckpt": "tuned.pt"}, {"cdfthreshd": 0.9}
+
+    def scores(**inputs):
+        options = patch(models("wan"), **inputs).model_options["transformer_options"]
+        return options["sparse_video_attention"].sparse.policy.block_scores
+
+    for inputs in ({}, {"topk": 0.5}, {"attention_sink": True}, {"skipped_blocks": "drop"}):
+        assert scores(**inputs) == scores(**inputs, block_scores="auto") == "group means"
+        assert scores(**inputs, block_scores="block means") == "block means"
+    for inputs in (tuned, by_sum, tuned | by_sum):
+        assert scores(**inputs) == scores(**inputs, block_scores="auto") == "block means"
+        assert scores(**inputs, block_scores="group means") == "group means"
+    for wrong in ("means", "Group means", None, 1):
+        with pytest.raises(ValueError) as refusal:
+            scores(block_scores=wrong)
+        allowed = "allowed are auto, block means, group means"
+        assert str(refusal.value).endswith(f"block_scores {wrong!r}: {allowed}")
+        assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.core

@@ -29,7 +29,7 @@ from .compiled_triton import (  # noqa: E402
 @pytest.mark.parametrize("levels", [(1,), (*PYRAMID, 128)], ids=str)
 def test_the_passes_over_q_k_v_do_not_spill(tmp_path, levels):
     shape = {"LEVELS": sum(levels), "BLOCK_N": 128, "HEAD_DIM": 128}
-    quantize = {**shape, "NUM_LEVELS": len(levels), "FP8": True, "FP16_SUMS": False}
+    quantize = {**shape, "FP8": True, "FP16_SUMS": False}
     quantized = {"ScratchK": "*i8", "StoredV": "*fp8e4nv"}
     store = {**quantize, "FP8": False, "FP16_SUMS": True}
     stored = {"ScratchK": "*i8", "StoredV": "*fp16", "ScratchV": "*fp16"}
@@ -59,7 +59,7 @@ def test_the_passes_over_q_k_v_do_not_spill(tmp_path, levels):
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_keys_and_values_are_read_in_pieces_of_16_bytes(tmp_path, block_n, head_dim):
     shape = {"LEVELS": sum(PYRAMID), "BLOCK_N": block_n, "HEAD_DIM": head_dim}
-    quantize = {**shape, "NUM_LEVELS": len(PYRAMID), "FP8": False, "FP16_SUMS": False}
+    quantize = {**shape, "FP8": False, "FP16_SUMS": False}
     warps = triton_scratch.warps_per_block(block_n, head_dim)
     pool = source(triton_pool.pool_kernel, "bf16", shape)
     blocks = source(triton_quantize.quantize_blocks_kernel, "bf16", quantize, {"ScratchK": "*i8"})

@@ -93,13 +93,47 @@ def test_one_more_dense_step_comes_first_or_last():
 @pytest.mark.parametrize("family", ["wan", "cogvideox"])
 def test_what_moves_tokens_is_also_measured_in_one_order(family):
     found = settings(family, "small")
-    alone = [setting for setting in found if setting.policy]
-    twins = [replace(s, curve=s.curve.removesuffix(" one order"), policy={}) for s in alone]
+    alone = [setting for setting in found if "alternate_orders" in setting.policy]
+    assert not any(setting.policy["alternate_orders"] for setting in alone)
+    assert alone == [setting for setting in found if setting.curve.endswith(" one order")]
+    twins = [
+        replace(
+            setting,
+            curve=setting.curve.removesuffix(" one order"),
+            policy={k: v for k, v in setting.policy.items() if k != "alternate_orders"},
+        )
+        for setting in alone
+    ]
     assert all(twin in found for twin in twins)
+    # A summary finds the twin by its label.
+    labels = [setting.label.replace(" alternate_orders=False", "") for setting in alone]
+    assert labels == [twin.label for twin in twins]
     # Of CogVideoX's presets one moves tokens.
     assert len([s for s in alone if s.method == "psa"]) == {"wan": 5, "cogvideox": 1}[family]
     assert len([s for s in alone if s.method == "sparge"]) == 2
-    assert all(s.label.endswith(" alternate_orders=False") for s in alone)
+    assert all(" alternate_orders=False" in s.label for s in alone)
+
+
+@pytest.mark.parametrize("family", ["wan", "cogvideox"])
+def test_sparge_is_pinned_to_block_means_in_the_nodes_own_blocks_but_for_its_defaults(family):
+    for grid in GRIDS:
+        found = settings(family, grid)
+        others = [s for s in found if s.method != "sparge"]
+        assert not any("block_scores" in s.policy for s in others)
+        free = [s for s in found if s.method == "sparge" and "block_scores" not in s.policy]
+        pinned = [s for s in found if "block_scores" in s.policy]
+        assert {s.policy["block_scores"] for s in pinned} <= {"block means"}
+        if grid in ("small", "full"):
+            assert [s.label for s in free] == ["sparge at its defaults"]
+        elif grid in ("few_steps", "ends"):
+            assert free == [] and pinned
+        elif grid != "fine_few_steps":
+            # What is as published, and in blocks of real sizes the other half of comparisons.
+            curves = {s.curve for s in pinned}
+            assert "sparge published" in curves and not curves & {s.curve for s in free}
+    fine = settings(family, "fine")
+    by_means = [s.own for s in fine if s.curve == "sparge block means topk"]
+    assert by_means == [s.own for s in fine if s.curve == "sparge topk"] != []
 
 
 @pytest.mark.parametrize("family", ["wan", "cogvideox"])

@@ -18,7 +18,10 @@ BACKEND = {
 EXACT = {"exact_timesteps": -1, "last_exact_timesteps": -1, "exact_layers": ""}
 SCHEDULE = {"last_dense_timesteps": 0, "start_percent": 0.0, "end_percent": 1.0}
 KERNEL = {"kernel": "auto", "precision": "auto", "min_tokens": 4096, "dense_vace_blocks": False}
-SPARGE_ADVANCED = {"cdfthreshd": 0.0, "attention_sink": False, "block_order": "auto"}
+SPARGE_ADVANCED = {
+    **{"cdfthreshd": 0.0, "attention_sink": False},
+    **{"block_order": "auto", "block_scores": "auto"},
+}
 # {node: (what everyone sees, what is advanced)}
 DROPPED = {
     "PatchRadialAttention": (RADIAL, SCHEDULE | {"skipped_blocks": "pool"} | KERNEL),

@@ -101,6 +101,7 @@ ALLOWS = {
         "cdfthreshd": number(float, 0, 1),
         "attention_sink": boolean,
         "block_order": choice("auto", "raster", "Gilbert"),
+        "block_scores": choice("auto", "group means", "block means"),
         "skipped_blocks": choice("drop", "pool"),
     },
     "SetAttentionBackend": {

@@ -36,6 +36,7 @@ LIKELY = {
     "block_size": [64, 128],
     "skipped_blocks": ["drop", "pool"],
     "block_order": ["auto", "raster", "Gilbert"],
+    "block_scores": ["auto", "group means", "block means"],
     "sparge_ckpt": ["none", "broken.pt"],
     "preset": ["auto", *PRESETS],
     "on_unavailable": ["fallback", "error"],

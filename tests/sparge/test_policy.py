@@ -49,6 +49,36 @@ def test_plan_is_the_block_map_of_the_call():
     assert 0.3 <= expected.float().mean() < 0.7
 
 
+@pytest.mark.parametrize("skipped", ["drop", "pool"])
+@pytest.mark.parametrize("groups", [(16, 8), (2, 1)], ids=str)
+def test_plan_by_group_means_is_the_block_map_by_these(groups, skipped):
+    """At the scale of the call, which the order of block means does not depend on."""
+    layout = TokenLayout(5, 10, 20)
+    q, k = qk(layout)
+    policy = SpargePolicy(
+        topk=0.3, block_scores="group means", skipped_blocks=skipped, groups=groups
+    )
+    levels = policy.plan(q, k, layout, layer=0, scale=0.02).to_levels() == 1
+    how = {"simthreshd1": -0.1, "topk": 0.3, "subtract_key_mean": True}
+    grouped = how | {"groups": groups, "pooled": skipped == "pool"}
+    assert torch.equal(levels, block_map(q, k, **grouped, scale=0.02))
+    for other in (how, grouped, grouped | {"scale": 0.02, "pooled": skipped == "drop"}):
+        assert not torch.equal(levels, block_map(q, k, **other))
+    if groups == (16, 8):
+        by_default = SpargePolicy(0.3, block_scores="group means", skipped_blocks=skipped)
+        assert by_default == policy != SpargePolicy(0.3, skipped_blocks=skipped)
+
+
+def test_density_is_forecast_by_either_scores():
+    """How many blocks topk keeps is no matter of which."""
+    layout = TokenLayout(5, 10, 20)
+    for scores in ("block means", "group means"):
+        policy = SpargePolicy(topk=0.3, block_scores=scores)
+        plan, _ = policy.forecast(layout)
+        levels, _, _ = kept(policy, layout)
+        assert (levels == 1).float().mean() == pytest.approx(plan.density())
+
+
 def test_similarity_is_that_of_keys_without_their_mean():
     """As in the published attention calls: a mean that all keys share says nothing about them."""
     layout = TokenLayout(8, 16, 16)
@@ -189,6 +219,8 @@ def test_published_checkpoint_makes_a_plan_per_layer():
         ("cdfthreshd", 2.0),
         ("block_order", "zigzag"),
         ("skipped_blocks", "keep"),
+        ("block_scores", "means"),
+        ("block_scores", None),
         ("block_n", 48),
         ("attention_sink", "false"),
         ("attention_sink", 1),
@@ -234,6 +266,10 @@ def test_policies_are_equal_and_hash_alike_by_value():
 
 def test_description_names_what_was_chosen():
     assert SpargePolicy().describe() == "sparge (topk 0.5, simthreshd1 -0.1)"
+    by_groups = SpargePolicy(block_order="Gilbert", block_scores="group means", block_n=32)
+    assert by_groups.describe() == (
+        "sparge (topk 0.5, simthreshd1 -0.1, Gilbert order, scores of group means, blocks 128x32)"
+    )
     tuned = SpargePolicy(
         checkpoint=load_checkpoint(PUBLISHED), block_order="Gilbert", skipped_blocks="pool"
     )

@@ -1,0 +1,59 @@
+"""Means of skipped blocks, weighted as the queries that skip them weigh their tokens.
+
+A plain mean of keys and values is what a query sees of a block whose logits are all alike. Around
+any other query p, to first order, it sees the means that p's own weights make:
+
+    w = softmax over the block of (scale p . k),  k' = sum w k,  v' = sum w v,
+
+and the block's share of p's softmax is exact if p's logit of k' is ln(sum exp(scale p . k)) - ln n,
+n the tokens of the block, whose ln n every pooled block has as its bias. k' is moved along p for
+that, by as much as w's entropy falls short of ln n. Queries near p see almost the same.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Of a mean query's squared length: where it is 0, so is what is divided by it.
+TINY = 1e-20
+
+
+def weighted_means(
+    k: Tensor, v: Tensor, queries: Tensor, block_n: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Keys and values that stand for every block, once for each query given.
+
+    Args:
+        k, v: [..., N, D]; queries: [..., R, D], mean queries; all of one floating dtype.
+        block_n: tokens of a block; the last one may have fewer.
+        scale: of the logits.
+
+    Returns:
+        keys and values, [..., R, ceil(N / block_n), D].
+    """
+    tokens, blocks = k.shape[-2], -(-k.shape[-2] // block_n)
+    lacking = blocks * block_n - tokens
+    if lacking:
+        k, v = (torch.nn.functional.pad(x, (0, 0, 0, lacking)) for x in (k, v))
+    logits = torch.matmul(queries, k.transpose(-1, -2)) * scale
+    if lacking:
+        logits[..., tokens:] = -math.inf
+    logits = logits.unflatten(-1, (blocks, block_n))  # [..., R, blocks, block_n]
+    log_sums = logits.logsumexp(-1, keepdim=True)
+    log_weights = logits - log_sums
+    weights = log_weights.exp()
+    # 0 for a token that is not there.
+    entropy = -(weights * log_weights.masked_fill_(weights == 0, 0.0)).sum(-1)
+
+    def means(x: Tensor) -> Tensor:
+        by_block = x.unflatten(-2, (blocks, block_n))  # [..., blocks, block_n, D]
+        return torch.matmul(weights.transpose(-2, -3), by_block).transpose(-2, -3)
+
+    counts = torch.full((blocks,), float(block_n), dtype=k.dtype, device=k.device)
+    counts[-1] = block_n - lacking
+    lengths = queries.square().sum(-1, keepdim=True).clamp(min=TINY)
+    shift = (entropy - counts.log()) / (scale * lengths)
+    return means(k) + shift.unsqueeze(-1) * queries.unsqueeze(-2), means(v)
