@@ -24,7 +24,7 @@ BISECTIONS = 10
 POOLED = " pool"
 HOPPER = "hopper"
 # With the policy of the node's defaults.
-SPARGE_DEFAULT = f"sparge Gilbert 0.3{POOLED}"
+SPARGE_DEFAULT = f"sparge group means 0.2 weighted{POOLED}"
 
 
 @dataclass(frozen=True)

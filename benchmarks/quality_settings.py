@@ -237,18 +237,18 @@ def _in_fine_blocks(family: str) -> Iterator[Setting]:
     section, preset = CLOSEST_PRESETS[family]
     closest = {"preset": f"{section}/{preset}", "skipped_blocks": "weighted"}
     yield Setting("psa", "psa weighted presets", closest, {"warmup_steps": QUARTER})
-    for share in (0.2, 0.3, 0.5):
+    for share in (0.1, 0.2, 0.3, 0.5):
         yield Setting("sparge", "sparge topk", {"topk": share})
         yield Setting("sparge", "sparge plain topk", {"topk": share}, policy=PLAIN)
     choices = (("Gilbert", "drop"), ("Gilbert", "pool"), ("raster", "weighted"))
     for order, skipped in choices:
-        own = {"topk": 0.3, "block_order": order, "skipped_blocks": skipped}
+        own = {"topk": 0.2, "block_order": order, "skipped_blocks": skipped}
         yield Setting("sparge", "sparge choices", own)
     for first, last in FEW_DENSE:
         schedule = {"dense_timesteps": first, "last_dense_timesteps": last}
         yield Setting("sparge", "sparge ends", schedule=schedule)
     one_order = {"alternate_orders": False}
-    yield Setting("sparge", f"sparge topk{ONE_ORDER}", {"topk": 0.3}, policy=one_order)
+    yield Setting("sparge", f"sparge topk{ONE_ORDER}", {"topk": 0.2}, policy=one_order)
     weighted = {"skipped_blocks": "weighted"}
     for own in ({"skipped_blocks": "drop"}, weighted, {"decay_factor": 0.8}):
         yield Setting("radial", "radial choices", own)
@@ -259,7 +259,7 @@ def _few_in_fine_blocks(family: str) -> Iterator[Setting]:
     section, preset = CLOSEST_PRESETS[family]
     bases = [
         Setting("sparge", "sparge few"),
-        Setting("sparge", "sparge few 0.5", {"topk": 0.5}),
+        Setting("sparge", "sparge few 0.3", {"topk": 0.3}),
         Setting("radial", "radial few"),
         Setting("psa", "psa few", {"preset": f"{section}/{preset}"}),
     ]
@@ -274,7 +274,7 @@ def _frames() -> Iterator[Setting]:
     yield Setting("sparge", "sparge defaults")
     own = {"topk": 0.5} | PUBLISHED_BLOCKS
     yield Setting("sparge", "sparge published", own, policy=BLOCK_MEANS)
-    for share in (0.3, 0.5):
+    for share in (0.2, 0.3):
         for order in ("Gilbert", "raster"):
             own = {"topk": share, "block_order": order}
             yield Setting("sparge", f"sparge {order} pool", own)

@@ -20,8 +20,8 @@ FAMILY_NAMES = {"wan": "WAN", "cogvideox": "CogVideoX"}
 README_ROWS = (
     ("Dense, the whole model in bf16", FLOOR, STEPS),
     ("Sparge at its defaults", "sparge at its defaults", 1),
-    ("Sparge, `topk` 0.2", "sparge topk=0.2", QUARTER),
-    ("Sparge, `topk` 0.5", "sparge topk=0.5", QUARTER),
+    ("Sparge, `topk` 0.1", "sparge topk=0.1", QUARTER),
+    ("Sparge, `topk` 0.3", "sparge topk=0.3", QUARTER),
     (
         "Sparge as published",
         "sparge topk=0.5 block_order=raster skipped_blocks=drop block_scores=block means",

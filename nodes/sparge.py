@@ -56,7 +56,7 @@ class PatchSpargeAttention(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "topk",
-                    default=0.3,
+                    default=0.2,
                     min=0.0,
                     max=1.0,
                     step=0.01,

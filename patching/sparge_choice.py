@@ -107,7 +107,7 @@ def sparge_choice(
     model: Any,
     *,
     sparge_ckpt: str = NO_CHECKPOINT,
-    topk: float = 0.3,
+    topk: float = 0.2,
     simthreshd1: float = -0.1,
     cdfthreshd: float = 0.0,
     attention_sink: bool = False,
@@ -121,9 +121,10 @@ def sparge_choice(
 ) -> SparseChoice:
     """The choice PatchSpargeAttention's inputs make for a MODEL; the defaults are the node's.
 
-    Published are a topk of 0.5, raster order, dropped blocks and no dense steps. With compact
-    blocks, and the means of the skipped ones attended to, 0.3 is closer to full attention than
-    that; of dense steps the last one does most (docs/measurements.md).
+    Published are a topk of 0.5, raster order, scores of block means, dropped blocks and no dense
+    steps. With compact blocks, those attended to that their means stand for worst, and weighted
+    means of the others, 0.2 is closer to full attention than that; of dense steps the last one
+    does most (docs/measurements.md).
 
     Args:
         cdfthreshd: 0 to keep by topk.

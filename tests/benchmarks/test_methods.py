@@ -37,7 +37,7 @@ PSA_NAMES = {
     ],
 }
 OTHER_NAMES = ["radial", "radial pool", "sparge raster", "sparge raster pool"]
-OTHER_NAMES += ["sparge Gilbert", "sparge Gilbert pool", "sparge Gilbert 0.3 pool"]
+OTHER_NAMES += ["sparge Gilbert", "sparge Gilbert pool", "sparge group means 0.2 weighted pool"]
 OTHER_NAMES += ["radial 64 pool"]
 CASES = [
     (shape, name)
@@ -94,7 +94,13 @@ def test_pooled_methods_also_run_on_the_hopper_kernel(shape_name, without, hoppe
     monkeypatch.setenv("BENCHMARK_WITHOUT", without)
     listed = list(methods(find_grid_shape(shape_name).model_family))
     by_name = [m for m in listed if m.kernel != "auto"]
-    pooled = ["radial", "radial 64", "sparge raster", "sparge Gilbert", "sparge Gilbert 0.3"]
+    pooled = [
+        "radial",
+        "radial 64",
+        "sparge raster",
+        "sparge Gilbert",
+        "sparge group means 0.2 weighted",
+    ]
     pooled += PSA_NAMES[shape_name]
     expected = {(f"{name} pool hopper", "hopper") for name in pooled}
     assert {(m.name, m.kernel) for m in by_name} == (expected if hopper and not without else set())

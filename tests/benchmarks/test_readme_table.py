@@ -19,7 +19,7 @@ def test_the_readme_has_whole_calls_of_the_defaults_on_gpus():
         "rows": [
             row | {"method": "radial pool", "call_ms": 10.0},
             row | {"method": "radial", "call_ms": 9.0},
-            row | {"method": "sparge Gilbert 0.3 pool", "call_ms": None},
+            row | {"method": "sparge group means 0.2 weighted pool", "call_ms": None},
             row | {"method": "sparge Gilbert", "call_ms": 10.0},
             row | {"method": "psa CogVideo_5b/psa_balanced", "call_ms": 5.0, "speedup": 6.0},
             row | {"method": "psa Wan2.1_1.3b/psa_topk", "call_ms": 6.0},

@@ -74,7 +74,7 @@ def test_a_file_s_sparge_has_the_node_s_defaults(models, set_backends, tmp_path)
     by_file = _sparse(set_backends(models("wan"), config_file=str(path)))
     assert by_file == _sparse(*PatchSpargeAttention.execute(models("wan")))
     policy, schedule = by_file.policy, by_file.schedule
-    assert (policy.topk, policy.block_order, policy.skipped_blocks) == (0.3, "Gilbert", "pool")
+    assert (policy.topk, policy.block_order, policy.skipped_blocks) == (0.2, "Gilbert", "weighted")
     assert (schedule.dense_timesteps, schedule.last_dense_timesteps) == (0, -1)
     assert schedule.dense_layers == {0}
 

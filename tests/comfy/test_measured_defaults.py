@@ -45,4 +45,4 @@ def test_settings_of_sparge_have_a_quarter_of_the_steps_dense_but_for_its_defaul
     assert dense_steps(topk=0.3) == dense_steps(cdfthreshd=0.5) == (3, 0)
     (fine,) = [s for s in settings("wan", "fine") if s.label == "sparge at its defaults"]
     policy = fine.choice(models("wan")).policy
-    assert (policy.block_m, policy.block_n, policy.topk) == (16, 8, 0.3)
+    assert (policy.block_m, policy.block_n, policy.topk) == (16, 8, 0.2)

@@ -192,7 +192,10 @@ def test_the_last_sparse_node_of_the_pack_acts_and_says_so(
         ({"warmup_steps": -3}, "warmup_steps -3: allowed are whole numbers from -1 to 100"),
         ({"warmup_steps": "x"}, "warmup_steps 'x': allowed are whole numbers from -1 to 100"),
         ({"dense_layers": "9"}, "layer 9 is outside this model"),
-        ({"skipped_blocks": "mean"}, "skipped_blocks must be one of drop, pool; got 'mean'"),
+        (
+            {"skipped_blocks": "mean"},
+            "skipped_blocks must be one of drop, pool, weighted; got 'mean'",
+        ),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
 )

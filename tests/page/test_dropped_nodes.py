@@ -8,7 +8,7 @@ MODERN = "Comfy.VueNodes.Enabled"
 RADIAL = {"dense_layers": "0", "dense_timesteps": -1, "block_size": 128, "decay_factor": 0.2}
 PSA = {"preset": "auto", "warmup_steps": -1}
 SPARGE = {
-    **{"sparge_ckpt": "none", "topk": 0.3, "simthreshd1": -0.1},
+    **{"sparge_ckpt": "none", "topk": 0.2, "simthreshd1": -0.1},
     **{"dense_layers": "0", "dense_timesteps": 0},
 }
 BACKEND = {

@@ -195,7 +195,9 @@ def test_skipped_blocks_can_be_attended_to_through_their_means(name, block_n):
 
 
 def test_what_becomes_of_skipped_blocks_is_one_of_two():
-    with pytest.raises(ValueError, match="skipped_blocks must be one of drop, pool; got 'mean'"):
+    with pytest.raises(
+        ValueError, match="skipped_blocks must be one of drop, pool, weighted; got 'mean'"
+    ):
         PsaPolicy(PYRAMID, skipped_blocks="mean")
 
 

@@ -156,7 +156,10 @@ def test_describe(policy, text):
     [
         ({"block_size": 96}, "block_size must be one of 16, 32, 64, 128, 256; got 96"),
         ({"decay_factor": 3.0}, "decay_factor must be between 0.0 and 2.0; got 3.0"),
-        ({"skipped_blocks": "keep"}, "skipped_blocks must be one of drop, pool; got 'keep'"),
+        (
+            {"skipped_blocks": "keep"},
+            "skipped_blocks must be one of drop, pool, weighted; got 'keep'",
+        ),
         ({"family": "ltx"}, "family must be one of wan, hunyuan; got 'ltx'"),
     ],
     ids=["block_size", "decay_factor", "skipped_blocks", "family"],
