@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from .registry import KernelCall
-from .triton_launch import warps
+from .triton_launch import architecture, warps
 from .triton_pool import pool_kernel
 from .triton_quantize import quantize_blocks_kernel, quantize_queries_kernel
 from .triton_statistics import statistics_kernel
-from .triton_weighted import weighted_pool_kernel
+from .triton_weighted import launch_for, weighted_pool_kernel
 
 # Upper limits of the scratch memory of a call, unless one head needs more: in bytes or, if that is
 # more, as a share of the GPU's memory, since most of a GPU idles while a group's last programs
@@ -29,8 +29,6 @@ MAX_GRID_Y = 65535
 CHUNK_TOKENS = 1024
 FP8_MAX = 448.0
 LOG2_E = 1.4426950408889634
-# Of a tile of the kernel that makes weighted means.
-MEAN_QUERIES = 32
 # Of values that weights add up with in fp16: 64 weights of 2**8 (triton_launch.FP16_SUMS_KEYS) are
 # then at most 2**15. A power of two: values lose nothing by it.
 FP16_VALUES_MAX = 2.0
@@ -160,12 +158,11 @@ class Scratch:
             *(*strides(k), *strides(v), first, k.shape[1], plan.k_len, number),
             *(self.k_rows, self.v_rows, self.k_rows - own, self.v_rows - own),
             *(self.scale_rows, len(self.plain_levels), call.scale * LOG2_E),
-            QUERIES=MEAN_QUERIES,
             BLOCK_N=plan.block_n,
             HEAD_DIM=k.shape[3],
             QUANTIZED=self.quantized,
             SCALED=scaled,
-            **warps(4),
+            **launch_for(architecture(k.device), plan.block_n, k.shape[3]),
         )
 
     def _quantize(self, q: Tensor, k: Tensor, v: Tensor, first: int, count: int) -> Tensor:

@@ -5,9 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_launch import warps
 from .triton_quantize import TINY, to_int8
 from .triton_statistics import magnitude
 
+# Mean queries of a tile, and warps of a program. RDNA's products hold both operands in registers,
+# of which a lane has 256: the fewest that spill, in what is about a hundredth of a call.
+MEAN_QUERIES, WARPS = 32, 4
+RDNA_MEAN_QUERIES, RDNA_WARPS = 16, 8
+# Up to so many numbers keys (in two layouts) and values of a block fit into shared memory together.
+ONE_PART = 64 * 128
 # Of a mean query's squared length.
 TINY_LENGTH: tl.constexpr = tl.constexpr(1e-20)
 
@@ -49,6 +56,7 @@ def weighted_pool_kernel(
     HEAD_DIM: tl.constexpr,
     QUANTIZED: tl.constexpr,
     SCALED: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """Grid (key blocks, heads of this launch).
 
@@ -58,7 +66,8 @@ def weighted_pool_kernel(
     QUANTIZED: keys minus KMean, fp32 [heads of this launch, HEAD_DIM], are stored as int8, each
         with its scale in KScale, which has scale_rows rows of a head, these from first_scale on.
     SCALED: values are divided by VScale, fp32 [heads of this launch, HEAD_DIM].
-    scale: of the logits, times log2(e).
+    PARTS: 1, or 2 to make all keys and then, from the same weights anew, all values, which takes
+        less memory. scale: of the logits, times log2(e).
     """
     block = tl.program_id(0)
     num_k = tl.num_programs(0)
@@ -73,8 +82,6 @@ def weighted_pool_kernel(
     tokens = (block * BLOCK_N + token).to(tl.int64)[:, None]
     keys = K + b * stride_kb + h * stride_kh + tokens * stride_kn + dims[None, :]
     key = tl.load(keys, mask=present[:, None], other=0.0)
-    values = V + b * stride_vb + h * stride_vh + tokens * stride_vn + dims[None, :]
-    value = tl.load(values, mask=present[:, None], other=0.0)
     log_count = tl.math.log2(tokens_left.to(tl.float32))
     P += head.to(tl.int64) * num_queries * HEAD_DIM
     ScratchK += (local_head * k_rows + first_k) * HEAD_DIM
@@ -85,34 +92,49 @@ def weighted_pool_kernel(
     if SCALED:
         v_scale = tl.load(VScale + local_head * HEAD_DIM + dims)[None, :]
 
-    for first in tl.range(0, num_queries, QUERIES):
-        row = first + tl.arange(0, QUERIES)
-        inside = row < num_queries
-        at = row[:, None] * HEAD_DIM + dims[None, :]
-        query = tl.load(P + at, mask=inside[:, None], other=0.0)
-        logits = tl.dot(query, tl.trans(key)) * scale
-        logits = tl.where(present[None, :], logits, float("-inf"))
-        largest = tl.max(logits, 1)
-        weights = tl.math.exp2(logits - largest[:, None])
-        total = tl.sum(weights, 1)
-        weights = weights / total[:, None]
-        logits = tl.where(present[None, :], logits, 0.0)
-        # The entropy of the weights, minus what it is where all are alike.
-        short = largest + tl.math.log2(total) - tl.sum(weights * logits, 1) - log_count
-        weights = weights.to(key.dtype)
-        wide = query.to(tl.float32)
-        length = tl.maximum(tl.sum(wide * wide, 1), TINY_LENGTH)
-        mean = tl.dot(weights, key) + wide * (short / (scale * length))[:, None]
-        seen = tl.dot(weights, value)
-        rows = (row * num_k + block).to(tl.int64)
-        out = rows[:, None] * HEAD_DIM + dims[None, :]
-        if QUANTIZED:
-            mean -= k_mean
-            key_scale = tl.maximum(tl.max(magnitude(mean), 1), TINY) / 127.0
-            tl.store(ScratchK + out, to_int8(mean / key_scale[:, None]), mask=inside[:, None])
-            tl.store(KScale + rows, key_scale, mask=inside)
-        else:
-            tl.store(ScratchK + out, mean.to(ScratchK.dtype.element_ty), mask=inside[:, None])
-        if SCALED:
-            seen /= v_scale
-        tl.store(ScratchV + out, seen.to(ScratchV.dtype.element_ty), mask=inside[:, None])
+    for PART in tl.static_range(PARTS):
+        if PART == PARTS - 1:
+            values = V + b * stride_vb + h * stride_vh + tokens * stride_vn + dims[None, :]
+            value = tl.load(values, mask=present[:, None], other=0.0)
+        # Prefetching mean queries would take memory that the block needs.
+        for first in tl.range(0, num_queries, QUERIES, num_stages=1):
+            row = first + tl.arange(0, QUERIES)
+            inside = row < num_queries
+            at = row[:, None] * HEAD_DIM + dims[None, :]
+            query = tl.load(P + at, mask=inside[:, None], other=0.0)
+            logits = tl.dot(query, tl.trans(key)) * scale
+            logits = tl.where(present[None, :], logits, float("-inf"))
+            largest = tl.max(logits, 1)
+            weights = tl.math.exp2(logits - largest[:, None])
+            total = tl.sum(weights, 1)
+            weights = weights / total[:, None]
+            rows = (row * num_k + block).to(tl.int64)
+            out = rows[:, None] * HEAD_DIM + dims[None, :]
+            if PART == 0:
+                logits = tl.where(present[None, :], logits, 0.0)
+                # The entropy of the weights, minus what it is where all are alike.
+                entropy = largest + tl.math.log2(total) - tl.sum(weights * logits, 1)
+                wide = query.to(tl.float32)
+                length = tl.maximum(tl.sum(wide * wide, 1), TINY_LENGTH)
+                shift = (entropy - log_count) / (scale * length)
+                mean = tl.dot(weights.to(key.dtype), key) + wide * shift[:, None]
+                if QUANTIZED:
+                    mean -= k_mean
+                    key_scale = tl.maximum(tl.max(magnitude(mean), 1), TINY) / 127.0
+                    mean = to_int8(mean / key_scale[:, None])
+                    tl.store(KScale + rows, key_scale, mask=inside)
+                mean = mean.to(ScratchK.dtype.element_ty)
+                tl.store(ScratchK + out, mean, mask=inside[:, None])
+            if PART == PARTS - 1:
+                seen = tl.dot(weights.to(value.dtype), value)
+                if SCALED:
+                    seen /= v_scale
+                tl.store(ScratchV + out, seen.to(ScratchV.dtype.element_ty), mask=inside[:, None])
+
+
+def launch_for(arch: int | str, block_n: int, head_dim: int) -> dict[str, int]:
+    """QUERIES, PARTS and Triton's options; see triton_launch.architecture."""
+    if isinstance(arch, str) and arch.startswith(("gfx11", "gfx12")):
+        return {"QUERIES": RDNA_MEAN_QUERIES, "PARTS": 1, **warps(RDNA_WARPS)}
+    parts = 1 if block_n * head_dim <= ONE_PART else 2
+    return {"QUERIES": MEAN_QUERIES, "PARTS": parts, **warps(WARPS)}
