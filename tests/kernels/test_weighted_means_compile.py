@@ -6,14 +6,14 @@ import re
 import pytest
 
 pytest.importorskip("triton")
-import triton  # noqa: E402
-from sparse_video_attention.kernels import (  # noqa: E402
+import triton
+from sparse_video_attention.kernels import (
     triton_launch,
     triton_weighted,
 )
-from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.compiler import GPUTarget
 
-from .compiled_triton import (  # noqa: E402
+from .compiled_triton import (
     IS_RELEASE_OF_SETTINGS,
     SHARED_MEMORY,
     attention_source,
