@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 import torch
 from sparse_video_attention.kernels import BlockPlan, TokenLayout
-from sparse_video_attention.kernels.plan import PLAN_BLOCK_SIZES, remainder
+from sparse_video_attention.kernels.plan import PLAN_BLOCK_SIZES
+from sparse_video_attention.kernels.skipped import remainder
 from sparse_video_attention.patching import SparseChoice
 from sparse_video_attention.psa import PsaPolicy
 from sparse_video_attention.psa.policy import keep_text
@@ -75,7 +76,7 @@ class FineRadial(RadialPolicy):
             block_n=self.block_n,
             q_len=layout.num_tokens,
             k_len=layout.num_tokens,
-            **remainder(self.skipped_blocks),
+            **remainder(self.skipped_blocks, plan.num_q_blocks),
         )
 
 

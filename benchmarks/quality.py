@@ -24,7 +24,8 @@ from .quality_metrics import Distance, find_lpips, psnr, ssim
 from .quality_plot import can_be_drawn, draw
 from .quality_rows import Row, keep_others, row_writer, weights_facts
 from .quality_sampling import Miniature, Result, Shot
-from .quality_settings import FINE_GRIDS, FRAMES, GRIDS, INT8_DENSE, METHODS, STEPS, settings
+from .quality_setting import INT8_DENSE
+from .quality_settings import FINE_GRIDS, FRAMES, GRIDS, METHODS, STEPS, settings
 from .quality_summary import directions, summarise
 from .quality_table import FLOOR
 from .wan_model import start_comfyui

@@ -16,7 +16,7 @@ from miniature.latents import LATENT_CHANNELS, cogvideox_colours, wan_colours
 from miniature.prompts import Prompt, text_features
 
 from .fine_blocks import mean_density
-from .quality_settings import Setting
+from .quality_setting import Setting
 
 COLOURS = {"wan": wan_colours, "cogvideox": cogvideox_colours}
 

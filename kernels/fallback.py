@@ -97,7 +97,7 @@ def _shape_key(call: KernelCall, kernel: str) -> Hashable:
     tensors = tuple(
         (tuple(x.shape), x.stride(-1), x.dtype, x.device) for x in (call.q, call.k, call.v)
     )
-    sizes = (plan.q_len, plan.k_len, plan.block_m, plan.block_n, plan.levels)
+    sizes = (plan.q_len, plan.k_len, plan.block_m, plan.block_n, plan.levels, plan.pool_rows > 0)
     lists = (tuple(plan.bounds.shape[:2]), plan.device)
     return tensors, sizes, lists, call.scale, kernel, call.precision, call.needs_gradients
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,40 +22,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PYRAMID_LEVELS = (1, 2, 4, 8)
-# What can become of blocks that a method leaves out, as its node's input says it, and what is said
-# where a kernel cannot pool.
-SKIPPED_BLOCKS = ("drop", "pool", "weighted")
-POOLING = "skipped_blocks is not drop: set it so, or kernel to auto"
-# Query blocks that share weighted means: fewer are closer, and take memory and time.
-WEIGHTED_ROWS = 4
-_SAID = {
-    "drop": [],
-    "pool": ["skipped blocks pooled"],
-    "weighted": ["skipped blocks pooled by weight"],
-}
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 # A plan may have smaller ones, which only the torch kernel takes: miniatures are measured with
 # blocks as small for their frames as these are for real ones (benchmarks/fine_blocks.py).
 PLAN_BLOCK_SIZES = (4, 8, *BLOCK_SIZES)
 MAX_ENTRIES = 2**31 - 1
-
-
-class Remainder(TypedDict):
-    """What becomes of skipped blocks, as arguments of BlockPlan.from_mask and from_levels."""
-
-    pooled_remainder: bool
-    pool_rows: int
-
-
-def remainder(skipped_blocks: str) -> Remainder:
-    """Of one of SKIPPED_BLOCKS."""
-    rows = WEIGHTED_ROWS if skipped_blocks == "weighted" else 0
-    return {"pooled_remainder": skipped_blocks != "drop", "pool_rows": rows}
-
-
-def said_of_skipped(skipped_blocks: str) -> list[str]:
-    """For the log: what becomes of skipped blocks, nothing if they are dropped."""
-    return _SAID[skipped_blocks]
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,8 @@ def rows_of(plan: BlockPlan, stretches: Sequence[tuple[int, int]]) -> list[Block
     """For each (first, count) the plan of `count` queries from query `first` on, over all keys.
 
     Its query blocks start at `first`, so one may lie across two of the plan's: it attends to what
-    either of these attends to, at the finer of their levels.
+    either of these attends to, at the finer of their levels. Where means are weighted, they are for
+    its own queries.
 
     Raises:
         ValueError: the plan does not have these queries.
@@ -41,5 +42,8 @@ def _stretch(plan: BlockPlan, levels: Tensor, first: int, count: int) -> BlockPl
         block_n=plan.block_n,
         q_len=count,
         k_len=plan.k_len,
+        # Nothing is skipped where the remainder is pooled.
+        pooled_remainder=plan.pool_rows > 0,
+        pool_rows=plan.pool_rows,
         allowed=plan.levels,
     )

@@ -57,7 +57,8 @@ def reference_attention(
     block_levels = plan.to_levels()  # [B or 1, H or 1, M, N]
     query_block = torch.arange(plan.q_len, device=q.device) // plan.block_m
 
-    logits, values = [], []
+    logits: list[Tensor] = []
+    values: list[Tensor] = []
     for level in plan.levels:
         if plan.pool_rows and level == plan.block_n:
             visible = block_levels[:, :, query_block] == level
@@ -105,7 +106,7 @@ def _with_weighted_means(
         # What p's logit of that key lacks to the log of its weights' sum.
         short = of_mean.logsumexp(dim=-1) - (p * key).sum(-1) * scale
         key = key + (short - math.log(keys.shape[2]))[..., None] * p / (
-            scale * p.square().sum(-1, keepdim=True).clamp(min=1e-20)
+            (scale * p.square().sum(-1, keepdim=True)).clamp(min=1e-20)
         )
         logit = (q * key).sum(-1) * scale + math.log(keys.shape[2])
         all_logits.append(logit.masked_fill(~visible[..., block], float("-inf"))[..., None])

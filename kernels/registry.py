@@ -65,7 +65,9 @@ class KernelCall:
         """[B, H, groups, D] in q's dtype, for a plan with pool_rows."""
         if self.pool_queries is not None:
             return self.pool_queries
-        return group_means(self.q, self.plan.block_m * self.plan.pool_rows)
+        means = group_means(self.q, self.plan.block_m * self.plan.pool_rows)
+        # Of a query that is no number nothing is known: plain means then, for those around it.
+        return means.nan_to_num_(0.0, 0.0, 0.0)
 
     @property
     def needs_gradients(self) -> bool:

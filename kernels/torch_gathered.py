@@ -18,6 +18,7 @@ from .autocast import without_autocast
 from .plan import BlockPlan
 from .registry import KernelCall
 from .torch_levels import LevelKeys
+from .weighted_means import in_whole_blocks
 
 # Bytes of gathered keys and values at a time; one query block of one head at least.
 GATHER_BYTES = 256 * 2**20
@@ -67,6 +68,9 @@ def attend_gathered(call: KernelCall, *, means_in: torch.dtype | None = None) ->
                     LevelKeys.of_tokens(k, v, level, plan.block_n, means_in=means_in)
                     for level in plain
                 ]
+                whole_k, whole_v = k, v
+                if plan.pool_rows:
+                    whole_k, whole_v = (in_whole_blocks(x, plan.block_n) for x in (k, v))
                 plan_head = (min(b, plan.bounds.shape[0] - 1), 0 if shared else h)
                 max_keys = GATHER_BYTES // (bytes_per_key * k.shape[0])
                 for rows, tokens, entries in _batches(plan, plan_head, max_keys):
@@ -76,7 +80,13 @@ def attend_gathered(call: KernelCall, *, means_in: torch.dtype | None = None) ->
                         means = mean_queries[b, some].index_select(1, rows // plan.pool_rows)
                         weighted = [
                             LevelKeys.weighted(
-                                k, v, means.to(dtype), plan.block_n, call.scale, means_in=means_in
+                                whole_k,
+                                whole_v,
+                                means.to(dtype),
+                                plan.block_n,
+                                call.scale,
+                                plan.k_len,
+                                means_in=means_in,
                             )
                         ]
                     attended = _attend_rows(

@@ -65,16 +65,16 @@ class LevelKeys:
         queries: Tensor,
         block_n: int,
         scale: float,
+        tokens: int,
         *,
         means_in: torch.dtype | None = None,
     ) -> LevelKeys:
         """The level block_n with weighted means, k and v [..., rows, blocks, D].
 
-        Args:
-            queries: [..., rows, D], as in weighted_means.
+        Args: as in weighted_means.
         """
-        means = weighted_means(k, v, queries, block_n, scale)
-        return cls._of_means(means, k.shape[-2], block_n, block_n, means_in)
+        means = weighted_means(k, v, queries, block_n, scale, tokens)
+        return cls._of_means(means, tokens, block_n, block_n, means_in)
 
     @classmethod
     def _of_means(

@@ -23,6 +23,7 @@ from .registry import KernelCall
 from .torch_levels import LevelKeys
 from .torch_runs import RowRuns, row_runs
 from .torch_workers import for_each
+from .weighted_means import in_whole_blocks
 
 # Keys per panel. 1024 to 4096 are within 4 % of each other.
 PANEL_KEYS = 2048
@@ -169,13 +170,19 @@ def _head_groups(call: KernelCall) -> Iterator[list[tuple[int, int]]]:
 
 
 def _level_keys(call: KernelCall, pairs: list[tuple[int, int]]) -> list[list[LevelKeys]]:
-    """Of every pair; a level of weighted means, which differ from row to row, has the tokens."""
+    """Of every pair; a level of weighted means, which differ from row to row, has whole blocks of
+    the tokens."""
     plan = call.plan
-    levels = [1 if plan.pool_rows and level == plan.block_n else level for level in plan.levels]
-    return [
-        [LevelKeys.of_tokens(k, v, level, plan.block_n) for level in levels]
-        for k, v in ((_fp32(call.k[pair]), _fp32(call.v[pair])) for pair in pairs)
-    ]
+    plain = plan.levels[:-1] if plan.pool_rows else plan.levels
+    keys = []
+    for pair in pairs:
+        k, v = _fp32(call.k[pair]), _fp32(call.v[pair])
+        levels = [LevelKeys.of_tokens(k, v, level, plan.block_n) for level in plain]
+        if plan.pool_rows:
+            k, v = in_whole_blocks(k, plan.block_n), in_whole_blocks(v, plan.block_n)
+            levels.append(LevelKeys.of_tokens(k, v, 1, plan.block_n))
+        keys.append(levels)
+    return keys
 
 
 def _fp32(x: Tensor) -> Tensor:
@@ -191,7 +198,8 @@ def attend_in_panels(call: KernelCall) -> Tensor:
     with torch.no_grad():
         for pairs in _head_groups(call):
             keys = _level_keys(call, pairs)
-            for_each(_row_worker(call, runs, pairs, keys, out), len(pairs) * plan.num_q_blocks)
+            tasks = len(pairs) * -(-plan.num_q_blocks // max(1, plan.pool_rows))
+            for_each(_row_worker(call, runs, pairs, keys, out), tasks)
     return out
 
 
@@ -205,27 +213,31 @@ def _row_worker(
     plan = call.plan
     plan_batch, plan_heads = plan.bounds.shape[:2]
     whole_blocks = plan.k_len // plan.block_n
+    # A task is a query block, or those that share weighted means.
+    step = max(1, plan.pool_rows)
+    groups = -(-plan.num_q_blocks // step)
     mean_queries = call.mean_queries() if plan.pool_rows else None
+
+    def levels_of(pair: int, group: int) -> list[LevelKeys]:
+        if mean_queries is None:
+            return keys[pair]
+        *levels, tokens = keys[pair]
+        mean = mean_queries[pairs[pair]][group : group + 1].float()
+        means = LevelKeys.weighted(tokens.k, tokens.v, mean, plan.block_n, call.scale, plan.k_len)
+        return [*levels, replace(means, k=means.k[0], v=means.v[0])]
 
     def work(next_task: Callable[[], int | None]) -> None:
         workspace = PanelWorkspace(plan.block_m, call.q.shape[3])
         while (task := next_task()) is not None:
-            pair, i = divmod(task, plan.num_q_blocks)
+            pair, group = divmod(task, groups)
             b, h = pairs[pair]
             plan_row = min(b, plan_batch - 1) * plan_heads + min(h, plan_heads - 1)
-            row = runs.of_row(plan_row * plan.num_q_blocks + i)
-            tokens = slice(i * plan.block_m, min((i + 1) * plan.block_m, plan.q_len))
-            q = _fp32(call.q[b, h, tokens]) * call.scale
-            levels = keys[pair]
-            if mean_queries is not None:
-                # Anew for each of the rows that share them: a small part of what a row attends to,
-                # where those of all rows would be as large as many copies of k and v.
-                group = i // plan.pool_rows
-                mean = mean_queries[b, h, group : group + 1].float()
-                *levels, every = levels
-                means = LevelKeys.weighted(every.k, every.v, mean, plan.block_n, call.scale)
-                levels.append(replace(means, k=means.k[0], v=means.v[0]))
-            panels = _panels(row, levels, whole_blocks)
-            out[b, h, tokens] = _attend_row(q, panels, levels, workspace)
+            levels = levels_of(pair, group)
+            for i in range(group * step, min((group + 1) * step, plan.num_q_blocks)):
+                row = runs.of_row(plan_row * plan.num_q_blocks + i)
+                tokens = slice(i * plan.block_m, min((i + 1) * plan.block_m, plan.q_len))
+                q = _fp32(call.q[b, h, tokens]) * call.scale
+                panels = _panels(row, levels, whole_blocks)
+                out[b, h, tokens] = _attend_row(q, panels, levels, workspace)
 
     return work

@@ -22,6 +22,7 @@ NUM_LOG_LEVELS: tl.constexpr = tl.constexpr(9)
     do_not_specialize=[
         "stride_bounds_b", "stride_bounds_h", "stride_bounds_m",
         "first_head", "heads", "q_len", "k_len", "scratch_k_rows", "scratch_v_rows", "scale_rows",
+        "pool_rows",
     ]
 )  # fmt: skip
 def attention_kernel(
@@ -60,9 +61,10 @@ def attention_kernel(
     scratch_k_rows,
     scratch_v_rows,
     scale_rows,
+    pool_rows,
     scale,
     LEVELS: tl.constexpr,
-    POOL_ROWS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILE_N: tl.constexpr,
@@ -76,8 +78,8 @@ def attention_kernel(
 
     ScratchK [heads of this launch, scratch_k_rows, HEAD_DIM] holds the plan's pooled levels, and
     level 1 too if QUANTIZED, one after the other: num_k_blocks * BLOCK_N / level rows each.
-    ScratchV is the same for values, without level 1. With POOL_ROWS the last level has so many rows
-    for every POOL_ROWS query blocks, weighted_means of their own.
+    ScratchV is the same for values, without level 1. WEIGHTED: the last level has so many rows for
+    every pool_rows query blocks, weighted_means of their own.
     QUANTIZED: Q is int8 [heads of this launch, q_len, HEAD_DIM] with QScale [heads of this launch,
         q_len]; ScratchK is int8 with KScale [heads of this launch, scale_rows, num_k_blocks]: a row
         for every level, and of the last one as many as it has weighted means of a block.
@@ -150,9 +152,9 @@ def attention_kernel(
                 else:
                     v_row += num_k_blocks * (BLOCK_N >> LOG_LEVEL)
                 level_scale = KScale + position * num_k_blocks
-                if POOL_ROWS > 0 and (LEVELS >> LOG_LEVEL) == 1:
+                if WEIGHTED and (LEVELS >> LOG_LEVEL) == 1:
                     # Its own means; int64, since they may be as many as 2**31 elements.
-                    own = (block_m // POOL_ROWS).to(tl.int64) * num_k_blocks
+                    own = (block_m // pool_rows).to(tl.int64) * num_k_blocks
                     level_k += own * HEAD_DIM
                     level_v += own * HEAD_DIM
                     level_scale += own

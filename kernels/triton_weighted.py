@@ -15,7 +15,7 @@ MEAN_QUERIES, WARPS = 32, 4
 RDNA_MEAN_QUERIES, RDNA_WARPS = 16, 8
 # Up to so many numbers keys (in two layouts) and values of a block fit into shared memory together.
 ONE_PART = 64 * 128
-# Of a mean query's squared length.
+# Of scale times a mean query's squared length.
 TINY_LENGTH: tl.constexpr = tl.constexpr(1e-20)
 
 
@@ -115,8 +115,8 @@ def weighted_pool_kernel(
                 # The entropy of the weights, minus what it is where all are alike.
                 entropy = largest + tl.math.log2(total) - tl.sum(weights * logits, 1)
                 wide = query.to(tl.float32)
-                length = tl.maximum(tl.sum(wide * wide, 1), TINY_LENGTH)
-                shift = (entropy - log_count) / (scale * length)
+                length = tl.maximum(scale * tl.sum(wide * wide, 1), TINY_LENGTH)
+                shift = (entropy - log_count) / length
                 mean = tl.dot(weights.to(key.dtype), key) + wide * shift[:, None]
                 if QUANTIZED:
                     mean -= k_mean

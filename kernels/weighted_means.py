@@ -17,27 +17,32 @@ import math
 import torch
 from torch import Tensor
 
-# Of a mean query's squared length: where it is 0, so is what is divided by it.
+# Of scale times a mean query's squared length: where it is 0, so is what is divided by it.
 TINY = 1e-20
 
 
+def in_whole_blocks(x: Tensor, block_n: int) -> Tensor:
+    """[..., N, D] with zeros behind it until its last block is whole: x itself if it is."""
+    lacking = -x.shape[-2] % block_n
+    return torch.nn.functional.pad(x, (0, 0, 0, lacking)) if lacking else x
+
+
 def weighted_means(
-    k: Tensor, v: Tensor, queries: Tensor, block_n: int, scale: float
+    k: Tensor, v: Tensor, queries: Tensor, block_n: int, scale: float, tokens: int
 ) -> tuple[Tensor, Tensor]:
     """Keys and values that stand for every block, once for each query given.
 
     Args:
-        k, v: [..., N, D]; queries: [..., R, D], mean queries; all of one floating dtype.
-        block_n: tokens of a block; the last one may have fewer.
+        k, v: [..., N, D], in_whole_blocks; queries: [..., R, D], mean queries; all of one dtype.
+        block_n: tokens of a block.
         scale: of the logits.
+        tokens: those that there are.
 
     Returns:
-        keys and values, [..., R, ceil(N / block_n), D].
+        keys and values, [..., R, N / block_n, D].
     """
-    tokens, blocks = k.shape[-2], -(-k.shape[-2] // block_n)
-    lacking = blocks * block_n - tokens
-    if lacking:
-        k, v = (torch.nn.functional.pad(x, (0, 0, 0, lacking)) for x in (k, v))
+    blocks = k.shape[-2] // block_n
+    lacking = k.shape[-2] - tokens
     logits = torch.matmul(queries, k.transpose(-1, -2)) * scale
     if lacking:
         logits[..., tokens:] = -math.inf
@@ -54,6 +59,6 @@ def weighted_means(
 
     counts = torch.full((blocks,), float(block_n), dtype=k.dtype, device=k.device)
     counts[-1] = block_n - lacking
-    lengths = queries.square().sum(-1, keepdim=True).clamp(min=TINY)
-    shift = (entropy - counts.log()) / (scale * lengths)
+    lengths = (scale * queries.square().sum(-1, keepdim=True)).clamp(min=TINY)
+    shift = (entropy - counts.log()) / lengths
     return means(k) + shift.unsqueeze(-1) * queries.unsqueeze(-2), means(v)

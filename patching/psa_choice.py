@@ -88,7 +88,7 @@ def psa_choice(
 
     Args:
         warmup_steps: dense denoising steps, -1 for the preset's own.
-        skipped_blocks: "drop" or "pool", as in PsaPolicy.
+        skipped_blocks: "drop", "pool" or "weighted", as in PsaPolicy.
         shared: the inputs of make_choice.
 
     Raises:

@@ -10,13 +10,8 @@ from torch import Tensor
 
 from ..kernels import BlockPlan, TokenLayout
 from ..kernels.orders import mirrored_in_turn, video_order
-from ..kernels.plan import (
-    POOLING,
-    PYRAMID_LEVELS,
-    SKIPPED_BLOCKS,
-    remainder,
-    said_of_skipped,
-)
+from ..kernels.plan import PYRAMID_LEVELS
+from ..kernels.skipped import SKIPPED_BLOCKS, pooling_reason_of, remainder, said_of_skipped
 from ..kernels.twins import Twins
 from .importance import token_importance
 from .levels import assign_levels, topk_segments
@@ -122,7 +117,7 @@ class PsaPolicy:
         if self.levels != (1,):
             coarse = ", ".join(str(level) for level in self.levels[1:])
             return f"preset {self.label} has levels {coarse}: set kernel to auto"
-        return POOLING if self.skipped_blocks != "drop" else None
+        return pooling_reason_of(self.skipped_blocks)
 
     def dense_reason(self, layout: TokenLayout) -> str | None:
         """Why PSA cannot act on this layout, or None."""
@@ -208,7 +203,7 @@ class PsaPolicy:
             block_n=self.block_n,
             q_len=layout.num_tokens,
             k_len=layout.num_tokens,
-            **remainder(self.skipped_blocks),
+            **remainder(self.skipped_blocks, levels.shape[-2]),
             packed=packed,
             allowed=self.levels,
         )

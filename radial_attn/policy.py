@@ -9,13 +9,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import BlockPlan, TokenLayout
-from ..kernels.plan import (
-    BLOCK_SIZES,
-    POOLING,
-    SKIPPED_BLOCKS,
-    remainder,
-    said_of_skipped,
-)
+from ..kernels.plan import BLOCK_SIZES
+from ..kernels.skipped import SKIPPED_BLOCKS, pooling_reason_of, remainder, said_of_skipped
 from .mask import FAMILIES, MAX_DECAY_FACTOR, fewest_dense_rows, radial_block_mask
 
 
@@ -80,7 +75,7 @@ class RadialPolicy:
 
     def pooling_reason(self) -> str | None:
         """Why only kernels that pool blocks can run its plans, or None."""
-        return POOLING if self.skipped_blocks != "drop" else None
+        return pooling_reason_of(self.skipped_blocks)
 
     def dense_reason(self, layout: TokenLayout) -> str | None:
         """Why radial attention cannot act on this layout, or None."""
@@ -124,7 +119,7 @@ class RadialPolicy:
             block_n=self.block_n,
             q_len=layout.num_tokens,
             k_len=layout.num_tokens,
-            **remainder(self.skipped_blocks),
+            **remainder(self.skipped_blocks, mask.shape[-2]),
         ).on_device(device)
 
     def plan(

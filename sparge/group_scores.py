@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from ..kernels.autocast import without_autocast
-from ..kernels.twins import Twins, how_far
+from ..kernels.twins import MAX_ERROR, CannotTell, Twins
 
 # Queries and keys of a group. In the order of Gilbert's curve 8 tokens are 2 frames, rows and
 # columns, 16 are two such cells.
 GROUPS = (16, 8)
+# fp32 numbers held at once while means are made: 32 MiB.
+MEANS_AT_ONCE = 2**23
 # Logits held at once; there are a few buffers of their size. A CPU keeps them in its cache.
 CHUNK_LOGITS = {"cpu": 2**18}
 CHUNK_LOGITS_ELSEWHERE = 2**24
@@ -39,14 +41,24 @@ def group_means(x: Tensor, group: int, center: Tensor | None = None) -> Tensor:
     Returns:
         [B * H, ceil(N / group), D], contiguous, in x's dtype.
     """
-    whole = x.shape[2] // group * group
-    means = x[:, :, :whole].unflatten(2, (-1, group)).mean(dim=3, dtype=torch.float32)
-    if whole < x.shape[2]:
-        rest = x[:, :, whole:].mean(dim=2, keepdim=True, dtype=torch.float32)
-        means = torch.cat([means, rest], dim=2)
-    if center is not None:
-        means = means - center
-    return means.to(x.dtype).flatten(0, 1).contiguous()
+    batch, heads, tokens, head_dim = x.shape
+    whole = tokens // group
+    out = x.new_empty(batch, heads, -(-tokens // group), head_dim)
+    # A few heads at a time: in fp32 they are twice what they come to.
+    step = max(1, MEANS_AT_ONCE // max(1, batch * out.shape[2] * head_dim))
+    for head in range(0, heads, step):
+        some = slice(head, head + step)
+        taken_off = 0.0 if center is None else center[:, some]
+        means = x[:, some, : whole * group].unflatten(2, (whole, group))
+        out[:, some, :whole] = means.mean(dim=3, dtype=torch.float32).sub_(taken_off)
+        if whole < out.shape[2]:
+            rest = x[:, some, whole * group :].mean(dim=2, keepdim=True, dtype=torch.float32)
+            out[:, some, whole:] = rest.sub_(taken_off)
+    return out.flatten(0, 1)
+
+
+# Groups of queries whose sums of a first result are looked at, the last ones.
+SUMS_CHECKED = 256
 
 
 class GroupScores:
@@ -96,7 +108,10 @@ class GroupScores:
             q,
             lambda twin: twin.refuses(queries, scale, self._per_q_block),
             lambda twin: twin.log_sums(queries, keys, scale=scale),
-            lambda found: how_far(found[:1], _log_sums(queries[:1], keys[:1], scale)),
+            lambda found: _sums_off(
+                found[:1, -SUMS_CHECKED:],
+                _log_sums(queries[:1, -SUMS_CHECKED:], keys[:1], scale),
+            ),
             ("log_sums", q.shape[3], q.dtype),
         )
 
@@ -111,7 +126,9 @@ class GroupScores:
             sums = log_sums
 
             def wrong(found: Tensor) -> str | None:
-                return how_far(found[:1], self._in_torch(first, last, 1))
+                want = self._in_torch(first, last, 1)
+                # Only a row's order matters, and its mean would hide how far that is off.
+                return _off(*(x - x.mean(-1, keepdim=True) for x in (found[:1], want)))
 
             found = self._twins.run(
                 self._twin,
@@ -184,6 +201,25 @@ class GroupScores:
             squares = torch.cat([squares, squares[:, -1:].expand(-1, lacking, -1)], dim=1)
         squares = squares.unflatten(1, (-1, self._per_q_block)).sum(2)
         return squares.clamp_(min=TINY).log_().mul_(0.5)
+
+
+def _sums_off(found: Tensor, want: Tensor) -> str | None:
+    """_off for sums given by their logarithms to base 2."""
+    return _off(torch.exp2(found - want), torch.ones_like(want) + 0.0 * want)
+
+
+def _off(found: Tensor, want: Tensor) -> str | None:
+    """What is wrong with a twin's logarithms, or None. Syncs.
+
+    Raises:
+        CannotTell: torch's are not finite.
+    """
+    if not bool(want.isfinite().all()):
+        raise CannotTell
+    # Of rows that are all alike rounding is all there is.
+    norm = want.norm().clamp(min=0.01 * want.numel() ** 0.5)
+    error = float((found - want).norm() / norm)
+    return None if error <= MAX_ERROR else f"its first result is off by {error:.2g}"
 
 
 def _log_sums(queries: Tensor, keys: Tensor, scale: float) -> Tensor:

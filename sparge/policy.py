@@ -10,13 +10,8 @@ from torch import Tensor
 
 from ..kernels import BlockPlan, TokenLayout
 from ..kernels.orders import mirrored_in_turn, video_order
-from ..kernels.plan import (
-    BLOCK_SIZES,
-    POOLING,
-    SKIPPED_BLOCKS,
-    remainder,
-    said_of_skipped,
-)
+from ..kernels.plan import BLOCK_SIZES
+from ..kernels.skipped import SKIPPED_BLOCKS, pooling_reason_of, remainder, said_of_skipped
 from ..kernels.twins import Twins
 from .checkpoint import SpargeCheckpoint
 from .dynamic_map import block_map
@@ -128,7 +123,7 @@ class SpargePolicy:
 
     def pooling_reason(self) -> str | None:
         """Why only kernels that pool blocks can run its plans, or None."""
-        return POOLING if self.skipped_blocks != "drop" else None
+        return pooling_reason_of(self.skipped_blocks)
 
     def dense_reason(self, layout: TokenLayout) -> str | None:
         """Why Sparge cannot act on this layout, or None."""
@@ -197,7 +192,7 @@ class SpargePolicy:
             block_n=self.block_n,
             q_len=tokens,
             k_len=tokens,
-            **remainder(self.skipped_blocks),
+            **remainder(self.skipped_blocks, kept.shape[-2]),
             packed=packed,
         )
 

@@ -11,7 +11,7 @@ LAYERS = {"WAN 14B": 40, "WAN 2.1 1.3B": 30, "WAN 2.2 5B": 30, "CogVideoX 5B": 4
 # Dense steps of 4, 20 and 30; one layer is dense.
 DENSE_STEPS = {
     "Sparge at its defaults": {4: 1, 20: 1, 30: 1},
-    "`topk` 0.2": {4: 1, 20: 1, 30: 1},
+    "`topk` 0.3": {4: 1, 20: 1, 30: 1},
     "`topk` 0.5, no dense steps": {4: 0, 20: 0, 30: 0},
     "PSA, closest preset": {4: 1, 20: 5, 30: 7},
     "Radial at its defaults": {4: 1, 20: 5, 30: 7},
@@ -59,4 +59,4 @@ def test_a_line_has_the_share_of_attention_and_every_node():
     ]
     assert lines[0][3:] == list(DENSE_STEPS)
     (line,) = [line for line in lines if line[:2] == ["WAN 14B, 1280x720x81", "20"]]
-    assert line[2] == "72 %" and line[3] == "1.8x"
+    assert line[2] == "72 %" and line[3] == "2.1x"

@@ -51,8 +51,8 @@ FINE = {
         quality_row("radial at its defaults", "radial defaults", 1, 24.0),
         quality_row("radial decay_factor=0.8", "radial choices", 0, 25.0, 0.3),
         quality_row("radial decay_factor=2", "radial choices", 0, 23.0, 0.6),
-        quality_row("sparge topk=0.5", "sparge topk", 0, 50.0, 0.5),
-        quality_row("sparge topk=0.2", "sparge topk", 0, 38.0, 0.2),
+        quality_row("sparge topk=0.3", "sparge topk", 0, 50.0, 0.3),
+        quality_row("sparge topk=0.1", "sparge topk", 0, 38.0, 0.1),
     ],
 }
 
@@ -84,8 +84,8 @@ def test_the_readme_shows_what_nodes_do_with_as_many_blocks_as_real_models():
         "attention": ["dense steps of 12", "WAN", "density", "CogVideoX", "density"],
         "Dense, the whole model in bf16": ["12", "40.0 dB", "", "", ""],
         "Sparge at its defaults": ["1", "", "", "44.0 dB", "0.30"],
-        "Sparge, `topk` 0.2": ["3", "38.0 dB", "0.20", "", ""],
-        "Sparge, `topk` 0.5": ["3", "50.0 dB", "0.50", "", ""],
+        "Sparge, `topk` 0.1": ["3", "38.0 dB", "0.10", "", ""],
+        "Sparge, `topk` 0.3": ["3", "50.0 dB", "0.30", "", ""],
         "Radial at its defaults": ["3", "22.0 \u00b1 2.0 dB", "0.25", "", ""],
     }
     assert "Nothing is measured yet" in readme_table({"gpu-x": {"other": OTHER}})

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sparse_video_attention.kernels import BlockPlan
+from sparse_video_attention.kernels.skipped import remainder
 from sparse_video_attention.patching import AttentionSettings, Schedule, SparseChoice, install
 from sparse_video_attention.patching.router import OVERRIDE_KEY
 
@@ -147,6 +148,30 @@ def test_of_the_methods_radial_serves_it(model, pose, guided, node, run_lines):
     else:
         assert torch.equal(out, guided)
         assert {call.reason for call in of_frames(record)} == {ONLY_RADIAL}
+
+
+def test_means_are_weighted_in_a_frames_call_too(model, pose, guided, band):
+    class Skipping(band):
+        """Each block itself and the pose; what becomes of the others is asked for."""
+
+        def static_plan(self, layout, device):
+            block = torch.arange(-(-layout.num_tokens // 64))
+            mask = (block[:, None] == block) | (block >= VIDEO // 64)
+            tokens = {"q_len": layout.num_tokens, "k_len": layout.num_tokens}
+            rest = remainder(self.skipped_blocks, len(block))
+            return BlockPlan.from_mask(mask, block_m=64, block_n=64, **tokens, **rest)
+
+    def run(skipped):
+        policy = Skipping()
+        policy.skipped_blocks = skipped
+        choice = SparseChoice(policy, Schedule(dense_timesteps=0), min_tokens=0)
+        patched = install(model.patcher, AttentionSettings(sparse=choice))
+        return model.run(patched, pose_latents=pose)[0]
+
+    dropped, pooled, weighted = map(run, ("drop", "pool", "weighted"))
+    assert bool(weighted.isfinite().all())
+    assert relative_error(weighted, pooled) > 1e-6
+    assert 1e-6 < relative_error(weighted, guided) < relative_error(dropped, guided)
 
 
 def test_frames_are_not_counted_behind_another_override(model, patched, pose, guided):

@@ -5,7 +5,8 @@ import pytest
 from benchmarks.counted import DENSE_LAYERS, nodes
 from benchmarks.method_list import SPARGE_DEFAULT, methods
 from benchmarks.node_defaults import default_choice
-from benchmarks.quality_settings import Setting, settings
+from benchmarks.quality_setting import Setting
+from benchmarks.quality_settings import settings
 
 pytestmark = pytest.mark.comfy
 

@@ -23,7 +23,9 @@ def pixels(picture, colour):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize(("skipped", "of_a_skipped_block"), [("drop", 0.0), ("pool", 1 / 128)])
+@pytest.mark.parametrize(
+    ("skipped", "of_a_skipped_block"), [("drop", 0.0), ("pool", 1 / 128), ("weighted", 1 / 128)]
+)
 def test_the_picture_is_the_mask_with_the_borders_of_frames(
     skipped, of_a_skipped_block, models, preview
 ):

@@ -61,14 +61,19 @@ def test_auto_picks_a_preset_for_the_model_says_why_and_acts(
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("rearrange", ["false", "true"])
+@pytest.mark.parametrize(
+    ("rearrange", "skipped"), [("false", "pool"), ("true", "pool"), ("true", "weighted")]
+)
 @pytest.mark.parametrize("name", ["wan", "cogvideox", "cogvideox_1.5"])
 def test_everything_at_level_one_is_dense_in_any_order(
-    models, patch, sample, preset_file, name, rearrange
+    models, patch, sample, preset_file, name, rearrange, skipped
 ):
     model = models(name)
     patched = patch(
-        model, preset="Mine/everything", config_file=preset_file("Mine", rearrange=rearrange)
+        model,
+        preset="Mine/everything",
+        config_file=preset_file("Mine", rearrange=rearrange),
+        skipped_blocks=skipped,
     )
     out = sample(patched)
     assert {call.density for call in sparse_calls(patched)} == {1.0}
@@ -124,8 +129,22 @@ def test_a_baseline_preset_is_dense_and_says_so(models, patch, sample, run_lines
     assert "preset Wan2.1_14b/baseline is dense attention" in run_lines()[-1]
 
 
-def test_batch_two_is_two_runs_of_batch_one(models, patch, sample):
-    patched = patch(models("wan"), warmup_steps=1)
+def test_means_that_are_weighted_act(models, patch, sample):
+    model, inputs = models("wan"), {"preset": "Wan2.1_1.3b/psa_topk", "warmup_steps": 1}
+    dense = sample(model)
+    dropped, pooled, weighted = (
+        sample(patch(model, skipped_blocks=skipped, **inputs))
+        for skipped in ("drop", "pool", "weighted")
+    )
+    assert bool(weighted.isfinite().all())
+    assert 1e-6 < relative_error(weighted, dense) < relative_error(dropped, dense)
+    assert relative_error(weighted, pooled) > 1e-6
+
+
+@pytest.mark.parametrize("skipped", ["pool", "weighted"])
+def test_batch_two_is_two_runs_of_batch_one(models, patch, sample, skipped):
+    inputs = {"preset": "Wan2.1_1.3b/psa_topk", "skipped_blocks": skipped}
+    patched = patch(models("wan"), warmup_steps=1, **(inputs if skipped == "weighted" else {}))
     noise = torch.randn(2, 16, 5, 16, 20, generator=torch.Generator().manual_seed(3))
     both = sample(patched, shape=(2, 16, 5, 16, 20), noise=noise)
     for i in range(2):

@@ -40,7 +40,21 @@ def test_bad_input_is_refused_with_one_sentence(models, patch_radial, inputs, sa
     [
         ("PatchRadialAttention", {}, "skipped_blocks is pool: set it to drop, or kernel to auto"),
         ("PatchRadialAttention", {"skipped_blocks": "drop"}, None),
-        ("PatchSpargeAttention", {}, "skipped_blocks is pool: set it to drop, or kernel to auto"),
+        (
+            "PatchRadialAttention",
+            {"skipped_blocks": "weighted"},
+            "skipped_blocks is weighted: set it to drop, or kernel to auto",
+        ),
+        (
+            "PatchSpargeAttention",
+            {},
+            "skipped_blocks is weighted: set it to drop, or kernel to auto",
+        ),
+        (
+            "PatchSpargeAttention",
+            {"skipped_blocks": "pool"},
+            "skipped_blocks is pool: set it to drop, or kernel to auto",
+        ),
         ("PatchSpargeAttention", {"skipped_blocks": "drop"}, None),
         (
             "PatchPSA",
@@ -72,13 +86,14 @@ def test_kernels_of_whole_blocks_are_refused_where_blocks_are_pooled(
     assert f"kernel {kernel!r} cannot pool blocks, but {reason}" in str(refusal.value)
 
 
+@pytest.mark.parametrize("skipped", ["pool", "weighted"])
 @pytest.mark.parametrize("kernel", ["auto", "torch", "triton", "hopper"])
-def test_the_pack_s_own_kernels_pool(models, monkeypatch, patch_radial, kernel):
+def test_the_pack_s_own_kernels_pool(models, monkeypatch, patch_radial, kernel, skipped):
     from sparse_video_attention.kernels import registry
 
     assert kernel in ("auto", *registry.kernels())
     monkeypatch.setattr(registry, "unavailable_reason", lambda name: None)
-    assert patch_radial(models("wan"), kernel=kernel, skipped_blocks="pool") is not None
+    assert patch_radial(models("wan"), kernel=kernel, skipped_blocks=skipped) is not None
 
 
 @pytest.mark.parametrize("given", [64, 64.0])

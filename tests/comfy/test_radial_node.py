@@ -62,11 +62,13 @@ def test_all_steps_dense_is_the_unpatched_result(models, patch_radial, sample, n
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("name", MODELS)
-def test_a_full_mask_is_dense_attention(models, patch_radial, sample, name):
+@pytest.mark.parametrize(
+    ("name", "skipped"), [*((name, "pool") for name in MODELS), ("wan", "weighted")]
+)
+def test_a_full_mask_is_dense_attention(models, patch_radial, sample, name, skipped):
     model = models(name)
     shape = (1, 16, 6, 32, 32) if name == "cogvideox_1.5" else FULL_MASK["shape"]
-    patched = patch_radial(model, dense_layers="", decay_factor=2.0)
+    patched = patch_radial(model, dense_layers="", decay_factor=2.0, skipped_blocks=skipped)
     out = sample(patched, shape=shape)
     assert {call.density for call in sparse_calls(patched)} == {1.0}
     assert relative_error(out, sample(model, shape=shape)) < 1e-4
@@ -104,10 +106,25 @@ def test_patching_twice_is_patching_once_with_the_last_settings(
     assert "replaces an earlier node with the same settings on this model" in alike
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("name", ["wan", "cogvideox"])
-def test_batch_two_is_two_runs_of_batch_one(models, patch_radial, sample, name):
-    patched = patch_radial(models(name), dense_timesteps=1)
+def test_means_that_are_weighted_act(models, patch_radial, sample, name):
+    model = models(name)
+    dense = sample(model)
+    dropped, pooled, weighted = (
+        sample(patch_radial(model, dense_timesteps=1, skipped_blocks=skipped))
+        for skipped in ("drop", "pool", "weighted")
+    )
+    assert bool(weighted.isfinite().all())
+    assert 1e-6 < relative_error(weighted, dense) < relative_error(dropped, dense)
+    assert relative_error(weighted, pooled) > 1e-6
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("name", "skipped"), [("wan", "pool"), ("cogvideox", "pool"), ("cogvideox", "weighted")]
+)
+def test_batch_two_is_two_runs_of_batch_one(models, patch_radial, sample, name, skipped):
+    patched = patch_radial(models(name), dense_timesteps=1, skipped_blocks=skipped)
     noise = torch.randn(2, 16, 5, 16, 20, generator=torch.Generator().manual_seed(3))
     both = sample(patched, shape=(2, 16, 5, 16, 20), noise=noise)
     for i in range(2):

@@ -63,6 +63,29 @@ def test_plug_and_play_acts(models, patch, sample, name, block_order, block_scor
     assert all(0 < call.density < 1 for call in sparse_calls(patched))
 
 
+@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+def test_means_that_are_weighted_are_the_default_and_act(models, patch, sample, name):
+    model = models(name)
+    dense, default = sample(model), sample(patch(model))
+    dropped, pooled, weighted = (
+        sample(patch(model, topk=0.2, skipped_blocks=skipped))
+        for skipped in ("drop", "pool", "weighted")
+    )
+    assert torch.equal(default, weighted) and bool(weighted.isfinite().all())
+    assert 1e-6 < relative_error(weighted, dense) < relative_error(dropped, dense)
+    assert relative_error(weighted, pooled) > 1e-6
+
+
+@pytest.mark.parametrize("skipped", ["pool", "weighted"])
+@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+def test_batch_two_is_two_runs_of_batch_one(models, patch, sample, name, skipped):
+    patched = patch(models(name), skipped_blocks=skipped)
+    noise = torch.randn(2, 16, 5, 16, 20, generator=torch.Generator().manual_seed(3))
+    both = sample(patched, shape=(2, 16, 5, 16, 20), noise=noise)
+    for i in range(2):
+        assert relative_error(both[i : i + 1], sample(patched, noise=noise[i : i + 1])) < 1e-4
+
+
 def test_auto_order_is_gilbert_but_for_what_belongs_to_the_models_own_order(
     models, patch, checkpoint_folder
 ):
@@ -105,10 +128,11 @@ def test_auto_scores_are_of_group_means_but_for_thresholds_of_the_published_scor
 
 
 @pytest.mark.core
+@pytest.mark.parametrize("skipped", ["pool", "weighted"])
 @pytest.mark.parametrize("name", ["wan", "cogvideox"])
-def test_everything_kept_is_dense(models, patch, sample, name):
+def test_everything_kept_is_dense(models, patch, sample, name, skipped):
     model = models(name)
-    patched = patch(model, topk=1.0)
+    patched = patch(model, topk=1.0, skipped_blocks=skipped)
     assert relative_error(sample(patched), sample(model)) < 1e-4
     assert {call.density for call in sparse_calls(patched)} == {1.0}
 

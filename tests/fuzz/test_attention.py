@@ -119,7 +119,7 @@ radial_policies = st.builds(
     RadialPolicy,
     block_size=BLOCKS,
     decay_factor=st.floats(0.0, 2.0),
-    skipped_blocks=st.sampled_from(["drop", "pool"]),
+    skipped_blocks=st.sampled_from(["drop", "pool", "weighted"]),
     family=st.sampled_from(["wan", "hunyuan"]),
 )
 sparge_policies = st.builds(
@@ -129,7 +129,7 @@ sparge_policies = st.builds(
     cdfthreshd=st.none() | st.floats(0.0, 1.0),
     attention_sink=st.booleans(),
     block_order=st.sampled_from(["raster", "Gilbert"]),
-    skipped_blocks=st.sampled_from(["drop", "pool"]),
+    skipped_blocks=st.sampled_from(["drop", "pool", "weighted"]),
     block_m=BLOCKS,
     block_n=BLOCKS,
 )

@@ -56,7 +56,7 @@ def attention_source(
     block_m=128,
     dtype,
     resumed=False,
-    pool_rows=0,
+    weighted=False,
 ):
     quantized = precision != "native"
     pointers = {"Q": "*i8", "ScratchK": "*i8"} if quantized else {}
@@ -65,7 +65,7 @@ def attention_source(
     if launch.fp16_sums:
         pointers |= {"StoredV": "*fp16", "ScratchV": "*fp16"}
     constexprs = {
-        "LEVELS": sum(levels), "POOL_ROWS": pool_rows, "BLOCK_M": block_m, "BLOCK_N": block_n,
+        "LEVELS": sum(levels), "WEIGHTED": weighted, "BLOCK_M": block_m, "BLOCK_N": block_n,
         "TILE_N": launch.tile_n, "HEAD_DIM": head_dim,
         "QUANTIZED": quantized, "FP8": precision == "fp8", "RESUMED": resumed,
         "FP16_SUMS": launch.fp16_sums,

@@ -41,6 +41,25 @@ def test_all_rows_are_the_plan():
     assert same.levels == plan.levels
 
 
+@pytest.mark.parametrize("pooled", [(), (4,)], ids=["binary", "levels"])
+@pytest.mark.parametrize("first, count", [(0, 300), (37, 90), (64, 60), (70, 5)])
+def test_weighted_means_stay_weighted(first, count, pooled):
+    drawn = torch.eye(5, dtype=torch.int8)
+    drawn[4, :] = drawn[:, 2] = 1
+    for level in pooled:
+        drawn[:3, 1] = level
+    blocks = {"block_m": 64, "block_n": 64, "q_len": 300, "k_len": 300, "pooled_remainder": True}
+    plain, weighted = (
+        BlockPlan.from_levels(drawn, **blocks, pool_rows=pool_rows, allowed=(1, *pooled))
+        for pool_rows in (0, 2)
+    )
+    (rows,), (wanted,) = (rows_of(plan, [(first, count)]) for plan in (weighted, plain))
+    assert (rows.pool_rows, wanted.pool_rows) == (2, 0)
+    assert torch.equal(rows.to_levels(), wanted.to_levels())
+    # The kernels take the last level for the one with weighted means.
+    assert rows.levels[-1] == 64
+
+
 @pytest.mark.parametrize("first, count", [(-1, 5), (0, 0), (0, 301), (300, 1)])
 def test_queries_that_are_not_there_are_refused(first, count):
     plan = BlockPlan.from_mask(

@@ -10,10 +10,17 @@ BLOCK, TOKENS, OWN = 32, 150, 128
 SCRATCH_BYTES = "sparse_video_attention.kernels.triton_scratch:SCRATCH_BYTES"
 
 
-def plan_of(levels):
+def plan_of(levels, pool_rows=0):
     used = levels.unique().tolist()
     return BlockPlan.from_levels(
-        levels, block_m=32, block_n=BLOCK, q_len=50, k_len=TOKENS, allowed=used
+        levels,
+        block_m=32,
+        block_n=BLOCK,
+        q_len=50,
+        k_len=TOKENS,
+        pooled_remainder=pool_rows > 0,
+        pool_rows=pool_rows,
+        allowed=used,
     )
 
 
@@ -67,6 +74,17 @@ def test_other_levels_pool_anew(interpreter):
     levels = case[3][1].to_levels()
     case[3][1] = plan_of(levels.masked_fill(levels == 4, 8))
     assert run(interpreter, case, [0, 0]) == 2
+
+
+@pytest.mark.parametrize("weighted", [(0, 1, 2), (1,), (0, 2)], ids=str)
+@pytest.mark.parametrize("pool_rows", [1, 2])
+def test_means_weighted_for_a_calls_queries_serve_no_other_call(interpreter, weighted, pool_rows):
+    """Nor does such a call take plain means, or put away those that others use."""
+    case = calls(3)
+    for call in weighted:
+        case[3][call] = plan_of(case[3][call].to_levels(), pool_rows)
+    plain = 3 - len(weighted)
+    assert run(interpreter, case, [0, 0, 0]) == len(weighted) + min(1, plain)
 
 
 def test_a_call_that_pools_nothing_leaves_what_is_there(interpreter):

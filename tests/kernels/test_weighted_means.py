@@ -8,9 +8,10 @@ import torch
 from sparse_video_attention.kernels import BlockPlan, first_output
 from sparse_video_attention.kernels.reference import reference_attention
 from sparse_video_attention.kernels.registry import KernelCall
+from sparse_video_attention.kernels.skipped import remainder
 from sparse_video_attention.kernels.torch_gathered import attend_gathered
 from sparse_video_attention.kernels.torch_panels import attend_in_panels
-from sparse_video_attention.kernels.weighted_means import weighted_means
+from sparse_video_attention.kernels.weighted_means import in_whole_blocks, weighted_means
 
 TORCH_WAYS = {"panels": attend_in_panels, "gathered": attend_gathered}
 
@@ -149,7 +150,8 @@ def test_fewer_rows_are_closer_to_dense_attention():
 
 def test_queries_around_zero_see_plain_means():
     k, v = torch.randn(2, 1, 100, 32, generator=torch.Generator().manual_seed(0)).double()
-    keys, values = weighted_means(k, v, torch.zeros(1, 1, 32).double(), 64, 0.2)
+    whole = (in_whole_blocks(x, 64) for x in (k, v))
+    keys, values = weighted_means(*whole, torch.zeros(1, 1, 32).double(), 64, 0.2, tokens=100)
     for found, x in ((keys, k), (values, v)):
         plain = torch.stack([part.mean(1) for part in x.split(64, 1)], 1)
         torch.testing.assert_close(found[:, 0], plain)
@@ -187,3 +189,33 @@ def test_rows_need_a_pooled_remainder(rows, pooled):
             pooled_remainder=pooled,
             pool_rows=rows,
         )
+
+
+@pytest.mark.parametrize(
+    ("q_blocks", "rows"), [(1, 4), (256, 4), (320, 4), (321, 5), (591, 8), (1250, 16)]
+)
+def test_of_long_videos_more_rows_share_means(q_blocks, rows):
+    assert remainder("weighted", q_blocks) == {"pooled_remainder": True, "pool_rows": rows}
+    assert -(-q_blocks // rows) <= 80
+    assert remainder("pool", q_blocks) == {"pooled_remainder": True, "pool_rows": 0}
+    assert remainder("drop", q_blocks) == {"pooled_remainder": False, "pool_rows": 0}
+
+
+@pytest.mark.parametrize("way", TORCH_WAYS.values(), ids=TORCH_WAYS)
+def test_a_query_that_is_no_number_harms_its_own_row_alone(way):
+    q, k, v = inputs(1, 1, 512, 300, 64)
+    plan = plan_for(512, 300, 64, 64, 4)
+    want = way(KernelCall(q, k, v, plan, 0.2))
+    q[0, 0, 70] = float("nan")
+    out = way(KernelCall(q, k, v, plan, 0.2))
+    wrong = out.isnan().any(-1)[0, 0].nonzero().flatten().tolist()
+    assert wrong == [70]
+    assert torch.equal(out[:, :, 256:], want[:, :, 256:])
+
+
+def test_a_scale_of_zero_makes_no_nan():
+    q, k, v = inputs(1, 1, 100, 300, 64)
+    plan = plan_for(100, 300, 64, 64, 2)
+    want = reference_attention(q, k, v, plan, scale=0.0)
+    for way in TORCH_WAYS.values():
+        assert relative_error(way(KernelCall(q, k, v, plan, 0.0)), want) < 1e-6

@@ -66,7 +66,7 @@ def test_the_means_compile_for_amd(arch, warp_size):
 def test_reading_them_takes_nothing_from_the_loops(tmp_path, arch, precision):
     launch = triton_launch.launch_for(arch, 128, precision, 128)
     spilled, lengths = [], []
-    for pool_rows in (0, 4):
+    for weighted in (False, True):
         kernel = attention_source(
             launch,
             head_dim=128,
@@ -74,7 +74,7 @@ def test_reading_them_takes_nothing_from_the_loops(tmp_path, arch, precision):
             levels=(1, 64),
             block_n=64,
             dtype="bf16",
-            pool_rows=pool_rows,
+            weighted=weighted,
         )
         compiled = compile_for_nvidia(kernel, arch, **triton_launch.options(launch))
         loops = product_loops(compiled, tmp_path)[:2]

@@ -15,7 +15,8 @@ from sparse_video_attention.kernels import BlockPlan
 from benchmarks.fine_blocks import SCALE
 from benchmarks.quality_metrics import psnr
 from benchmarks.quality_sampling import Miniature, Shot
-from benchmarks.quality_settings import METHODS, Setting
+from benchmarks.quality_setting import Setting
+from benchmarks.quality_settings import METHODS
 from miniature.prompts import PROMPTS
 from miniature.weights import weights_path
 

@@ -15,7 +15,8 @@ from benchmarks.eight_bit import int8_twin
 from benchmarks.node_defaults import CLOSEST_PRESETS
 from benchmarks.quality_blocks import block_scale, fine_suffix
 from benchmarks.quality_metrics import psnr, ssim
-from benchmarks.quality_settings import GRIDS, Setting, settings
+from benchmarks.quality_setting import Setting
+from benchmarks.quality_settings import GRIDS, settings
 from benchmarks.quality_summary import directions, summarise
 from benchmarks.quality_table import FLOOR, README_ROWS
 from miniature.wan import WanMiniature

@@ -20,19 +20,22 @@ SCHEDULE = {"last_dense_timesteps": 0, "start_percent": 0.0, "end_percent": 1.0}
 KERNEL = {"kernel": "auto", "precision": "auto", "min_tokens": 4096, "dense_vace_blocks": False}
 SPARGE_ADVANCED = {
     **{"cdfthreshd": 0.0, "attention_sink": False},
-    **{"block_order": "auto", "block_scores": "auto"},
+    **{"block_order": "auto", "skipped_blocks": "weighted"},
 }
 # {node: (what everyone sees, what is advanced)}
 DROPPED = {
     "PatchRadialAttention": (RADIAL, SCHEDULE | {"skipped_blocks": "pool"} | KERNEL),
-    "PatchPSA": (PSA, {"config_file": "", "dense_layers": "0"} | SCHEDULE | KERNEL),
+    "PatchPSA": (
+        PSA,
+        {"config_file": "", "dense_layers": "0"} | SCHEDULE | KERNEL | {"skipped_blocks": "pool"},
+    ),
     "PatchSpargeAttention": (
         SPARGE,
         SCHEDULE
         | {"last_dense_timesteps": -1}
         | SPARGE_ADVANCED
-        | {"skipped_blocks": "pool"}
-        | KERNEL,
+        | KERNEL
+        | {"block_scores": "auto"},
     ),
     "SetAttentionBackend": (BACKEND, EXACT),
     "PreviewAttentionMask": ({"steps": 20}, {}),

@@ -100,7 +100,19 @@ def test_a_policy_that_pools_the_pose_is_seen(column, pools_pose):
     assert made.pools_pose == pools_pose
 
 
-def test_radial_does_not_pool_the_pose():
+@pytest.mark.parametrize("skipped", ["pool", "weighted"])
+def test_radial_does_not_pool_the_pose(skipped):
     for block in (64, 128):
-        made = frame_plans(RadialPolicy(block_size=block), LAYOUT, torch.device("cpu"))
-        assert not made.pools_pose
+        policy = RadialPolicy(block_size=block, skipped_blocks=skipped)
+        assert not frame_plans(policy, LAYOUT, torch.device("cpu")).pools_pose
+
+
+def test_frames_have_means_weighted_for_their_own_queries():
+    plain, weighted = (
+        frame_plans(RadialPolicy(64, skipped_blocks=skipped), LAYOUT, torch.device("cpu")).calls
+        for skipped in ("pool", "weighted")
+    )
+    assert [plan.pool_rows for plan in plain] == [0] * 4
+    assert [plan.pool_rows for plan in weighted] == [4] * 4
+    for one, other in zip(plain, weighted, strict=True):
+        assert torch.equal(one.to_levels(), other.to_levels())

@@ -189,12 +189,27 @@ def test_skipped_blocks_can_be_attended_to_through_their_means(name, block_n):
     pooling = dataclasses.replace(policy, skipped_blocks="pool")
     plan = pooling.plan(q, k, layout, layer=0, scale=0.125)
     assert torch.equal(plan.to_levels(), dropped.masked_fill(dropped == 0, block_n))
+    assert plan.pool_rows == 0
     out = block_sparse_attention(q.float(), k.float(), v.float(), plan, kernel="torch")
     expected = with_means_of_skipped_blocks(q, k, v, dropped, 128, block_n)
     assert (out - expected).norm() / expected.norm() < 1e-5
 
 
-def test_what_becomes_of_skipped_blocks_is_one_of_two():
+@pytest.mark.parametrize("ratios", [((1, (0.0, 0.2)), (4, (0.2, 0.5))), ((1, (0.0, 0.2)),)])
+def test_the_means_of_skipped_blocks_can_be_weighted(ratios):
+    layout = LAYOUTS["N639-prefix31"]
+    policy = PsaPolicy(ratios, "topk", block_n=32)
+    q, k, _ = random_qkv(layout)
+    pooled, weighted = (
+        dataclasses.replace(policy, skipped_blocks=skipped).plan(q, k, layout, layer=0, scale=0.125)
+        for skipped in ("pool", "weighted")
+    )
+    assert torch.equal(weighted.to_levels(), pooled.to_levels())
+    assert (pooled.pool_rows, weighted.pool_rows) == (0, 4)
+    assert weighted.levels[-1] == 32
+
+
+def test_what_becomes_of_skipped_blocks_is_one_of_three():
     with pytest.raises(
         ValueError, match="skipped_blocks must be one of drop, pool, weighted; got 'mean'"
     ):
@@ -257,6 +272,8 @@ def test_description_names_preset_and_parameters():
     assert policy.describe() == f"psa a/b ({text})"
     pooling = dataclasses.replace(policy, skipped_blocks="pool")
     assert pooling.describe() == f"psa a/b ({text}, skipped blocks pooled)"
+    weighing = dataclasses.replace(policy, skipped_blocks="weighted")
+    assert weighing.describe() == f"psa a/b ({text}, skipped blocks pooled by weight)"
 
 
 def test_one_block_of_tokens_is_left_dense():

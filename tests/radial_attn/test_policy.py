@@ -1,5 +1,7 @@
 """RadialPolicy: the plan is the radial mask, and no query block loses its own surroundings."""
 
+import math
+
 import pytest
 import torch
 from sparse_video_attention.kernels import TokenLayout
@@ -60,6 +62,10 @@ def test_pooling_turns_skipped_blocks_into_one_mean_each(layout):
     dropped = RadialPolicy(64, 0.2, "drop").static_plan(layout, "cpu").to_levels()
     pooled = RadialPolicy(64, 0.2).static_plan(layout, "cpu").to_levels()
     assert torch.equal(pooled, dropped.masked_fill(dropped == 0, 64))
+    weighted = RadialPolicy(64, 0.2, "weighted").static_plan(layout, "cpu")
+    assert torch.equal(weighted.to_levels(), pooled)
+    assert weighted.pool_rows == max(4, math.ceil(weighted.num_q_blocks / 80))
+    assert RadialPolicy(64, 0.2).static_plan(layout, "cpu").pool_rows == 0
 
 
 @pytest.mark.parametrize("layout", LOSSY.values(), ids=LOSSY)
@@ -141,11 +147,15 @@ def test_equal_policies_share_a_cache_entry():
         (RadialPolicy(skipped_blocks="drop"), "radial (decay 0.2, block 128)"),
         (RadialPolicy(), "radial (decay 0.2, block 128, skipped blocks pooled)"),
         (
+            RadialPolicy(skipped_blocks="weighted"),
+            "radial (decay 0.2, block 128, skipped blocks pooled by weight)",
+        ),
+        (
             RadialPolicy(64, 0.95, "pool", "hunyuan"),
             "radial (decay 0.95, block 64, skipped blocks pooled, hunyuan)",
         ),
     ],
-    ids=["published", "defaults", "all"],
+    ids=["published", "defaults", "weighted", "all"],
 )
 def test_describe(policy, text):
     assert policy.describe() == text

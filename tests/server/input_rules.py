@@ -83,14 +83,14 @@ ALLOWS = {
         "dense_timesteps": number(int, -1, 100),
         "block_size": lambda value: int(value) in (128, 64),
         "decay_factor": number(float, 0, 2),
-        "skipped_blocks": choice("drop", "pool"),
+        "skipped_blocks": choice("drop", "pool", "weighted"),
     },
     "PatchPSA": SCHEDULE
     | {
         "preset": choice("auto", *PRESETS[:3]),
         "warmup_steps": number(int, -1, 100),
         "config_file": file_of("PatchPSA"),
-        "skipped_blocks": choice("drop", "pool"),
+        "skipped_blocks": choice("drop", "pool", "weighted"),
     },
     "PatchSpargeAttention": SCHEDULE
     | {
@@ -102,7 +102,7 @@ ALLOWS = {
         "attention_sink": boolean,
         "block_order": choice("auto", "raster", "Gilbert"),
         "block_scores": choice("auto", "group means", "block means"),
-        "skipped_blocks": choice("drop", "pool"),
+        "skipped_blocks": choice("drop", "pool", "weighted"),
     },
     "SetAttentionBackend": {
         "self_attn_1_type": backend("radial_attn", "psa", "sparge_attn", "sparge", "sparge_ckpt"),
@@ -136,7 +136,7 @@ def needs_pooling(node, given):
     """Whether a kernel has to attend to means of blocks for these inputs, all of them allowed."""
     if node == "PatchPSA" and given.get("preset", "auto") != "Mine/own":
         return given.get("preset", "auto") != "Wan2.2_5B/baseline"
-    return given.get("skipped_blocks", "pool") == "pool"
+    return given.get("skipped_blocks", "pool or weighted") != "drop"
 
 
 def faults(node, inputs):

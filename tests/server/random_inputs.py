@@ -34,7 +34,7 @@ LIKELY = {
     "kernel": ["auto", "torch", "flex"],
     "precision": ["auto", "native", "int8"],
     "block_size": [64, 128],
-    "skipped_blocks": ["drop", "pool"],
+    "skipped_blocks": ["drop", "pool", "weighted"],
     "block_order": ["auto", "raster", "Gilbert"],
     "block_scores": ["auto", "group means", "block means"],
     "sparge_ckpt": ["none", "broken.pt"],

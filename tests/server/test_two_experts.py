@@ -102,7 +102,7 @@ def test_what_the_note_says_of_the_other_way_to_sample_runs_too(run):
     patches = [node["inputs"] for node in nodes.values() if node["class_type"] == kind]
     samplers = [nodes[name]["inputs"] for name in sorted(workflow.samplers)]
     for patch in patches:
-        patch |= {"topk": 0.3, "last_dense_timesteps": -1}
+        patch |= {"topk": 0.2, "last_dense_timesteps": -1}
     samplers[0]["end_at_step"] = samplers[1]["start_at_step"] = 10
     lines = pack_lines(run(workflow).log)
     assert "sparse on 10 of 10 steps" in lines[0] and "sparse on 9 of 10 steps" in lines[1]

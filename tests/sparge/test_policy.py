@@ -119,6 +119,21 @@ def test_skipped_blocks_can_be_pooled():
     assert torch.equal(pooled, dropped.masked_fill(dropped == 0, 64))
 
 
+@pytest.mark.parametrize("scores", ["block means", "group means"])
+def test_the_means_of_skipped_blocks_can_be_weighted(scores):
+    layout = TokenLayout(8, 16, 16, prefix_tokens=30)
+    pooled, weighted = (
+        SpargePolicy(topk=0.3, simthreshd1=-1.0, block_scores=scores, skipped_blocks=skipped)
+        for skipped in ("pool", "weighted")
+    )
+    q, k = qk(layout)
+    plans = [policy.plan(q, k, layout, layer=0, scale=0.1) for policy in (pooled, weighted)]
+    assert [plan.pool_rows for plan in plans] == [0, 4]
+    # Blocks are chosen by what plain means would miss, and text is kept whole either way.
+    assert torch.equal(*(plan.to_levels() for plan in plans))
+    assert weighted.forecast(layout)[0].pool_rows == 4
+
+
 def test_dense_heads_of_a_checkpoint_keep_everything_and_the_rest_their_thresholds():
     layout = TokenLayout(8, 16, 16)
     sparse, dense = (True, 0.5, -0.5, 50.0), (False, 1.0, 1.0, 50.0)
@@ -275,4 +290,8 @@ def test_description_names_what_was_chosen():
     )
     assert tuned.describe() == (
         "sparge (thresholds of sparge_cogvideox_2b.pt, Gilbert order, skipped blocks pooled)"
+    )
+    weighted = SpargePolicy(topk=0.2, skipped_blocks="weighted")
+    assert weighted.describe() == (
+        "sparge (topk 0.2, simthreshd1 -0.1, skipped blocks pooled by weight)"
     )
