@@ -16,6 +16,7 @@ from sparse_video_attention.sparge import SpargePolicy
 repeatable = settings(derandomize=True, max_examples=120, database=None)
 
 BLOCKS = st.sampled_from([16, 32, 64])
+SKIPPED = st.sampled_from(["drop", "pool", "weighted"])
 
 
 def normal(seed, *shape):
@@ -23,29 +24,51 @@ def normal(seed, *shape):
     return torch.from_numpy(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
-def one_block(queries, k, v, levels, block_n, scale):
-    """Queries [m, D] over the key blocks with their levels, gathered a group at a time."""
+def weighted_mean(near, keys, values, scale):
+    """What stands for a block to queries near `near`: their mean by its weights, and the key moved
+    along it until its logit, with the bias ln c of c tokens, is the block's."""
+    logits = keys @ near * scale
+    weights = np.exp(logits - logits.max())
+    log_sum = np.log(weights.sum()) + logits.max()
+    weights /= weights.sum()
+    key = weights @ keys
+    short = log_sum - np.log(len(keys)) - key @ near * scale
+    return key + short / (near @ near * scale) * near, weights @ values
+
+
+def one_block(queries, k, v, levels, block_n, scale, near=None):
+    """Queries [m, D] over the key blocks with their levels, gathered a group at a time.
+
+    near: [D], the mean query that weighs the means of whole blocks; None for plain ones.
+    """
     keys, values, sizes = [], [], []
     for j, level in enumerate(levels):
         block = slice(j * block_n, (j + 1) * block_n)
         for start in range(0, len(k[block]), level) if level else ():
             group = slice(start, start + level)
-            keys.append(k[block][group].mean(0))
-            values.append(v[block][group].mean(0))
+            key, value = k[block][group].mean(0), v[block][group].mean(0)
+            if near is not None and level == block_n:
+                key, value = weighted_mean(near, k[block], v[block], scale)
+            keys.append(key)
+            values.append(value)
             sizes.append(len(k[block][group]))
     logits = queries @ np.array(keys).T * scale + np.log(sizes)
     weights = np.exp(logits - logits.max(1, keepdims=True))
     return weights @ np.array(values) / weights.sum(1, keepdims=True)
 
 
-def written_out(q, k, v, levels, block_m, block_n, scale):
-    """[B, H, N, D] in double; levels [B, H, M, N]."""
+def written_out(q, k, v, levels, block_m, block_n, scale, pool_rows=0):
+    """[B, H, N, D] in double; levels [B, H, M, N]; pool_rows of the plan."""
     q, k, v = (x.double().numpy() for x in (q, k, v))
     out = np.empty_like(q)
     for b, h, i in np.ndindex(levels.shape[:3]):
         rows = slice(i * block_m, (i + 1) * block_m)
         row = levels[b, h, i].tolist()
-        out[b, h, rows] = one_block(q[b, h, rows], k[b, h], v[b, h], row, block_n, scale)
+        near = None
+        if pool_rows:
+            first = i // pool_rows * pool_rows
+            near = q[b, h, first * block_m : (first + pool_rows) * block_m].mean(0)
+        out[b, h, rows] = one_block(q[b, h, rows], k[b, h], v[b, h], row, block_n, scale, near)
     return torch.from_numpy(out)
 
 
@@ -74,15 +97,17 @@ def random_plans(draw):
         normal(seed + n, batch, length, heads, dim).transpose(1, 2)
         for n, length in enumerate((q_len, k_len, k_len))
     ]
-    pooled, packed = draw(st.booleans()), draw(st.booleans())
+    # None drops what is left out; 0 pools it plainly.
+    pool_rows, packed = draw(st.sampled_from([None, 0, 0, 1, 4])), draw(st.booleans())
     scale = draw(st.sampled_from([None, 0.02, 1.0]))
-    return tensors, torch.from_numpy(levels), allowed, pooled, packed, block_m, block_n, scale
+    return tensors, torch.from_numpy(levels), allowed, pool_rows, packed, block_m, block_n, scale
 
 
 @repeatable
 @given(random_plans())
 def test_any_plan_is_the_attention_it_describes(case):
-    (q, k, v), levels, allowed, pooled, packed, block_m, block_n, scale = case
+    (q, k, v), levels, allowed, pool_rows, packed, block_m, block_n, scale = case
+    pooled = pool_rows is not None
     plan = BlockPlan.from_levels(
         levels,
         block_m=block_m,
@@ -90,6 +115,7 @@ def test_any_plan_is_the_attention_it_describes(case):
         q_len=q.shape[2],
         k_len=k.shape[2],
         pooled_remainder=pooled,
+        pool_rows=pool_rows or 0,
         packed=packed,
         allowed=allowed,
     )
@@ -98,7 +124,7 @@ def test_any_plan_is_the_attention_it_describes(case):
         levels = torch.where(levels == 0, block_n, levels)
     levels = levels.expand(*q.shape[:2], -1, -1)
     used = q.shape[-1] ** -0.5 if scale is None else scale
-    agrees(out, written_out(q, k, v, levels, block_m, block_n, used))
+    agrees(out, written_out(q, k, v, levels, block_m, block_n, used, plan.pool_rows))
     kept = torch.where(levels > 0, 1 / levels.clamp(min=1), 0.0)
     assert math.isclose(plan.density(), float(kept.double().mean()), rel_tol=1e-5)
 
@@ -119,7 +145,7 @@ radial_policies = st.builds(
     RadialPolicy,
     block_size=BLOCKS,
     decay_factor=st.floats(0.0, 2.0),
-    skipped_blocks=st.sampled_from(["drop", "pool", "weighted"]),
+    skipped_blocks=SKIPPED,
     family=st.sampled_from(["wan", "hunyuan"]),
 )
 sparge_policies = st.builds(
@@ -129,7 +155,7 @@ sparge_policies = st.builds(
     cdfthreshd=st.none() | st.floats(0.0, 1.0),
     attention_sink=st.booleans(),
     block_order=st.sampled_from(["raster", "Gilbert"]),
-    skipped_blocks=st.sampled_from(["drop", "pool", "weighted"]),
+    skipped_blocks=SKIPPED,
     block_m=BLOCKS,
     block_n=BLOCKS,
 )
@@ -151,6 +177,7 @@ def psa_policies(draw):
         sim_thresholds=draw(st.none() | st.builds(SimThresholds, *[st.floats(-1.0, 1.0)] * 3)),
         rearrange_method=draw(st.sampled_from([None, "Gilbert", "STA"])),
         tile_size=draw(st.tuples(*[st.integers(1, 8)] * 3)),
+        skipped_blocks=draw(SKIPPED),
     )
 
 
@@ -197,7 +224,8 @@ def test_any_policy_on_any_layout_is_attention_and_keeps_what_is_not_video(
     out = torch.empty_like(q)
     out[:, :, order] = block_sparse_attention(*moved, plan, kernel="torch", precision="native")
     expected = torch.empty(q.shape, dtype=torch.double)
-    expected[:, :, order] = written_out(*moved, levels, plan.block_m, plan.block_n, scale)
+    blocks = plan.block_m, plan.block_n
+    expected[:, :, order] = written_out(*moved, levels, *blocks, scale, plan.pool_rows)
     agrees(out, expected)
 
 

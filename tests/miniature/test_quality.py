@@ -133,8 +133,10 @@ def test_sparge_is_pinned_to_block_means_in_the_nodes_own_blocks_but_for_its_def
             curves = {s.curve for s in pinned}
             assert "sparge published" in curves and not curves & {s.curve for s in free}
     fine = settings(family, "fine")
-    by_means = [s.own for s in fine if s.curve == "sparge block means topk"]
-    assert by_means == [s.own for s in fine if s.curve == "sparge topk"] != []
+    plain = [s for s in fine if s.curve == "sparge plain topk"]
+    assert [s.own for s in plain] == [s.own for s in fine if s.curve == "sparge topk"] != []
+    wanted = {"skipped_blocks": "pool", "block_scores": "block means"}
+    assert all(s.policy == wanted for s in plain)
 
 
 @pytest.mark.parametrize("family", ["wan", "cogvideox"])
