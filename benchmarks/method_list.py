@@ -70,6 +70,9 @@ def _methods(model_family: str) -> Iterator[Method]:
     for label, preset in _presets(model_family):
         pooling = PsaPolicy.from_preset(preset, skipped_blocks="pool", label=label)
         yield Method(f"psa {label}{POOLED}", pooling)
+    # What the weights of its means take.
+    plain = replace(SPARGE_POLICY, skipped_blocks="pool")
+    yield Method(f"sparge group means 0.2{POOLED}", plain)
     yield Method("sparge Gilbert", SpargePolicy(block_order="Gilbert"))
     yield Method("sparge raster pool", SpargePolicy(skipped_blocks="pool"))
     gilbert = SpargePolicy(block_order="Gilbert", skipped_blocks="pool")
