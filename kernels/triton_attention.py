@@ -132,8 +132,11 @@ def attention_kernel(
         position = 0
         for LOG_LEVEL in tl.static_range(NUM_LOG_LEVELS):
             if (LEVELS >> LOG_LEVEL) & 1:
-                level_k = ScratchK + k_row * HEAD_DIM
-                level_v = ScratchV + v_row * HEAD_DIM
+                own = 0
+                if WEIGHTED and (LEVELS >> LOG_LEVEL) == 1:
+                    own = block_m // pool_rows * num_k_blocks
+                level_k = ScratchK + (k_row + own) * HEAD_DIM
+                level_v = ScratchV + (v_row + own) * HEAD_DIM
                 row_stride_k = HEAD_DIM
                 row_stride_v = HEAD_DIM
                 if LOG_LEVEL == 0 and not QUANTIZED:
@@ -151,13 +154,7 @@ def attention_kernel(
                     row_stride_v = stride_vn
                 else:
                     v_row += num_k_blocks * (BLOCK_N >> LOG_LEVEL)
-                level_scale = KScale + position * num_k_blocks
-                if WEIGHTED and (LEVELS >> LOG_LEVEL) == 1:
-                    # Its own means; int64, since they may be as many as 2**31 elements.
-                    own = (block_m // pool_rows).to(tl.int64) * num_k_blocks
-                    level_k += own * HEAD_DIM
-                    level_v += own * HEAD_DIM
-                    level_scale += own
+                level_scale = KScale + position * num_k_blocks + own
                 first, last, ragged = segment(
                     Bounds, Indices, position, num_k_blocks, k_len, BLOCK_N
                 )

@@ -80,7 +80,7 @@ def test_reading_them_takes_nothing_from_the_loops(tmp_path, arch, precision):
         loops = product_loops(compiled, tmp_path)[:2]
         spilled.append(sum(one.startswith("LDL") for code in loops for one in code))
         lengths.append(sum(len(code) for code in loops))
-    # There the loops spill without them too, and read a few registers back more.
-    more = 16 if (arch, precision) == (100, "native") else 0
+    # There the loops have no register to spare, and read a few back more.
+    more = 16 if (arch, precision) in ((90, "int8"), (100, "native")) else 0
     assert spilled[1] <= spilled[0] + more + (0 if IS_RELEASE_OF_SETTINGS else 2)
     assert lengths[1] <= lengths[0] * 1.05
