@@ -106,7 +106,7 @@ class GroupScores:
         self._log_sums: Tensor | None = twins.run(
             self._twin,
             q,
-            lambda twin: twin.refuses(queries, scale, self._per_q_block),
+            lambda twin: twin.refuses(queries, self._per_q_block),
             lambda twin: twin.log_sums(queries, keys, scale=scale),
             lambda found: _sums_off(
                 found[:1, -SUMS_CHECKED:],

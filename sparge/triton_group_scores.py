@@ -131,7 +131,7 @@ def tiles_for(arch: int | str) -> tuple[int, Launch, Launch]:
     return ROWS, SUMS, SCORES
 
 
-def refuses(queries: Tensor, scale: float, per_q_block: int) -> str | None:
+def refuses(queries: Tensor, per_q_block: int) -> str | None:
     """Why these group means need the torch implementation, or None."""
     if queries.dtype not in (torch.float16, torch.bfloat16):
         return f"products of {queries.dtype} are not exact on tensor cores"

@@ -47,7 +47,7 @@ def check(q, k, blocks, pooled, scale, groups=(16, 8), starts=(0, 1)):
     torch.testing.assert_close(
         sums.double(), logits.logsumexp(2) / math.log(2), rtol=1e-6, atol=1e-5
     )
-    assert twin.refuses(queries, scale, blocks[0] // groups[0]) is None
+    assert twin.refuses(queries, blocks[0] // groups[0]) is None
     num_q, num_k = -(-q.shape[2] // blocks[0]), -(-k.shape[2] // blocks[1])
     for first in starts:
         for last in {min(first + 1, num_q), num_q}:
@@ -235,7 +235,7 @@ def test_what_the_twin_cannot_serve_is_refused(dtype, head_dim, per_block, why):
     pytest.importorskip("triton")
     from sparse_video_attention.sparge import triton_group_scores
 
-    said = triton_group_scores.refuses(torch.zeros(1, 9, head_dim, dtype=dtype), 1.0, per_block)
+    said = triton_group_scores.refuses(torch.zeros(1, 9, head_dim, dtype=dtype), per_block)
     assert (said is None) if why is None else said.startswith(why)
 
 
