@@ -81,14 +81,16 @@ def block_map(
         if value is not None:
             check_threshold(name, value, 0.0, 1.0, heads)
 
-    mean_key = k.mean(dim=2, keepdim=True, dtype=torch.float32) if subtract_key_mean else None
+    mean_key = None
+    if subtract_key_mean and (groups is None or not _only_ragged_are_apart(simthreshd1)):
+        mean_key = k.mean(dim=2, keepdim=True, dtype=torch.float32)
     twins = twins or Twins(checks=False)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     score: Callable[[int, int], Tensor]
     if groups is not None:
         of_groups = GroupScores(
             q, k, block_q=block_q, block_k=block_k, groups=groups, pooled=pooled, scale=scale,
-            center=mean_key, twins=twins,
+            centered=subtract_key_mean, twins=twins,
         )  # fmt: skip
         score = of_groups.rows
         # As the similarity of the published scores: one that is NaN exceeds no threshold.
@@ -114,12 +116,16 @@ def block_map(
     return kept
 
 
+def _only_ragged_are_apart(simthreshd1: Threshold) -> bool:
+    """The mean cosine over all pairs is the squared length of a mean: never below 0."""
+    return isinstance(simthreshd1, int | float) and simthreshd1 < 0
+
+
 def _alike(
     x: Tensor, block: int, center: Tensor | None, simthreshd1: Threshold, twins: Twins
 ) -> Tensor:
     """bool [B, H, blocks]: which blocks are self-similar, their tokens being finite."""
-    if isinstance(simthreshd1, int | float) and simthreshd1 < 0:
-        # The mean cosine over all pairs is the squared length of a mean: only ragged blocks fail.
+    if _only_ragged_are_apart(simthreshd1):
         batch, heads, tokens, _ = x.shape
         alike = torch.ones(batch, heads, -(-tokens // block), dtype=torch.bool, device=x.device)
         if tokens % block:

@@ -31,12 +31,12 @@ LEAST = 2.0**-18
 TINY = 2.0**-126
 
 
-def group_means(x: Tensor, group: int, center: Tensor | None = None) -> Tensor:
+def group_means(x: Tensor, group: int, *, centered: bool = False) -> Tensor:
     """Mean of every `group` tokens; the last group may have fewer.
 
     Args:
         x: [B, H, N, D], any strides.
-        center: fp32 [B, H, 1, D] to subtract, or None.
+        centered: subtract from all what they are on average, before they are rounded to x's dtype.
 
     Returns:
         [B * H, ceil(N / group), D], contiguous, in x's dtype.
@@ -48,12 +48,13 @@ def group_means(x: Tensor, group: int, center: Tensor | None = None) -> Tensor:
     step = max(1, MEANS_AT_ONCE // max(1, batch * out.shape[2] * head_dim))
     for head in range(0, heads, step):
         some = slice(head, head + step)
-        taken_off = 0.0 if center is None else center[:, some]
         means = x[:, some, : whole * group].unflatten(2, (whole, group))
-        out[:, some, :whole] = means.mean(dim=3, dtype=torch.float32).sub_(taken_off)
+        means = means.mean(dim=3, dtype=torch.float32)
+        average = means.mean(dim=2, keepdim=True) if centered and whole else 0.0
+        out[:, some, :whole] = means.sub_(average)
         if whole < out.shape[2]:
             rest = x[:, some, whole * group :].mean(dim=2, keepdim=True, dtype=torch.float32)
-            out[:, some, whole:] = rest.sub_(taken_off)
+            out[:, some, whole:] = rest.sub_(average)
     return out.flatten(0, 1)
 
 
@@ -79,7 +80,7 @@ class GroupScores:
         groups: queries and keys of a group.
         pooled: blocks that are left out are attended to through their mean.
         scale: of the logits.
-        center: fp32 [B, H, 1, D] to subtract from the keys, which moves no score; or None.
+        centered: take what keys have in common off them, which moves no score and keeps digits.
         twins: what a caller keeps of failures over its calls, on CUDA.
     """
 
@@ -93,11 +94,12 @@ class GroupScores:
         groups: tuple[int, int],
         pooled: bool,
         scale: float,
-        center: Tensor | None,
+        centered: bool,
         twins: Twins,
     ) -> None:
         self._sequences = q.shape[:2]
-        self._queries, self._keys = group_means(q, groups[0]), group_means(k, groups[1], center)
+        self._queries = group_means(q, groups[0])
+        self._keys = group_means(k, groups[1], centered=centered)
         self._per_q_block, self._per_k_block = block_q // groups[0], block_k // groups[1]
         self._num_k_blocks = -(-k.shape[2] // block_k)
         self._pooled, self._scale, self._twins = pooled, scale, twins

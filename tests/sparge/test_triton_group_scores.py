@@ -34,12 +34,11 @@ def random_qk(batch, heads, q_len, k_len, head_dim, spread=1.5):
     return q.half().transpose(1, 2), (k + 0.5).half().transpose(1, 2)
 
 def check(q, k, blocks, pooled, scale, groups=(16, 8), starts=(0, 1)):
-    center = k.mean(2, keepdim=True, dtype=torch.float32)
     truth = GroupScores(
         q, k, block_q=blocks[0], block_k=blocks[1], groups=groups, pooled=pooled, scale=scale,
-        center=center, twins=TORCH_ONLY,
+        centered=True, twins=TORCH_ONLY,
     )
-    queries, keys = group_means(q, groups[0]), group_means(k, groups[1], center)
+    queries, keys = group_means(q, groups[0]), group_means(k, groups[1], centered=True)
     torch.empty = poisoned
     sums = twin.log_sums(queries, keys, scale=scale)
     torch.empty = empty
