@@ -99,6 +99,7 @@ def nodes(family: str) -> Iterator[Node]:
     """The nodes at their defaults, and what makes them faster."""
     yield Node("Sparge at its defaults", SPARGE_POLICY, 0, -1)
     yield Node("`topk` 0.3", replace(SPARGE_POLICY, topk=0.3), 0, -1)
+    yield Node("`topk` 0.5", replace(SPARGE_POLICY, topk=0.5), 0, -1)
     yield Node("`topk` 0.3, no dense steps", replace(SPARGE_POLICY, topk=0.3), 0)
     section, name = CLOSEST_PRESETS[family.lower()]
     preset = load_presets()[section][name]

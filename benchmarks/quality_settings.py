@@ -22,6 +22,9 @@ FINE_GRIDS = ("fine", "fine_few_steps", FRAMES)
 GRIDS = ("small", "full", "few_steps", "ends", *FINE_GRIDS)
 PUBLISHED_BLOCKS = {"block_order": "raster", "skipped_blocks": "drop"}
 ALL_LAYERS = {"dense_layers": ""}
+# Sparge's default schedule, where a setting differs in other inputs alone; and none of it dense.
+LAST_DENSE = {"dense_timesteps": 0, "last_dense_timesteps": -1}
+NONE_DENSE = {"dense_timesteps": 0, "last_dense_timesteps": 0} | ALL_LAYERS
 # Of a miniature's large blocks few are alike; without this nearly all would be kept.
 ALIKE = {"simthreshd1": -1.0}
 # As published, and what grids of the nodes' own blocks are measured with.
@@ -155,6 +158,8 @@ def _in_fine_blocks(family: str) -> Iterator[Setting]:
     """Every method, the choices that matter most at the block counts of real models."""
     yield from _defaults()
     yield from _published()
+    own = {"topk": 0.5} | PUBLISHED_BLOCKS
+    yield Setting("sparge", "sparge published", own, NONE_DENSE, BLOCK_MEANS)
     for preset, _ in _psa_presets(family):
         quarter = {"warmup_steps": QUARTER}
         yield Setting("psa", "psa presets", {"preset": preset}, quarter)
@@ -165,6 +170,8 @@ def _in_fine_blocks(family: str) -> Iterator[Setting]:
     for share in (0.1, 0.2, 0.3, 0.5):
         yield Setting("sparge", "sparge topk", {"topk": share})
         yield Setting("sparge", "sparge plain topk", {"topk": share}, policy=PLAIN)
+    for share in (0.1, 0.3, 0.5):
+        yield Setting("sparge", "sparge topk last dense", {"topk": share}, LAST_DENSE)
     choices = (("Gilbert", "drop"), ("Gilbert", "pool"), ("raster", "weighted"))
     for order, skipped in choices:
         own = {"topk": 0.2, "block_order": order, "skipped_blocks": skipped}
@@ -196,13 +203,12 @@ def _few_in_fine_blocks(family: str) -> Iterator[Setting]:
 
 def _frames() -> Iterator[Setting]:
     """What Sparge needs in frames of fewer blocks."""
-    yield Setting("sparge", "sparge defaults")
     own = {"topk": 0.5} | PUBLISHED_BLOCKS
     yield Setting("sparge", "sparge published", own, policy=BLOCK_MEANS)
-    for share in (0.2, 0.3):
+    for share in (0.2, 0.3, 0.5):
         for order in ("Gilbert", "raster"):
             own = {"topk": share, "block_order": order}
-            yield Setting("sparge", f"sparge {order} pool", own)
+            yield Setting("sparge", f"sparge {order} last dense", own, LAST_DENSE)
 
 
 def settings(family: str, grid: str, steps: int = STEPS, scale: int = SCALE) -> list[Setting]:

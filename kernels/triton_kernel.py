@@ -40,7 +40,7 @@ def _unavailable() -> str | None:
     if _interpreted():
         return None
     if not torch.cuda.is_available():
-        return "there is no CUDA or ROCm device (in tests, TRITON_INTERPRET=1 runs it on CPUs)"
+        return "there is no CUDA or ROCm device"
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     reasons = [_unfit(device) for device in devices]
     if all(reasons):

@@ -62,9 +62,9 @@ class PatchSpargeAttention(io.ComfyNode):
                     step=0.01,
                     optional=True,
                     tooltip=(
-                        "Share of the key blocks that every query block attends to. Lower is "
-                        "faster and less exact. Published: 0.5, with skipped_blocks drop, "
-                        "block_order raster and block_scores block means."
+                        "Share of the key blocks that every query block attends to in full. Lower "
+                        "is faster and less exact; 0 keeps a single block. Published: 0.5, with "
+                        "skipped_blocks drop, block_order raster and block_scores block means."
                     ),
                 ),
                 io.Float.Input(
@@ -75,11 +75,12 @@ class PatchSpargeAttention(io.ComfyNode):
                     step=0.01,
                     optional=True,
                     tooltip=(
-                        "Blocks whose tokens are less alike than this (mean cosine) are always "
-                        "attended to, since their mean says little about them."
+                        "Below 0 it is off. From 0 on, blocks whose tokens are less alike than "
+                        "this (mean cosine) are always attended to in full, and how much a call "
+                        "computes depends on its content."
                     ),
                 ),
-                dense_layers_input(),
+                dense_layers_input(published="none"),
                 dense_timesteps_input(default=0),
                 *advanced_inputs(last_dense=-1),
                 io.Float.Input(

@@ -18,7 +18,7 @@ from .recorded_memory import outside_recorded_memory
 from .replaced import named, who_attends
 from .router import FORWARD_KEY, OVERRIDE_KEY, AttentionRouter, acting_router
 from .run import RUN_KEY, RunState
-from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice, StaticPolicy
+from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice, StaticPolicy, advice_of
 from .vace import VaceBlocks, has_vace_blocks
 
 # How a forward is run again.
@@ -76,6 +76,9 @@ def _prepare_sparse(
     elif choice.policy.is_static:
         state.plan = plans.plan(cast(StaticPolicy, choice.policy), layout, device)
         state.plan.density()  # read here, once per plan: it waits for the device
+    advice = advice_of(choice.policy, layout, state.plan)
+    if advice is not None and state.run is not None:
+        state.run.record.note(advice)
 
 
 def _order_for_whole_forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from ..kernels import registry
@@ -111,12 +112,31 @@ def _say_what_changes(
     if earlier is not None and earlier.sparse is not None:
         new, old = (each.policy.describe() for each in (settings.sparse, earlier.sparse))
         if old == new:
-            how = "the same" if settings.sparse == earlier.sparse else "other"
-            old = f"an earlier node with {how} settings"
+            same = settings.sparse == earlier.sparse
+            how = "the same settings" if same else _other(settings.sparse, earlier.sparse)
+            old = f"an earlier node with {how}"
         log.info(f"{new} replaces {old} on this model")
     reason = unreadable_reason(diffusion_model)
     if reason is not None:
         log.warning(f"{type(diffusion_model).__name__} stays dense: {reason}")
+
+
+def _other(new: SparseChoice, old: SparseChoice) -> str:
+    """What differs between two choices of one method, but for what the method itself says."""
+    parts = []
+    for one, other in ((new, old), (new.schedule, old.schedule)):
+        for name in (field.name for field in fields(one)):
+            now, before = getattr(one, name), getattr(other, name)
+            if now != before and name not in ("policy", "schedule", "fits_warmup"):
+                parts.append(f"{name} {_written(now)} instead of {_written(before)}")
+    return f"other settings ({', '.join(parts)})" if parts else "other settings"
+
+
+def _written(value: object) -> str:
+    """As a person writes an input."""
+    if isinstance(value, frozenset):
+        return ", ".join(map(str, sorted(value))) or "none"
+    return str(value)
 
 
 class _ReassertOverride:

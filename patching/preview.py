@@ -19,7 +19,7 @@ from .page import image_tensor, text_picture
 from .preview_picture import plan_picture
 from .report import UNPATCHED
 from .run import noise_bounds
-from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice, StaticPolicy
+from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice, StaticPolicy, advice_of
 
 # What ComfyUI's text encoders of these models give at least.
 WAN_TEXT, COGVIDEOX_TEXT = 512, 226
@@ -81,12 +81,14 @@ def attention_preview(model: Any, samples: dict[str, Any], steps: int) -> Previe
         return _told(*head, steps_text, unknown, density=math.nan, speedup=math.nan)
     plan, meaning = known
     # What a method adds by what it sees in a call comes on top.
-    least, most = ("", "") if _is_fixed(choice) else ("at least ", "at most ")
+    least, most = ("", "") if _is_fixed(choice, layout) else ("at least ", "at most ")
     gain = _gain(
         net, family, choice, layout.num_tokens, text_tokens, plan, sparse_steps / steps, most
     )
     density = f"Density of sparse calls: {least}{plan.density():.3f} ({meaning})."
-    sentences = (*head, density, *_where_guided(net, choice, layout), steps_text, gain.text)
+    sentences = [*head, density, *_where_guided(net, choice, layout), steps_text, gain.text]
+    advice = advice_of(choice.policy, layout, plan if choice.policy.is_static else None)
+    sentences += [] if advice is None else [f"Note: {advice}."]
     in_frames = choice.policy.is_static and choice.policy.order(layout) is None
     picture = image_tensor(lambda: plan_picture(plan, layout, *sentences, in_frames=in_frames))
     # Where all steps or layers are dense there is no sparse call.
@@ -154,9 +156,14 @@ def _in_windows(model: Any, video: Tensor) -> tuple[Tensor, tuple[str, ...]]:
     return torch.empty(shape, device="meta"), (said,)
 
 
-def _is_fixed(choice: SparseChoice) -> bool:
-    """Whether every call keeps what was foretold; a policy of somebody's own may not say."""
-    return getattr(choice.policy, "density_is_fixed", True)
+def _is_fixed(choice: SparseChoice, layout: TokenLayout) -> bool:
+    """Whether every call keeps what was foretold; a policy of somebody's own may not say.
+
+    Whether text, which is always kept, is among what a call chooses, only the call knows.
+    """
+    policy = choice.policy
+    text = layout.prefix_tokens + layout.suffix_tokens
+    return getattr(policy, "density_is_fixed", True) and (policy.is_static or not text)
 
 
 def _too_large(choice: SparseChoice, layout: TokenLayout) -> str | None:

@@ -237,7 +237,7 @@ class RunRecord:
         dense = ", ".join(f"{count} x {why}" for why, count in self.dense_reasons().most_common())
         times = (
             f"self-attention {sparse.seconds:.2f} s sparse + {self.dense_seconds():.2f} s dense "
-            f"of {self.seconds:.2f} s"
+            f"of {self.seconds:.2f} s of sampling"
         )
         parts = [f"{where}: {ran}", f"dense calls: {dense or 'none'}"]
         parts += self._idle_steps()

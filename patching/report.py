@@ -13,7 +13,7 @@ from .report_picture import run_picture
 
 UNPATCHED = (
     "No node of Sparse Video Attention has patched this model, so attention runs as ComfyUI does "
-    "it. Connect the patched model."
+    "it. Connect the patched model, or take the node out of bypass."
 )
 NOT_SAMPLED = (
     "No run of this model is known: connect samples to the sampler that uses it. If they are, "

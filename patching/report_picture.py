@@ -17,6 +17,8 @@ Name = int | None
 # Room for the names of layers, and the height of the bars of seconds.
 LABELS, BARS = 64, 72
 NOT_CALLED = (236, 236, 238)
+# Seconds of dense calls, of whatever reason.
+DENSE_SECONDS = (92, 92, 98)
 # Of the reasons why calls were dense, the commonest first; the last is for all that follow. A run
 # has two or three: its first steps, its dense layers, and what else came up.
 DENSE: tuple[Colour, ...] = (
@@ -116,7 +118,7 @@ class _Chart:
         page.write("seconds", MARGIN, page.y)
         if longest > 0:
             page.write(f"{longest:.3g}", MARGIN, page.y + LINE)
-            colours = (density_colour(self.record.sparse().density), DENSE[0])
+            colours = (density_colour(self.record.sparse().density), DENSE_SECONDS)
             for column, step in enumerate(self.steps):
                 bottom = float(page.y + BARS)
                 for seconds, colour in zip(reversed(spent[step]), reversed(colours), strict=True):
@@ -140,6 +142,9 @@ class _Chart:
         for reason, colour in self.reasons.items():
             page.patch(MARGIN, page.y + 2, TEXT, TEXT, colour)
             page.paragraph(f"dense: {counts[reason]} x {reason}", 24)
+        if self.reasons:
+            page.patch(MARGIN, page.y + 2, TEXT, TEXT, DENSE_SECONDS)
+            page.paragraph("seconds of dense calls", 24)
         if self.has_gaps:
             page.patch(MARGIN, page.y + 2, TEXT, TEXT, NOT_CALLED)
             page.paragraph("not called", 24)
@@ -157,7 +162,7 @@ def run_picture(record: RunRecord, *remarks: str) -> Image.Image:
     if not record.calls:
         return text_picture(*told)
     chart = _Chart(record)
-    lines += 3 + sum(len(wrapped(f"dense: 123456 x {why}", 24)) for why in chart.reasons)
+    lines += 4 + sum(len(wrapped(f"dense: 123456 x {why}", 24)) for why in chart.reasons)
     page = Page(lines * LINE + chart.height + 2 * MARGIN)
     for part in told:
         page.paragraph(part)

@@ -50,7 +50,10 @@ class SparsePolicy(Protocol):
         """Why only kernels that pool blocks can run its plans and what to choose else, or None."""
 
     def dense_reason(self, layout: TokenLayout) -> str | None:
-        """Why the method cannot act on this layout, or None."""
+        """Why the method cannot act on this layout, or None.
+
+        A policy may also have `advice(layout)`, what else to choose for it, or None.
+        """
 
     def order(self, layout: TokenLayout) -> Tensor | None:
         """int64 [layout.num_tokens]: attention position -> token, or None to keep the order.
@@ -79,6 +82,16 @@ class StaticPolicy(SparsePolicy, Protocol):
 
     def static_plan(self, layout: TokenLayout, device: torch.device) -> BlockPlan:
         """The plan of a layout."""
+
+
+def advice_of(
+    policy: SparsePolicy, layout: TokenLayout, plan: BlockPlan | None = None
+) -> str | None:
+    """What a person might choose instead for a layout, or None. plan: that of all calls."""
+    if plan is not None and plan.density() == 1:
+        return f"{policy.name} keeps every block at this size, which gains nothing"
+    advice = getattr(policy, "advice", None)
+    return None if advice is None else advice(layout)
 
 
 @dataclass(frozen=True)

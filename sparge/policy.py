@@ -21,6 +21,9 @@ from .thresholds import topk_counts
 BLOCK_ORDERS = ("raster", "Gilbert")
 BLOCK_SCORES = ("block means", "group means")
 PUBLISHED_BLOCKS = (128, 64)
+# In frames of fewer tokens than these (half of what is measured as a usual one) blocks are a large
+# part of the picture, and CLOSER was 6 to 8 dB closer than a topk of 0.2 (docs/measurements.md).
+SMALL_FRAME, CLOSER = 960, 0.5
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,14 @@ class SpargePolicy:
         if layout.num_tokens < smallest:
             return f"{layout.num_tokens} tokens are fewer than the {smallest} of a block map"
         return None
+
+    def advice(self, layout: TokenLayout) -> str | None:
+        """What else to choose for such a layout, for the log and the preview; or None."""
+        by_topk = self.checkpoint is None and self.cdfthreshd is None
+        frame = layout.tokens_per_frame
+        if not by_topk or self.topk >= CLOSER or frame >= SMALL_FRAME:
+            return None
+        return f"a frame of {frame} tokens is small: topk {CLOSER:g} stays closer to the original"
 
     def order(self, layout: TokenLayout) -> Tensor | None:
         """int64 [layout.num_tokens]: attention position -> token, or None to keep the order."""

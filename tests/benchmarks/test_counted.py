@@ -12,6 +12,7 @@ LAYERS = {"WAN 14B": 40, "WAN 2.1 1.3B": 30, "WAN 2.2 5B": 30, "CogVideoX 5B": 4
 DENSE_STEPS = {
     "Sparge at its defaults": {4: 1, 20: 1, 30: 1},
     "`topk` 0.3": {4: 1, 20: 1, 30: 1},
+    "`topk` 0.5": {4: 1, 20: 1, 30: 1},
     "`topk` 0.3, no dense steps": {4: 0, 20: 0, 30: 0},
     "PSA, closest preset": {4: 1, 20: 5, 30: 7},
     "Radial at its defaults": {4: 1, 20: 5, 30: 7},

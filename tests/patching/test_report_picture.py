@@ -8,6 +8,7 @@ from sparse_video_attention.patching.call_record import CallRecord
 from sparse_video_attention.patching.record import RunRecord
 from sparse_video_attention.patching.report_picture import (
     DENSE,
+    DENSE_SECONDS,
     NOT_CALLED,
     WIDTH,
     density_colour,
@@ -87,12 +88,20 @@ class TestSeconds:
         made.calls = [call for call in made.calls if call.layer == 1]
         made.num_layers = 1
         image = np.asarray(run_picture(made))
-        dense = (image == DENSE[0]).all(-1)
+        dense = (image == DENSE_SECONDS).all(-1)
         sparse = (image == density_colour(0.3)).all(-1)
         columns = [int(np.argwhere(found.any(0)).max()) for found in (dense, sparse)]
         heights = [int(f[:, x].sum()) for f, x in zip((dense, sparse), columns, strict=True)]
         cell = 17  # the row of the only layer that was called
-        assert heights[0] - cell == 72 and heights[1] - cell == pytest.approx(72 / 4, abs=1)
+        assert heights[0] == 72 and heights[1] - cell == pytest.approx(72 / 4, abs=1)
+
+    def test_bars_of_dense_calls_have_a_colour_that_no_reason_has(self):
+        assert DENSE_SECONDS not in {*DENSE, NOT_CALLED}
+        mark = 14 * 14  # in the list
+        assert pixels(run_picture(record()))[DENSE_SECONDS] > 2 * mark
+        sparse = record()
+        sparse.calls = [call for call in sparse.calls if call.reason is None]
+        assert pixels(run_picture(sparse))[DENSE_SECONDS] == 0
 
 
 class TestColours:
@@ -131,7 +140,7 @@ class TestColours:
         found = pixels(run_picture(made))
         # A mark in the list each, and a cell of equal size per call.
         cell = found[DENSE[1]] - 14 * 14
-        assert cell > 0 and found[DENSE[0]] - 14 * 14 > 12 * cell
+        assert cell > 0 and found[DENSE[0]] - 14 * 14 == pytest.approx(12 * cell, rel=0.1)
 
 
 class TestAnyRun:
