@@ -154,7 +154,7 @@ def _measure(
 
 def _print_summary(rows: list[Row]) -> None:
     for summary in summarise(rows):
-        spread = f" +- {summary.psnr_spread:.1f}" if summary.samples > 1 else ""
+        spread = f" +- {summary.psnr_spread:.1f}" if len(summary.videos) > 1 else ""
         print(
             f"{summary.family} {summary.size}  {summary.psnr:5.1f}{spread} dB  "
             f"SSIM {summary.ssim:.3f}  density {summary.density:.2f}  {summary.label}"

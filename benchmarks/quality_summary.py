@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,8 @@ class Summary:
 
     Attributes:
         psnr, ssim: means of what is finite.
-        psnr_spread: standard deviation; 0 for one sample.
+        psnr_spread: standard deviation; 0 for one video.
+        videos: (seed, prompt) of each.
     """
 
     family: str
@@ -32,7 +33,7 @@ class Summary:
     psnr_spread: float
     ssim: float
     seconds: float
-    samples: int
+    videos: frozenset[tuple[int, str]]
 
 
 def summarise(rows: Iterable[Row]) -> list[Summary]:
@@ -54,7 +55,7 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
             psnr_spread=statistics.pstdev(row["psnr_db"] for row in group),
             ssim=statistics.fmean(row["ssim"] for row in group),
             seconds=statistics.fmean(row["seconds"] for row in group),
-            samples=len(group),
+            videos=frozenset((row["seed"], row["prompt"]) for row in group),
         )
         for (family, size, curve, label), group in groups.items()
     ]
@@ -88,11 +89,20 @@ def _curves(summaries: list[Summary]) -> dict[tuple[str, str, str], list[Summary
     return curves
 
 
+def _neighbours(
+    group: Iterable[Summary], by: Callable[[Summary], float]
+) -> Iterator[tuple[Summary, Summary]]:
+    """Of a curve each with the next one, if of the same videos: others are not comparable."""
+    ordered = sorted(group, key=by)
+    for less, more in zip(ordered[:-1], ordered[1:], strict=True):
+        if less.videos == more.videos:
+            yield less, more
+
+
 def _density(curves: Iterable[list[Summary]]) -> Direction:
     held = compared = 0
     for curve in curves:
-        ordered = sorted(curve, key=lambda summary: summary.density)
-        for sparser, denser in zip(ordered[:-1], ordered[1:], strict=True):
+        for sparser, denser in _neighbours(curve, lambda summary: summary.density):
             if denser.density - sparser.density > 0.01:
                 compared += 1
                 held += denser.psnr > sparser.psnr
@@ -101,12 +111,12 @@ def _density(curves: Iterable[list[Summary]]) -> Direction:
 
 def _choice(summaries: list[Summary], claim: str, chosen: str, instead: str) -> Direction:
     """One choice of an input is closer than the other, all else in the labels being alike."""
-    others = {(s.family, s.size, s.label): s for s in summaries if instead in s.label}
+    others = {(s.family, s.size, s.label, s.videos): s for s in summaries if instead in s.label}
     pairs = set()
     for summary in summaries:
         if chosen in summary.label:
             twin = summary.label.replace(chosen, instead)
-            other = others.get((summary.family, summary.size, twin))
+            other = others.get((summary.family, summary.size, twin, summary.videos))
             if other is not None:
                 # Settings that come to the same mask are one comparison.
                 pairs.add((summary.method, other.density, other.psnr, summary.psnr))
@@ -114,12 +124,12 @@ def _choice(summaries: list[Summary], claim: str, chosen: str, instead: str) -> 
 
 
 def _in_turn(summaries: list[Summary]) -> Direction:
-    in_turn = {(s.family, s.size, s.label): s for s in summaries}
+    in_turn = {(s.family, s.size, s.label, s.videos): s for s in summaries}
     held = compared = 0
     for summary in summaries:
         if summary.curve.endswith(ONE_ORDER):
             twin = summary.label.replace(" alternate_orders=False", "")
-            other = in_turn.get((summary.family, summary.size, twin))
+            other = in_turn.get((summary.family, summary.size, twin, summary.videos))
             if other is not None:
                 compared += 1
                 held += other.psnr > summary.psnr
@@ -131,8 +141,7 @@ def _more_dense(summaries: list[Summary], dial: str, amount: Callable[[str], int
     held = compared = 0
     for (_, _, curve), group in _curves(summaries).items():
         if curve == dial:
-            ordered = sorted(group, key=lambda summary: amount(summary.label))
-            for less, more in zip(ordered[:-1], ordered[1:], strict=True):
+            for less, more in _neighbours(group, lambda summary: amount(summary.label)):
                 if amount(more.label) > amount(less.label):
                     compared += 1
                     held += more.psnr > less.psnr
@@ -156,7 +165,7 @@ def is_over_density(curve: str) -> bool:
 
 
 def directions(summaries: list[Summary]) -> list[Direction]:
-    """What is known of sparse attention, checked on these measurements."""
+    """What is known of sparse attention, checked on settings measured on the same videos."""
 
     def steps(label: str) -> int:
         return int(_dial(label, "dense_timesteps") or 0)

@@ -16,16 +16,17 @@ Result = dict[str, Any]
 KIND = "quality_"
 FLOOR = "dense in bf16"
 FAMILY_NAMES = {"wan": "WAN", "cogvideox": "CogVideoX"}
+_LAST = "dense_timesteps=0 last_dense_timesteps=-1"
 # What the README calls a setting, its label, and how many steps were dense.
 README_ROWS = (
     ("Dense, the whole model in bf16", FLOOR, STEPS),
     ("Sparge at its defaults", "sparge at its defaults", 1),
-    ("Sparge, `topk` 0.1", "sparge topk=0.1", QUARTER),
-    ("Sparge, `topk` 0.3", "sparge topk=0.3", QUARTER),
+    *((f"Sparge, `topk` {share}", f"sparge topk={share} {_LAST}", 1) for share in (0.1, 0.3, 0.5)),
     (
         "Sparge as published",
-        "sparge topk=0.5 block_order=raster skipped_blocks=drop block_scores=block means",
-        QUARTER,
+        "sparge topk=0.5 block_order=raster skipped_blocks=drop dense_timesteps=0 "
+        "last_dense_timesteps=0 dense_layers= block_scores=block means",
+        0,
     ),
     ("PSA, closest preset", f"psa preset={{preset}} warmup_steps={QUARTER}", QUARTER),
     ("PSA at its defaults", "psa at its defaults", QUARTER),
@@ -54,7 +55,7 @@ def title(result: Result) -> str:
 
 
 def _decibels(summary: Summary) -> str:
-    spread = f" \u00b1 {summary.psnr_spread:.1f}" if summary.samples > 1 else ""
+    spread = f" \u00b1 {summary.psnr_spread:.1f}" if len(summary.videos) > 1 else ""
     return f"{summary.psnr:.1f}{spread}"
 
 
@@ -71,17 +72,24 @@ def _lines(rows: list[Result]) -> Iterator[tuple[str, ...]]:
             summary.label,
             "" if dense else f"{summary.density:.3f}",
             _decibels(summary),
+            str(len(summary.videos)),
             f"{summary.ssim:.3f}",
             _time(summary, rows),
         )
 
 
+def _frames_like(result: Result) -> str:
+    """What a miniature's frame stands for in smaller blocks."""
+    _, height, width = map(int, result["rows"][0]["size"].split("x"))
+    tokens = height // 2 * (width // 2) * int(result["block_scale"])
+    return f"one of {tokens} tokens" + (", as at the models' own sizes" if tokens > 1350 else "")
+
+
 def quality(result: Result) -> str:
     """Every setting of a measurement, and whether what is known of sparse attention held."""
     rows = result["rows"]
-    shots = {(row["seed"], row["prompt"]) for row in rows}
     said = (
-        f"Means over {len(shots)} videos (seeds and prompts) with their standard deviation, "
+        "Means over videos (seeds and prompts) with their standard deviation, "
         f"against dense attention in fp32 at the same seed, guidance {result['guidance']:g}. "
         "Density is that of the sparse calls. Time is over that of the dense video. Where the "
         "setting does not say so, a quarter of the steps and layer 0 are dense (Sparge at its "
@@ -90,10 +98,10 @@ def quality(result: Result) -> str:
     if said_of_blocks(result):
         said += (
             f" Blocks are 1/{result['block_scale']} as large as the nodes', so that a frame holds "
-            "about as many as at the models' own sizes (`benchmarks/fine_blocks.py`); densities "
-            "are those of whole blocks."
+            f"about as many as {_frames_like(result)} (`benchmarks/fine_blocks.py`); densities are "
+            "those of whole blocks."
         )
-    head = ["curve", "setting", "density", "PSNR, dB", "SSIM", "time"]
+    head = ["curve", "setting", "density", "PSNR, dB", "videos", "SSIM", "time"]
     found = [
         f"- {d.claim}: in {d.held} of {d.compared} comparisons"
         for d in directions(summarise(rows))

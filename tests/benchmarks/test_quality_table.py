@@ -36,14 +36,14 @@ def test_a_quality_section_has_means_spreads_and_what_held():
     title, text = section("quality_wan_9x24x40_12steps", QUALITY)
     assert title == "Quality: wan miniature, latent 9x24x40, 2160 tokens, 12 steps"
     found = {row[1]: row[2:] for row in cells(text)}
-    assert found["radial at its defaults"] == ["0.250", "32.0 \u00b1 2.0", "0.875", "0.50"]
-    assert found["dense in bf16"] == ["", "40.0", "0.875", "0.50"]
-    assert "Means over 2 videos" in text
+    assert found["radial at its defaults"] == ["0.250", "32.0 \u00b1 2.0", "2", "0.875", "0.50"]
+    assert found["dense in bf16"] == ["", "40.0", "1", "0.875", "0.50"]
     assert "quality falls with density: in 1 of 1 comparisons" in text
     few = QUALITY | {"rows": [quality_row("radial last=1", "radial few", 0, 30.0)]}
     assert section("quality_wan_4steps", few)[1].endswith("|")
 
 
+LAST = "dense_timesteps=0 last_dense_timesteps=-1"
 FINE = {
     **{"header": {}, "steps": 12, "guidance": 3.0, "block_scale": 8},
     "rows": [
@@ -51,8 +51,8 @@ FINE = {
         quality_row("radial at its defaults", "radial defaults", 1, 24.0),
         quality_row("radial decay_factor=0.8", "radial choices", 0, 25.0, 0.3),
         quality_row("radial decay_factor=2", "radial choices", 0, 23.0, 0.6),
-        quality_row("sparge topk=0.3", "sparge topk", 0, 50.0, 0.3),
-        quality_row("sparge topk=0.1", "sparge topk", 0, 38.0, 0.1),
+        quality_row(f"sparge topk=0.3 {LAST}", "sparge topk last dense", 0, 50.0, 0.3),
+        quality_row(f"sparge topk=0.1 {LAST}", "sparge topk last dense", 0, 38.0, 0.1),
     ],
 }
 
@@ -63,6 +63,9 @@ def test_a_section_says_that_its_blocks_are_small():
         "Quality: wan miniature, latent 9x24x40, 2160 tokens, 12 steps, blocks 1/8 as large"
     )
     assert "Blocks are 1/8 as large as the nodes'" in text
+    assert "as one of 1920 tokens, as at the models' own sizes" in text
+    half = section("quality_wan_9x24x40_12steps_fine2", FINE | {"block_scale": 2})[1]
+    assert "as one of 480 tokens (" in half
     # Choices of different kinds are on no curve over density.
     assert "quality falls with density: in 1 of 1 comparisons" in text
     assert "Blocks are" not in section("quality_wan_9x24x40_12steps", QUALITY)[1]
@@ -84,8 +87,8 @@ def test_the_readme_shows_what_nodes_do_with_as_many_blocks_as_real_models():
         "attention": ["dense steps of 12", "WAN", "density", "CogVideoX", "density"],
         "Dense, the whole model in bf16": ["12", "40.0 dB", "", "", ""],
         "Sparge at its defaults": ["1", "", "", "44.0 dB", "0.30"],
-        "Sparge, `topk` 0.1": ["3", "38.0 dB", "0.10", "", ""],
-        "Sparge, `topk` 0.3": ["3", "50.0 dB", "0.30", "", ""],
+        "Sparge, `topk` 0.1": ["1", "38.0 dB", "0.10", "", ""],
+        "Sparge, `topk` 0.3": ["1", "50.0 dB", "0.30", "", ""],
         "Radial at its defaults": ["3", "22.0 \u00b1 2.0 dB", "0.25", "", ""],
     }
     assert "Nothing is measured yet" in readme_table({"gpu-x": {"other": OTHER}})

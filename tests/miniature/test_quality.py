@@ -101,6 +101,7 @@ def row(curve, label, density, db, method="radial", seed=0):
         "ssim": 0.9,
         "seconds": 2.0,
         "seed": seed,
+        "prompt": "one red disc",
     }
 
 
@@ -108,7 +109,7 @@ class TestSummary:
     def test_seeds_become_a_mean_and_a_spread_and_equal_videos_are_left_out(self):
         rows = [row("c", "a", 0.2, db, seed=n) for n, db in enumerate((20.0, 24.0))]
         (summary,) = summarise([*rows, row("c", "a", 0.2, None)])
-        assert (summary.psnr, summary.psnr_spread, summary.samples) == (22.0, 2.0, 2)
+        assert (summary.psnr, summary.psnr_spread, len(summary.videos)) == (22.0, 2.0, 2)
 
     def test_directions_count_what_holds_and_what_does_not(self):
         rows = [
@@ -142,6 +143,18 @@ class TestSummary:
             "more dense_timesteps is closer": (1, 1),
             "more dense_layers is closer": (1, 2),
         }
+
+    def test_settings_of_other_videos_are_not_compared(self):
+        rows = [
+            row("radial drop", "skipped_blocks=drop", 0.2, 20.0),
+            row("radial pool", "skipped_blocks=pool", 0.2, 21.0, seed=1),
+            row("sparge topk", "topk=0.1", 0.1, 20.0),
+            row("sparge topk", "topk=0.2", 0.2, 19.0),
+            row("sparge topk", "topk=0.2", 0.2, 19.0, seed=1),
+        ]
+        assert not any(d.compared for d in directions(summarise(rows)))
+        rows += [row("sparge topk", "topk=0.1", 0.1, 20.0, seed=1)]
+        assert [(d.held, d.compared) for d in directions(summarise(rows)) if d.compared] == [(0, 1)]
 
     def test_settings_that_come_to_the_same_mask_are_compared_once(self):
         rows = [
