@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .memory_errors import is_out_of_memory
 from .registry import Kernel, KernelCall
 from .torch_gathered import attend_gathered
@@ -109,7 +110,8 @@ def is_sound(out: Tensor, call: KernelCall, kernel: Kernel) -> bool:
     if allowed is None:
         return True
     try:
-        error = relative_error(call, out)
+        with without_autocast(out.device.type):
+            error = relative_error(call, out)
     except Exception as problem:  # it says nothing about this kernel
         return not is_out_of_memory(problem)
     if error is not None and not error <= allowed:

@@ -67,7 +67,7 @@ def strided_lists(
             lambda twin: None,
             lambda twin: twin.strided_lists(levels, kept),
             lambda made: _are_wrong(made, levels, kept),
-            (levels.shape[-1], kept),
+            (levels.shape[-1], levels.dtype, kept),
         )
         if made is not None:
             return made

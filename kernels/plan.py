@@ -152,8 +152,10 @@ class BlockPlan:
                 )
             kept = tuple(level for level in kept if level in present) or kept[:1]
         if pooled_remainder:
-            # int16: level 128 and up does not fit int8.
-            levels = levels.to(torch.int16).masked_fill(levels == 0, block_n)
+            skipped = levels == 0
+            if block_n > torch.iinfo(levels.dtype).max:
+                levels = levels.to(torch.int16)
+            levels = levels.masked_fill(skipped, block_n)
             kept = tuple(sorted({*kept, block_n}))
         if levels.numel() > MAX_ENTRIES:
             raise ValueError(

@@ -105,9 +105,9 @@ def _with_weighted_means(
         key = weights @ keys
         # What p's logit of that key lacks to the log of its weights' sum.
         short = of_mean.logsumexp(dim=-1) - (p * key).sum(-1) * scale
-        key = key + (short - math.log(keys.shape[2]))[..., None] * p / (
-            (scale * p.square().sum(-1, keepdim=True)).clamp(min=1e-20)
-        )
+        length = scale * p.square().sum(-1, keepdim=True)
+        length = torch.where(length.abs() < 1e-20, 1e-20, length)
+        key = key + (short - math.log(keys.shape[2]))[..., None] * p / length
         logit = (q * key).sum(-1) * scale + math.log(keys.shape[2])
         all_logits.append(logit.masked_fill(~visible[..., block], float("-inf"))[..., None])
         seen.append(weights @ its_values)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .memory_errors import short_error
 from .plan import BlockPlan
 from .torch_levels import group_means
@@ -65,7 +66,9 @@ class KernelCall:
         """[B, H, groups, D] in q's dtype, for a plan with pool_rows."""
         if self.pool_queries is not None:
             return self.pool_queries
-        means = group_means(self.q, self.plan.block_m * self.plan.pool_rows)
+        # Autocast concatenates no half precision but its own.
+        with without_autocast(self.q.device.type):
+            means = group_means(self.q, self.plan.block_m * self.plan.pool_rows)
         # Of a query that is no number nothing is known: plain means then, for those around it.
         return means.nan_to_num_(0.0, 0.0, 0.0)
 

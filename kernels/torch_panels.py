@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .plan import BlockPlan
 from .registry import KernelCall
 from .torch_levels import LevelKeys
 from .torch_runs import RowRuns, row_runs
@@ -31,6 +32,9 @@ PANEL_KEYS = 2048
 MIN_RUN_KEYS = 256
 # Bytes of fp32 keys and values held at a time; one head at least.
 HEAD_GROUP_BYTES = 256 * 2**20
+# Mean queries whose weighted means are made together: products of one alone take three times as
+# long each, and more leave fewer tasks to share among cores.
+MEANS_TOGETHER = 4
 
 
 @dataclass(frozen=True)
@@ -177,10 +181,12 @@ def _level_keys(call: KernelCall, pairs: list[tuple[int, int]]) -> list[list[Lev
     keys = []
     for pair in pairs:
         k, v = _fp32(call.k[pair]), _fp32(call.v[pair])
-        levels = [LevelKeys.of_tokens(k, v, level, plan.block_n) for level in plain]
+        whole = []
         if plan.pool_rows:
             k, v = in_whole_blocks(k, plan.block_n), in_whole_blocks(v, plan.block_n)
-            levels.append(LevelKeys.of_tokens(k, v, 1, plan.block_n))
+            whole = [LevelKeys.of_tokens(k, v, 1, plan.block_n)]
+            k, v = k[: plan.k_len], v[: plan.k_len]
+        levels = [LevelKeys.of_tokens(k, v, level, plan.block_n) for level in plain] + whole
         keys.append(levels)
     return keys
 
@@ -196,15 +202,22 @@ def attend_in_panels(call: KernelCall) -> Tensor:
     runs = row_runs(plan)
     out = torch.empty((batch, q_len, heads, head_dim), dtype=call.q.dtype).transpose(1, 2)
     with torch.no_grad():
+        mean_queries = call.mean_queries() if plan.pool_rows else None
         for pairs in _head_groups(call):
             keys = _level_keys(call, pairs)
-            tasks = len(pairs) * -(-plan.num_q_blocks // max(1, plan.pool_rows))
-            for_each(_row_worker(call, runs, pairs, keys, out), tasks)
+            tasks = len(pairs) * -(-plan.num_q_blocks // _rows_of_task(plan))
+            for_each(_row_worker(call, mean_queries, runs, pairs, keys, out), tasks)
     return out
+
+
+def _rows_of_task(plan: BlockPlan) -> int:
+    """A task is a query block, or those whose weighted means are made together."""
+    return plan.pool_rows * MEANS_TOGETHER if plan.pool_rows else 1
 
 
 def _row_worker(
     call: KernelCall,
+    mean_queries: Tensor | None,
     runs: RowRuns,
     pairs: list[tuple[int, int]],
     keys: list[list[LevelKeys]],
@@ -213,27 +226,28 @@ def _row_worker(
     plan = call.plan
     plan_batch, plan_heads = plan.bounds.shape[:2]
     whole_blocks = plan.k_len // plan.block_n
-    # A task is a query block, or those that share weighted means.
-    step = max(1, plan.pool_rows)
-    groups = -(-plan.num_q_blocks // step)
-    mean_queries = call.mean_queries() if plan.pool_rows else None
+    rows = _rows_of_task(plan)
+    parts = -(-plan.num_q_blocks // rows)
 
-    def levels_of(pair: int, group: int) -> list[LevelKeys]:
+    def levels_of(pair: int, part: int) -> list[list[LevelKeys]]:
+        """One list, or one for each mean query of a task."""
         if mean_queries is None:
-            return keys[pair]
+            return [keys[pair]]
         *levels, tokens = keys[pair]
-        mean = mean_queries[pairs[pair]][group : group + 1].float()
-        means = LevelKeys.weighted(tokens.k, tokens.v, mean, plan.block_n, call.scale, plan.k_len)
-        return [*levels, replace(means, k=means.k[0], v=means.v[0])]
+        first = part * MEANS_TOGETHER
+        some = mean_queries[pairs[pair]][first : first + MEANS_TOGETHER].float()
+        means = LevelKeys.weighted(tokens.k, tokens.v, some, plan.block_n, call.scale, plan.k_len)
+        return [[*levels, replace(means, k=k, v=v)] for k, v in zip(means.k, means.v, strict=True)]
 
     def work(next_task: Callable[[], int | None]) -> None:
         workspace = PanelWorkspace(plan.block_m, call.q.shape[3])
         while (task := next_task()) is not None:
-            pair, group = divmod(task, groups)
+            pair, part = divmod(task, parts)
             b, h = pairs[pair]
             plan_row = min(b, plan_batch - 1) * plan_heads + min(h, plan_heads - 1)
-            levels = levels_of(pair, group)
-            for i in range(group * step, min((group + 1) * step, plan.num_q_blocks)):
+            of_task, first = levels_of(pair, part), part * rows
+            for i in range(first, min(first + rows, plan.num_q_blocks)):
+                levels = of_task[(i - first) // max(1, plan.pool_rows)]
                 row = runs.of_row(plan_row * plan.num_q_blocks + i)
                 tokens = slice(i * plan.block_m, min((i + 1) * plan.block_m, plan.q_len))
                 q = _fp32(call.q[b, h, tokens]) * call.scale

@@ -17,6 +17,8 @@ RDNA_MEAN_QUERIES, RDNA_WARPS = 16, 8
 ONE_PART = 64 * 128
 # Of scale times a mean query's squared length.
 TINY_LENGTH: tl.constexpr = tl.constexpr(1e-20)
+# As in weighted_means.py, to base 2.
+NOISE: tl.constexpr = tl.constexpr(5.8e-6)
 
 
 @triton.jit(
@@ -107,6 +109,10 @@ def weighted_pool_kernel(
             largest = tl.max(logits, 1)
             weights = tl.math.exp2(logits - largest[:, None])
             total = tl.sum(weights, 1)
+            # As the products multiply them, and divided by what they then add up to: what keys
+            # share would not be multiplied by one else.
+            rounded = weights.to(key.dtype)
+            whole = tl.sum(rounded.to(tl.float32), 1)[:, None]
             weights = weights / total[:, None]
             rows = (row * num_k + block).to(tl.int64)
             out = rows[:, None] * HEAD_DIM + dims[None, :]
@@ -116,8 +122,10 @@ def weighted_pool_kernel(
                 entropy = largest + tl.math.log2(total) - tl.sum(weights * logits, 1)
                 wide = query.to(tl.float32)
                 length = tl.maximum(scale * tl.sum(wide * wide, 1), TINY_LENGTH)
-                shift = (entropy - log_count) / length
-                mean = tl.dot(weights.to(key.dtype), key) + wide * shift[:, None]
+                # Of weights that are all but equal only rounding is left.
+                lacking = entropy - log_count
+                shift = tl.where(lacking > -NOISE, 0.0, lacking) / length
+                mean = tl.dot(rounded, key) / whole + wide * shift[:, None]
                 if QUANTIZED:
                     mean -= k_mean
                     key_scale = tl.maximum(tl.max(magnitude(mean), 1), TINY) / 127.0
@@ -126,7 +134,7 @@ def weighted_pool_kernel(
                 mean = mean.to(ScratchK.dtype.element_ty)
                 tl.store(ScratchK + out, mean, mask=inside[:, None])
             if PART == PARTS - 1:
-                seen = tl.dot(weights.to(value.dtype), value)
+                seen = tl.dot(rounded, value) / whole
                 if SCALED:
                     seen /= v_scale
                 tl.store(ScratchV + out, seen.to(ScratchV.dtype.element_ty), mask=inside[:, None])

@@ -19,6 +19,8 @@ from torch import Tensor
 
 # Of scale times a mean query's squared length: where it is 0, so is what is divided by it.
 TINY = 1e-20
+# What weights that are all alike lack of the largest entropy, by rounding.
+NOISE = 4e-6
 
 
 def in_whole_blocks(x: Tensor, block_n: int) -> Tensor:
@@ -49,7 +51,8 @@ def weighted_means(
     logits = logits.unflatten(-1, (blocks, block_n))  # [..., R, blocks, block_n]
     log_sums = logits.logsumexp(-1, keepdim=True)
     log_weights = logits - log_sums
-    weights = log_weights.exp()
+    # Not exp(log_weights): the sum of those is off by as much as large logits are rounded.
+    weights = logits.softmax(-1)
     # 0 for a token that is not there.
     entropy = -(weights * log_weights.masked_fill_(weights == 0, 0.0)).sum(-1)
 
@@ -59,6 +62,10 @@ def weighted_means(
 
     counts = torch.full((blocks,), float(block_n), dtype=k.dtype, device=k.device)
     counts[-1] = block_n - lacking
-    lengths = (scale * queries.square().sum(-1, keepdim=True)).clamp(min=TINY)
-    shift = (entropy - counts.log()) / lengths
+    lengths = scale * queries.square().sum(-1, keepdim=True)
+    lengths = torch.where(lengths.abs() < TINY, TINY, lengths)
+    lacking_entropy = entropy - counts.log()
+    # Of weights that are all but equal only rounding is left, which a short query would magnify.
+    lacking_entropy = lacking_entropy.masked_fill_(lacking_entropy > -NOISE, 0.0)
+    shift = lacking_entropy / lengths
     return means(k) + shift.unsqueeze(-1) * queries.unsqueeze(-2), means(v)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import BlockPlan, TokenLayout
+from ..kernels.autocast import without_autocast
 from ..kernels.orders import mirrored_in_turn, video_order
 from ..kernels.plan import PYRAMID_LEVELS
 from ..kernels.skipped import SKIPPED_BLOCKS, pooling_reason_of, remainder, said_of_skipped
@@ -157,23 +158,25 @@ class PsaPolicy:
                 f"the layout {layout} has {layout.num_tokens} tokens; got {q.shape[2]} queries "
                 f"and {k.shape[2]} keys"
             )
-        # Not kept in a name: the scores are four bytes a block pair, and the lists as many again.
-        levels = self._levels(
-            token_importance(
-                q,
-                k,
-                block_m=self.block_m,
-                block_n=self.block_n,
-                scale=scale,
-                queries=self._sampled_queries(),
-                twins=self.twins,
+        # Autocast concatenates no half precision but its own.
+        with without_autocast(q.device.type):
+            # Not kept in a name: the scores are four bytes a block pair, and the lists as many.
+            levels = self._levels(
+                token_importance(
+                    q,
+                    k,
+                    block_m=self.block_m,
+                    block_n=self.block_n,
+                    scale=scale,
+                    queries=self._sampled_queries(),
+                    twins=self.twins,
+                )
             )
-        )
-        if self.sim_thresholds is not None:
-            cap = similarity_cap(
-                k, block_n=self.block_n, **self.sim_thresholds._asdict(), twins=self.twins
-            )
-            torch.minimum(levels, cap.unsqueeze(2), out=levels)
+            if self.sim_thresholds is not None:
+                cap = similarity_cap(
+                    k, block_n=self.block_n, **self.sim_thresholds._asdict(), twins=self.twins
+                )
+                torch.minimum(levels, cap.unsqueeze(2), out=levels)
         return self._with_text(levels, layout, packed=False)
 
     def _sampled_queries(self) -> Sample:

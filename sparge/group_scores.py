@@ -45,7 +45,9 @@ def group_means(x: Tensor, group: int, *, centered: bool = False) -> Tensor:
     whole = tokens // group
     out = x.new_empty(batch, heads, -(-tokens // group), head_dim)
     # A few heads at a time: in fp32 they are twice what they come to.
-    step = max(1, MEANS_AT_ONCE // max(1, batch * out.shape[2] * head_dim))
+    # Where torch raises half precision to fp32 before it sums, the tokens are what is held.
+    held = MEANS_AT_ONCE if x.is_cuda or x.dtype == torch.float32 else MEANS_AT_ONCE // group
+    step = max(1, held // max(1, batch * out.shape[2] * head_dim))
     for head in range(0, heads, step):
         some = slice(head, head + step)
         means = x[:, some, : whole * group].unflatten(2, (whole, group))

@@ -5,15 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sparse_video_attention.kernels import BlockPlan, first_output
+from sparse_video_attention.kernels import BlockPlan, block_sparse_attention, first_output
 from sparse_video_attention.kernels.reference import reference_attention
-from sparse_video_attention.kernels.registry import KernelCall
+from sparse_video_attention.kernels.registry import KernelCall, kernels
 from sparse_video_attention.kernels.skipped import remainder
 from sparse_video_attention.kernels.torch_gathered import attend_gathered
 from sparse_video_attention.kernels.torch_panels import attend_in_panels
 from sparse_video_attention.kernels.weighted_means import in_whole_blocks, weighted_means
 
 TORCH_WAYS = {"panels": attend_in_panels, "gathered": attend_gathered}
+CHECKED = replace(kernels()["torch"], allowed_error={"native": 0.02})
 
 
 def relative_error(got, want):
@@ -219,3 +220,67 @@ def test_a_scale_of_zero_makes_no_nan():
     want = reference_attention(q, k, v, plan, scale=0.0)
     for way in TORCH_WAYS.values():
         assert relative_error(way(KernelCall(q, k, v, plan, 0.0)), want) < 1e-6
+
+
+@pytest.mark.parametrize("way", TORCH_WAYS.values(), ids=TORCH_WAYS)
+def test_a_negative_scale_is_one_too(way):
+    q, k, v = inputs(1, 2, 300, 300, 64)
+    plan = plan_for(300, 300, 64, 64, 2)
+    want = reference_attention(q, k, v, plan, scale=-0.1)
+    assert relative_error(way(KernelCall(q, k, v, plan, -0.1)), want) < 1e-5
+    # By the same queries turned round.
+    assert relative_error(reference_attention(-q, k, v, plan, scale=0.1), want) < 1e-9
+
+
+@pytest.mark.parametrize("size", [1.0, 300.0], ids=["usual", "logits-of-1000"])
+def test_what_keys_share_is_not_multiplied(size):
+    """Means of keys that are all alike are that key, however large the logits are."""
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(3, 64, generator=generator) * size
+    shared = torch.randn(1, 64, generator=generator) * 3
+    k = shared + 1e-3 * torch.randn(256, 64, generator=generator)
+    k_means, v_means = weighted_means(k, k, queries, 64, 0.125, 256)
+    off = v_means - k.unflatten(0, (4, 64)).mean(1)
+    assert off.abs().max() < 4e-3
+    # Without a part that goes along with the shared one.
+    assert relative_error(v_means, shared.expand_as(v_means)) < 1e-3 and k_means.isfinite().all()
+
+
+def test_a_mean_query_of_next_to_nothing_has_plain_means():
+    _, k, v = inputs(1, 1, 1, 256, 64)
+    k, v = k[0, 0], v[0, 0]
+    direction = torch.randn(1, 64, generator=torch.Generator().manual_seed(3))
+    for size in (0.0, 1e-12, 1e-7, 1e-5):
+        k_means, v_means = weighted_means(k, v, direction * size, 64, 0.125, 256)
+        for means, x in ((k_means, k), (v_means, v)):
+            assert relative_error(means[0], x.unflatten(0, (4, 64)).mean(1)) < 1e-4
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+def test_a_host_under_autocast_gets_the_same(autocast):
+    q, k, v = (x.half() for x in inputs(1, 2, 300, 257, 64))  # neither length is whole
+    plan = plan_for(300, 257, 64, 64, 2)
+    want = block_sparse_attention(q, k, v, plan, kernel="torch")
+    with torch.autocast("cpu", autocast):
+        found = block_sparse_attention(q, k, v, plan, kernel="torch")
+        call = KernelCall(q, k, v, plan, 64**-0.5)
+        assert first_output.is_sound(found, call, CHECKED)
+        with pytest.raises(ArithmeticError, match="is off by 1"):
+            first_output.is_sound(torch.zeros_like(found), call, CHECKED)
+    assert found.dtype == torch.float16 and relative_error(found, want) < 1e-3
+
+
+def test_triton_does_not_multiply_what_keys_share(triton_attention):
+    """Rounded weights add up to one less or more, which large shared parts would show."""
+    generator = torch.Generator().manual_seed(0)
+    slow = torch.randn(1, 1, 16, 64, generator=generator).repeat_interleave(64, 2)
+    shared = torch.randn(64, generator=generator)
+    q, k = (
+        (0.7 * torch.randn(1, 1, 1024, 64, generator=generator) + 0.7 * slow + part * shared).half()
+        for part in (1.0, 120.0)
+    )
+    v = torch.randn(1, 1, 1024, 64, generator=generator).half()
+    plan = plan_for(1024, 1024, 64, 64, 4)
+    out = triton_attention(q, k, v, plan, scale=0.125)
+    error = first_output.relative_error(KernelCall(q, k, v, plan, 0.125), out)
+    assert error < 2e-3

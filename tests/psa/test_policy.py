@@ -242,11 +242,12 @@ def test_same_call_makes_the_same_plan():
     assert torch.equal(levels_of(policy, q, k, layout), levels_of(policy, q, k, layout))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mask_mode", ["topk", "thresholdbound"])
-def test_a_host_under_autocast_gets_the_same_plan(mask_mode):
-    layout = TokenLayout(4, 20, 40)
+def test_a_host_under_autocast_gets_the_same_plan(mask_mode, dtype):
+    layout = TokenLayout(5, 15, 43)  # its last block is not whole
     policy = PsaPolicy(PYRAMID, mask_mode, block_n=32, sim_thresholds=SimThresholds(0, 0, 0))
-    q, k, _ = random_qkv(layout, dtype=torch.bfloat16)
+    q, k, _ = random_qkv(layout, dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16):
         found = levels_of(policy, q, k, layout)
     assert torch.equal(found, levels_of(policy, q, k, layout))
