@@ -22,7 +22,7 @@ BLOCK_ORDERS = ("raster", "Gilbert")
 BLOCK_SCORES = ("block means", "group means")
 PUBLISHED_BLOCKS = (128, 64)
 # In frames of fewer tokens than these (half of what is measured as a usual one) blocks are a large
-# part of the picture, and CLOSER was 6 to 8 dB closer than a topk of 0.2 (docs/measurements.md).
+# part of the picture, and CLOSER was 11 to 13 dB closer than a topk of 0.2 (docs/measurements.md).
 SMALL_FRAME, CLOSER = 960, 0.5
 
 

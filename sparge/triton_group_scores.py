@@ -24,6 +24,8 @@ ROWS = 128
 SUMS = Launch(64, 8, 3)
 SCORES = Launch(64, 8, 3)
 RDNA_ROWS, RDNA_SUMS, RDNA_SCORES = 64, Launch(32, 8, 1), Launch(32, 8, 1)
+# CDNA's 64 KiB do not hold a third buffer at head dim 128, which Triton 3.2 keeps.
+CDNA = Launch(64, 8, 2)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])
@@ -128,6 +130,8 @@ def tiles_for(arch: int | str) -> tuple[int, Launch, Launch]:
     """Rows of a tile, and how each kernel is launched; see triton_launch.architecture."""
     if isinstance(arch, str) and arch.startswith(("gfx11", "gfx12")):
         return RDNA_ROWS, RDNA_SUMS, RDNA_SCORES
+    if isinstance(arch, str) and arch.startswith("gfx9"):
+        return ROWS, CDNA, CDNA
     return ROWS, SUMS, SCORES
 
 
