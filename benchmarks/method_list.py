@@ -73,6 +73,9 @@ def _methods(model_family: str) -> Iterator[Method]:
     # What the weights of its means take.
     plain = replace(SPARGE_POLICY, skipped_blocks="pool")
     yield Method(f"sparge group means 0.2{POOLED}", plain)
+    # Smaller blocks of keys are closer at the same topk; what do they take?
+    finer = replace(SPARGE_POLICY, block_n=32)
+    yield Method("sparge group means 0.2 weighted pool 128x32", finer)
     yield Method("sparge Gilbert", SpargePolicy(block_order="Gilbert"))
     yield Method("sparge raster pool", SpargePolicy(skipped_blocks="pool"))
     gilbert = SpargePolicy(block_order="Gilbert", skipped_blocks="pool")

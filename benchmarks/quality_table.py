@@ -82,7 +82,7 @@ def _frames_like(result: Result) -> str:
     """What a miniature's frame stands for in smaller blocks."""
     _, height, width = map(int, result["rows"][0]["size"].split("x"))
     tokens = height // 2 * (width // 2) * int(result["block_scale"])
-    return f"one of {tokens} tokens" + (", as at the models' own sizes" if tokens > 1350 else "")
+    return f"one of {tokens} tokens" + (", as at the models' own sizes" if tokens >= 1350 else "")
 
 
 def quality(result: Result) -> str:

@@ -107,7 +107,8 @@ def weighted_pool_kernel(
             logits = tl.dot(query, tl.trans(key)) * scale
             logits = tl.where(present[None, :], logits, float("-inf"))
             largest = tl.max(logits, 1)
-            weights = tl.math.exp2(logits - largest[:, None])
+            below = logits - largest[:, None]
+            weights = tl.math.exp2(below)
             total = tl.sum(weights, 1)
             # As the products multiply them, and divided by what they then add up to: what keys
             # share would not be multiplied by one else.
@@ -117,9 +118,9 @@ def weighted_pool_kernel(
             rows = (row * num_k + block).to(tl.int64)
             out = rows[:, None] * HEAD_DIM + dims[None, :]
             if PART == 0:
-                logits = tl.where(present[None, :], logits, 0.0)
+                below = tl.where(present[None, :], below, 0.0)
                 # The entropy of the weights, minus what it is where all are alike.
-                entropy = largest + tl.math.log2(total) - tl.sum(weights * logits, 1)
+                entropy = tl.math.log2(total) - tl.sum(weights * below, 1)
                 wide = query.to(tl.float32)
                 length = tl.maximum(scale * tl.sum(wide * wide, 1), TINY_LENGTH)
                 # Of weights that are all but equal only rounding is left.

@@ -49,10 +49,8 @@ def weighted_means(
     if lacking:
         logits[..., tokens:] = -math.inf
     logits = logits.unflatten(-1, (blocks, block_n))  # [..., R, blocks, block_n]
-    log_sums = logits.logsumexp(-1, keepdim=True)
-    log_weights = logits - log_sums
-    # Not exp(log_weights): the sum of those is off by as much as large logits are rounded.
-    weights = logits.softmax(-1)
+    log_weights = logits.log_softmax(-1)
+    weights = log_weights.exp()
     # 0 for a token that is not there.
     entropy = -(weights * log_weights.masked_fill_(weights == 0, 0.0)).sum(-1)
 

@@ -13,6 +13,7 @@ from .log import log
 from .replaced import named
 from .router import OVERRIDE_KEY, AttentionRouter, find_router
 from .run import RUN_KEY, OuterSampleWrapper, RunState
+from .schedule import written_spans
 from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice
 from .stale_graphs import StaleGraphs
 
@@ -123,20 +124,29 @@ def _say_what_changes(
 
 def _other(new: SparseChoice, old: SparseChoice) -> str:
     """What differs between two choices of one method, but for what the method itself says."""
-    parts = []
-    for one, other in ((new, old), (new.schedule, old.schedule)):
-        for name in (field.name for field in fields(one)):
-            now, before = getattr(one, name), getattr(other, name)
-            if now != before and name not in ("policy", "schedule", "fits_warmup"):
-                parts.append(f"{name} {_written(now)} instead of {_written(before)}")
-    return f"other settings ({', '.join(parts)})" if parts else "other settings"
+    before = _inputs(old)
+    parts = [
+        f"{name} {now} instead of {before[name]}"
+        for name, now in _inputs(new).items()
+        if now != before[name]
+    ]
+    return f"other settings ({'; '.join(parts)})" if parts else "other settings"
 
 
-def _written(value: object) -> str:
-    """As a person writes an input."""
-    if isinstance(value, frozenset):
-        return ", ".join(map(str, sorted(value))) or "none"
-    return str(value)
+def _inputs(choice: SparseChoice) -> dict[str, str]:
+    """A node's inputs that every method has, by name."""
+    schedule = choice.schedule
+    values = {
+        field.name: getattr(part, field.name)
+        for part in (choice, schedule)
+        for field in fields(part)
+        if field.name not in ("policy", "schedule", "fits_warmup")
+    }
+    values["dense_layers"] = written_spans(schedule.dense_layers) or "none"
+    if choice.policy.name == "psa":
+        own = values.pop("dense_timesteps")
+        values["warmup_steps"] = "of the preset" if schedule.fits_warmup else own
+    return {name: str(value) for name, value in values.items()}
 
 
 class _ReassertOverride:

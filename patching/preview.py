@@ -159,7 +159,7 @@ def _in_windows(model: Any, video: Tensor) -> tuple[Tensor, tuple[str, ...]]:
 def _is_fixed(choice: SparseChoice, layout: TokenLayout) -> bool:
     """Whether every call keeps what was foretold; a policy of somebody's own may not say.
 
-    Whether text, which is always kept, is among what a call chooses, only the call knows.
+    Text is always kept; whether it was among the blocks chosen anyway only a call knows.
     """
     policy = choice.policy
     text = layout.prefix_tokens + layout.suffix_tokens

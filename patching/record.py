@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .call_record import CallRecord, dense_layer_reason, finished
+from .schedule import written_spans
 
 NOT_CALLED = "the model was not called"
 _TAKEN = "; another attention patch, or a cache that skips the model, took them all"
@@ -36,18 +37,9 @@ class Counted(NamedTuple):
     backend_calls: Counter[tuple[str, str]]
 
 
-def _spans(numbers: set[int]) -> str:
-    """As dense_layers is written: "0-4, 35"."""
-    ordered = sorted(numbers)
-    starts = [n for n in ordered if n - 1 not in numbers]
-    ends = [n for n in ordered if n + 1 not in numbers]
-    spans = zip(starts, ends, strict=True)
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)
-
-
 def _steps(steps: set[int]) -> str:
     """As people count them, from 1."""
-    return ("step " if len(steps) == 1 else "steps ") + _spans({step + 1 for step in steps})
+    return ("step " if len(steps) == 1 else "steps ") + written_spans({step + 1 for step in steps})
 
 
 @dataclass
@@ -175,7 +167,7 @@ class RunRecord:
             if call.layer is not None and call.reason == dense_layer_reason(call.layer)
         }
         if len(layers) > 1:
-            together = f"layers {_spans(layers)} are in dense_layers"
+            together = f"layers {written_spans(layers)} are in dense_layers"
             reasons |= {dense_layer_reason(layer): together for layer in layers}
         return reasons
 

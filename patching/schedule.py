@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Set
 from dataclasses import dataclass
 
 from .log import shown
@@ -69,6 +70,15 @@ def resolve_layers(text: str, num_layers: int, *, name: str = "dense_layers") ->
             )
         layers.update(range(start, stop + 1))
     return frozenset(layers)
+
+
+def written_spans(numbers: Set[int]) -> str:
+    """Layers or steps as a layer list is written: "0-4, 35"."""
+    ordered = sorted(numbers)
+    starts = [n for n in ordered if n - 1 not in numbers]
+    ends = [n for n in ordered if n + 1 not in numbers]
+    spans = zip(starts, ends, strict=True)
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)
 
 
 @dataclass(frozen=True)

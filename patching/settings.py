@@ -29,7 +29,10 @@ class AttentionSite(enum.Enum):
 
 
 class SparsePolicy(Protocol):
-    """Turns (q, k, layout) into a BlockPlan. Frozen and hashable: it is part of cache keys."""
+    """Turns (q, k, layout) into a BlockPlan. Frozen and hashable: it is part of cache keys.
+
+    It may also have `advice(layout) -> str | None`: what else a person might choose for a layout.
+    """
 
     @property
     def name(self) -> str:
@@ -50,10 +53,7 @@ class SparsePolicy(Protocol):
         """Why only kernels that pool blocks can run its plans and what to choose else, or None."""
 
     def dense_reason(self, layout: TokenLayout) -> str | None:
-        """Why the method cannot act on this layout, or None.
-
-        A policy may also have `advice(layout)`, what else to choose for it, or None.
-        """
+        """Why the method cannot act on this layout, or None."""
 
     def order(self, layout: TokenLayout) -> Tensor | None:
         """int64 [layout.num_tokens]: attention position -> token, or None to keep the order.
@@ -87,8 +87,13 @@ class StaticPolicy(SparsePolicy, Protocol):
 def advice_of(
     policy: SparsePolicy, layout: TokenLayout, plan: BlockPlan | None = None
 ) -> str | None:
-    """What a person might choose instead for a layout, or None. plan: that of all calls."""
-    if plan is not None and plan.density() == 1:
+    """What a person might choose instead for a layout, or None.
+
+    Args:
+        plan: the one of every call, if the policy is static.
+    """
+    # Means in fp32 of that many ones.
+    if plan is not None and plan.density() > 1 - 1e-6:
         return f"{policy.name} keeps every block at this size, which gains nothing"
     advice = getattr(policy, "advice", None)
     return None if advice is None else advice(layout)

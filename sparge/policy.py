@@ -21,8 +21,8 @@ from .thresholds import topk_counts
 BLOCK_ORDERS = ("raster", "Gilbert")
 BLOCK_SCORES = ("block means", "group means")
 PUBLISHED_BLOCKS = (128, 64)
-# In frames of fewer tokens than these (half of what is measured as a usual one) blocks are a large
-# part of the picture, and CLOSER was 11 to 13 dB closer than a topk of 0.2 (docs/measurements.md).
+# Frames of so many tokens and fewer are small: a block is a large part of them. On miniatures, in
+# frames of 960 and 480, CLOSER was 11 to 13 dB closer than a topk of 0.2 (docs/measurements.md).
 SMALL_FRAME, CLOSER = 960, 0.5
 
 
@@ -139,7 +139,7 @@ class SpargePolicy:
         """What else to choose for such a layout, for the log and the preview; or None."""
         by_topk = self.checkpoint is None and self.cdfthreshd is None
         frame = layout.tokens_per_frame
-        if not by_topk or self.topk >= CLOSER or frame >= SMALL_FRAME:
+        if not by_topk or self.topk >= CLOSER or frame > SMALL_FRAME:
             return None
         return f"a frame of {frame} tokens is small: topk {CLOSER:g} stays closer to the original"
 

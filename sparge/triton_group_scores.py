@@ -24,7 +24,7 @@ ROWS = 128
 SUMS = Launch(64, 8, 3)
 SCORES = Launch(64, 8, 3)
 RDNA_ROWS, RDNA_SUMS, RDNA_SCORES = 64, Launch(32, 8, 1), Launch(32, 8, 1)
-# CDNA's 64 KiB do not hold a third buffer at head dim 128, which Triton 3.2 keeps.
+# CDNA's 64 KiB do not hold a third buffer at head dim 128, which older Tritons keep.
 CDNA = Launch(64, 8, 2)
 
 

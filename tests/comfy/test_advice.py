@@ -4,6 +4,8 @@ import pytest
 import torch
 from sparse_video_attention.kernels import TokenLayout
 from sparse_video_attention.patching import run_history
+from sparse_video_attention.patching.settings import advice_of
+from sparse_video_attention.radial_attn import RadialPolicy
 from sparse_video_attention.sparge import SpargePolicy
 
 from .conftest import patch
@@ -32,8 +34,9 @@ def test_a_topk_for_large_frames_is_questioned_in_small_ones(models, preview, sa
 
 
 def test_other_ways_to_choose_blocks_are_not_questioned():
-    layout = TokenLayout(6, 8, 10)
+    layout = TokenLayout(6, 24, 40)  # a frame as in the measurements
     assert SMALL in (SpargePolicy(topk=0.2).advice(layout) or "")
+    assert SpargePolicy(topk=0.2).advice(TokenLayout(6, 31, 31)) is None
     assert SpargePolicy(topk=0.2, cdfthreshd=0.9).advice(layout) is None
 
 
@@ -46,6 +49,13 @@ def test_a_mask_that_keeps_everything_is_said(models, preview, sample):
         assert (KEEPS_ALL in preview(model, shape)[3]) is said
         sample(model, shape=shape)
         assert (KEEPS_ALL in run_line(model)) is said
+
+
+def test_a_density_that_is_rounded_below_1_is_everything():
+    layout, policy = TokenLayout(2, 64, 41), RadialPolicy(decay_factor=2.0)
+    plan = policy.static_plan(layout, torch.device("cpu"))
+    assert plan.num_q_blocks == 41 and bool((plan.to_levels() == 1).all())
+    assert advice_of(policy, layout, plan) == KEEPS_ALL
 
 
 @pytest.mark.parametrize(("name", "bound"), [("wan", False), ("cogvideox", True)])

@@ -102,7 +102,7 @@ def test_patching_twice_is_patching_once_with_the_last_settings(
     patch_radial(patch_radial(model, dense_layers="0-2", min_tokens=7), dense_layers="")
     patch_radial(patch_radial(model))
     (_, otherwise, alike) = [line for line in run_lines() if "replaces" in line]
-    what = "min_tokens 0 instead of 7, dense_layers none instead of 0, 1, 2"
+    what = "min_tokens 0 instead of 7; dense_layers none instead of 0-2"
     assert f"replaces an earlier node with other settings ({what}) on this model" in otherwise
     assert "replaces an earlier node with the same settings on this model" in alike
 

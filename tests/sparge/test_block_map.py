@@ -148,13 +148,15 @@ def test_statistics_are_the_mean_and_the_mean_pairwise_cosine(shape):
         torch.testing.assert_close(found.similarity[:, :, n], cosines.mean((2, 3)).float())
 
 
-def test_key_mean_changes_what_is_self_similar_but_not_how_blocks_rank():
+@pytest.mark.parametrize("groups", [None, (16, 8)], ids=["block-means", "group-means"])
+def test_key_mean_changes_what_is_self_similar_but_not_how_blocks_rank(groups):
     q, k = tokens(1, 1, 1024, 32, seed=8), tokens(1, 1, 1024, 32, seed=9)
     shifted = k + 50  # keys that all point one way: every block looks self-similar
-    kept = block_map(q, shifted, simthreshd1=0.3, topk=0.25, subtract_key_mean=True)
+    how = {"simthreshd1": 0.3, "topk": 0.25, "groups": groups}
+    kept = block_map(q, shifted, **how, subtract_key_mean=True)
     center = shifted.mean(dim=2, keepdim=True)
-    assert torch.equal(kept, block_map(q, shifted - center, simthreshd1=0.3, topk=0.25))
-    assert not torch.equal(kept, block_map(q, shifted, simthreshd1=0.3, topk=0.25))
+    assert torch.equal(kept, block_map(q, shifted - center, **how))
+    assert not torch.equal(kept, block_map(q, shifted, **how))
 
 
 def test_a_nan_token_keeps_its_row_and_column():
