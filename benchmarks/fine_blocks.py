@@ -89,11 +89,14 @@ class FineSparge(SpargePolicy):
 
     block_sizes: ClassVar[tuple[int, ...]] = PLAN_BLOCK_SIZES
 
+    def frame_tokens(self, layout: TokenLayout) -> int:
+        return layout.tokens_per_frame * self.block_scale
+
     def plan(
         self, q: Tensor, k: Tensor, layout: TokenLayout, *, layer: int, scale: float
     ) -> BlockPlan:
         plan = super().plan(q, k, layout, layer=layer, scale=scale)
-        pooled = self.block_n * self.block_scale if self.skipped_blocks != "drop" else None
+        pooled = plan.block_n * self.block_scale if self.skipped_blocks != "drop" else None
         self.densities.append(real_density(_kept(plan), skipped_level=pooled))
         return plan
 

@@ -205,10 +205,12 @@ def _frames() -> Iterator[Setting]:
     """What Sparge needs in frames of fewer blocks."""
     own = {"topk": 0.5} | PUBLISHED_BLOCKS
     yield Setting("sparge", "sparge published", own, policy=BLOCK_MEANS)
+    whole = {"halves_in_small_frames": False}
     for share in (0.2, 0.3, 0.5):
+        yield Setting("sparge", "sparge last dense", {"topk": share}, LAST_DENSE)
         for order in ("Gilbert", "raster"):
             own = {"topk": share, "block_order": order}
-            yield Setting("sparge", f"sparge {order} last dense", own, LAST_DENSE)
+            yield Setting("sparge", f"sparge {order} whole blocks", own, LAST_DENSE, whole)
 
 
 def settings(family: str, grid: str, steps: int = STEPS, scale: int = SCALE) -> list[Setting]:

@@ -168,7 +168,9 @@ def _is_fixed(choice: SparseChoice, layout: TokenLayout) -> bool:
 
 def _too_large(choice: SparseChoice, layout: TokenLayout) -> str | None:
     """Why a plan is not made only to be looked at, or None."""
+    of_layout = getattr(choice.policy, "blocks", None)
     sizes = [getattr(choice.policy, name, 128) for name in ("block_m", "block_n")]
+    sizes = sizes if of_layout is None else of_layout(layout)
     rows, columns = (-(-layout.num_tokens // size) for size in sizes)
     if rows * columns <= MAX_BLOCK_PAIRS:
         return None

@@ -19,6 +19,8 @@ from .settings import SparseChoice
 FOLDER = "sparge"
 NO_CHECKPOINT = "none"
 AUTO = "auto"
+# Kernels that run smaller blocks too; libraries know those that they were written for.
+RUN_ANY_BLOCKS = (AUTO, "triton", "torch")
 
 
 def register_folder() -> None:
@@ -161,6 +163,7 @@ def sparge_choice(
         checkpoint=checkpoint,
         block_m=block_m,
         block_n=block_n,
+        halves_in_small_frames=shared.get("kernel", "auto") in RUN_ANY_BLOCKS,
     )
     return make_choice(
         model,

@@ -21,9 +21,11 @@ from .thresholds import topk_counts
 BLOCK_ORDERS = ("raster", "Gilbert")
 BLOCK_SCORES = ("block means", "group means")
 PUBLISHED_BLOCKS = (128, 64)
-# Frames of so many tokens and fewer are small: a block is a large part of them. On miniatures, in
-# frames of 960 and 480, CLOSER was 11 to 13 dB closer than a topk of 0.2 (docs/measurements.md).
-SMALL_FRAME, CLOSER = 960, 0.5
+# In frames of so many tokens and fewer a block of 128 x 64 is a large part of a frame; halves of it
+# each way are as close there as whole ones are in usual frames (docs/measurements.md).
+SMALL_FRAME = 960
+# In frames of so many tokens and fewer halves are large too, and this topk stays closer.
+SMALLEST_FRAME, CLOSER = 480, 0.5
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class SpargePolicy:
         checkpoint: tuned thresholds per layer and head; they replace topk, cdfthreshd and
             simthreshd1.
         block_m, block_n: tokens per query block and per key block.
+        halves_in_small_frames: both are halved in frames of SMALL_FRAME tokens and fewer. Not where
+            blocks are scored or dropped as published.
         groups: queries and keys of a group.
         alternate_orders: in Gilbert order, denoising steps take turns with the mirrored one. Not
             with attention_sink, whose first block would be another one, nor with a checkpoint,
@@ -65,6 +69,7 @@ class SpargePolicy:
     checkpoint: SpargeCheckpoint | None = None
     block_m: int = PUBLISHED_BLOCKS[0]
     block_n: int = PUBLISHED_BLOCKS[1]
+    halves_in_small_frames: bool = False
     groups: tuple[int, int] = GROUPS
     alternate_orders: bool = True
     twins: Twins = field(default_factory=Twins, repr=False, compare=False)
@@ -130,18 +135,34 @@ class SpargePolicy:
 
     def dense_reason(self, layout: TokenLayout) -> str | None:
         """Why Sparge cannot act on this layout, or None."""
-        smallest = max(self.block_m, 2 * self.block_n)
+        block_m, block_n = self.blocks(layout)
+        smallest = max(block_m, 2 * block_n)
         if layout.num_tokens < smallest:
             return f"{layout.num_tokens} tokens are fewer than the {smallest} of a block map"
         return None
 
+    def frame_tokens(self, layout: TokenLayout) -> int:
+        """Of a frame of a real model."""
+        return layout.tokens_per_frame
+
+    def blocks(self, layout: TokenLayout) -> tuple[int, int]:
+        """Tokens per query block and per key block."""
+        as_published = self.block_scores == BLOCK_SCORES[0] or self.skipped_blocks == "drop"
+        halves = self.halves_in_small_frames and not as_published
+        if halves and self.frame_tokens(layout) <= SMALL_FRAME:
+            return self.block_m // 2, self.block_n // 2
+        return self.block_m, self.block_n
+
     def advice(self, layout: TokenLayout) -> str | None:
-        """What else to choose for such a layout, for the log and the preview; or None."""
+        """What there is to know of such a layout, for the log and the preview; or None."""
+        frame, (block_m, block_n) = self.frame_tokens(layout), self.blocks(layout)
+        halves = (block_m, block_n) != (self.block_m, self.block_n)
+        said = f"a frame of {frame} tokens is small: "
+        parts = [f"blocks are {block_m}x{block_n}"] if halves else []
         by_topk = self.checkpoint is None and self.cdfthreshd is None
-        frame = layout.tokens_per_frame
-        if not by_topk or self.topk >= CLOSER or frame > SMALL_FRAME:
-            return None
-        return f"a frame of {frame} tokens is small: topk {CLOSER:g} stays closer to the original"
+        if by_topk and self.topk < CLOSER and frame <= (SMALLEST_FRAME if halves else SMALL_FRAME):
+            parts += [f"topk {CLOSER:g} stays closer to the original"]
+        return said + ", ".join(parts) if parts else None
 
     def order(self, layout: TokenLayout) -> Tensor | None:
         """int64 [layout.num_tokens]: attention position -> token, or None to keep the order."""
@@ -170,11 +191,12 @@ class SpargePolicy:
         cdfthreshd: float | Tensor | None = self.cdfthreshd
         if self.checkpoint is not None:
             simthreshd1, cdfthreshd = self._tuned(self.checkpoint, layer, q).unbind()
+        block_m, block_n = self.blocks(layout)
         kept = block_map(
             q,
             k,
-            block_q=self.block_m,
-            block_k=self.block_n,
+            block_q=block_m,
+            block_k=block_n,
             simthreshd1=simthreshd1,
             cdfthreshd=cdfthreshd,
             topk=self.topk if cdfthreshd is None else None,
@@ -189,18 +211,18 @@ class SpargePolicy:
 
     def _with_text(self, kept: Tensor, layout: TokenLayout, *, packed: bool) -> BlockPlan:
         """The plan of a block map, with rows and columns of tokens outside the video kept."""
-        tokens = layout.num_tokens
+        tokens, (block_m, block_n) = layout.num_tokens, self.blocks(layout)
         if layout.prefix_tokens:
-            kept[:, :, : -(-layout.prefix_tokens // self.block_m)] = True
-            kept[..., : -(-layout.prefix_tokens // self.block_n)] = True
+            kept[:, :, : -(-layout.prefix_tokens // block_m)] = True
+            kept[..., : -(-layout.prefix_tokens // block_n)] = True
         if layout.suffix_tokens:
             first = tokens - layout.suffix_tokens
-            kept[:, :, first // self.block_m :] = True
-            kept[..., first // self.block_n :] = True
+            kept[:, :, first // block_m :] = True
+            kept[..., first // block_n :] = True
         return BlockPlan.from_mask(
             kept,
-            block_m=self.block_m,
-            block_n=self.block_n,
+            block_m=block_m,
+            block_n=block_n,
             q_len=tokens,
             k_len=tokens,
             **remainder(self.skipped_blocks, kept.shape[-2]),
@@ -213,13 +235,14 @@ class SpargePolicy:
             which = "cdfthreshd" if self.cdfthreshd is not None else "simthreshd1"
             which = which if self.checkpoint is None else self.checkpoint.name
             return f"how many blocks a call keeps depends on its queries and keys ({which})"
-        rows, columns = (-(-layout.num_tokens // size) for size in (self.block_m, self.block_n))
+        block_m, block_n = self.blocks(layout)
+        rows, columns = (-(-layout.num_tokens // size) for size in (block_m, block_n))
         kept = torch.zeros(1, 1, rows, columns, dtype=torch.bool)
         kept[..., : topk_counts(self.topk, columns)] = True
         # An incomplete last block is unlike any other.
-        if layout.num_tokens % self.block_m:
+        if layout.num_tokens % block_m:
             kept[..., -1, :] = True
-        if layout.num_tokens % self.block_n:
+        if layout.num_tokens % block_n:
             kept[..., -1] = True
         said = "key blocks by score, the highest first; each call decides which they are"
         return self._with_text(kept, layout, packed=True), said

@@ -1,18 +1,23 @@
 """What the preview and a run's line say that a person might choose instead."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from sparse_video_attention.kernels import TokenLayout
 from sparse_video_attention.patching import run_history
 from sparse_video_attention.patching.settings import advice_of
+from sparse_video_attention.patching.sparge_choice import sparge_choice
 from sparse_video_attention.radial_attn import RadialPolicy
 from sparse_video_attention.sparge import SpargePolicy
+
+from benchmarks.node_defaults import SPARGE_POLICY
 
 from .conftest import patch
 
 pytestmark = pytest.mark.comfy
 
-SMALL = "is small: topk 0.5 stays closer to the original"
+CLOSER = "topk 0.5 stays closer to the original"
 KEEPS_ALL = "radial keeps every block at this size, which gains nothing"
 WAN_480P, WAN_22_5B = (1, 16, 21, 60, 104), (1, 16, 31, 44, 80)
 
@@ -22,22 +27,66 @@ def run_line(model):
 
 
 @pytest.mark.core
-def test_a_topk_for_large_frames_is_questioned_in_small_ones(models, preview, sample):
+def test_small_frames_have_smaller_blocks_and_the_smallest_want_more_of_them(
+    models, preview, sample
+):
     shape = (1, 16, 6, 16, 20)
-    for topk, said in ((0.2, True), (0.5, False)):
+    for topk, more in ((0.2, f", {CLOSER}"), (0.5, "")):
         model = patch(models("wan"), "PatchSpargeAttention", min_tokens=0, topk=topk)
-        assert (f"Note: a frame of 80 tokens {SMALL}." in preview(model, shape)[3]) is said
-        assert (f"a frame of 880 tokens {SMALL}" in preview(model, WAN_22_5B)[3]) is said
-        assert SMALL not in preview(model, WAN_480P)[3]
+        said = f"a frame of 80 tokens is small: blocks are 64x32{more}"
+        assert f"Note: {said}." in preview(model, shape)[3]
+        assert (
+            "Note: a frame of 880 tokens is small: blocks are 64x32."
+            in preview(model, WAN_22_5B)[3]
+        )
+        assert "Note" not in preview(model, WAN_480P)[3]
         sample(model, shape=shape)
-        assert (f"a frame of 80 tokens {SMALL}" in run_line(model)) is said
+        assert said in run_line(model)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "blocks"),
+    [
+        ({}, (64, 32)),
+        ({"kernel": "triton"}, (64, 32)),
+        ({"block_order": "raster", "skipped_blocks": "pool"}, (64, 32)),
+        # As published, and as libraries need them.
+        ({"block_scores": "block means"}, (128, 64)),
+        ({"cdfthreshd": 0.9}, (128, 64)),
+        ({"skipped_blocks": "drop"}, (128, 64)),
+        ({"kernel": "spas_sage_attn"}, (128, 64)),
+    ],
+    ids=str,
+)
+def test_blocks_are_smaller_where_nothing_asks_for_the_published_ones(inputs, blocks, models):
+    policy = sparge_choice(models("wan"), **inputs).policy
+    small, usual = TokenLayout(6, 24, 40), TokenLayout(6, 31, 31)
+    assert policy.blocks(small) == blocks and policy.blocks(usual) == (128, 64)
+    gen = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 2, small.num_tokens, 64, generator=gen) for _ in range(2))
+    plan = policy.plan(q, k, small, layer=0, scale=0.125)
+    assert (plan.block_m, plan.block_n) == blocks
+    # As a policy whose blocks are that small everywhere, text and all.
+    text = replace(small, prefix_tokens=70, suffix_tokens=100)
+    q, k = (torch.randn(1, 2, text.num_tokens, 64, generator=gen) for _ in range(2))
+    same = replace(policy, block_m=blocks[0], block_n=blocks[1], halves_in_small_frames=False)
+    levels, want = (p.plan(q, k, text, layer=0, scale=0.125).to_levels() for p in (policy, same))
+    assert torch.equal(levels, want)
+    for first, second in ((policy.forecast(text), same.forecast(text)),):
+        assert type(first) is type(second) and (
+            isinstance(first, str) or torch.equal(first[0].to_levels(), second[0].to_levels())
+        )
+    assert policy.dense_reason(TokenLayout(1, 9, 10)) == same.dense_reason(TokenLayout(1, 9, 10))
 
 
 def test_other_ways_to_choose_blocks_are_not_questioned():
     layout = TokenLayout(6, 24, 40)  # a frame as in the measurements
-    assert SMALL in (SpargePolicy(topk=0.2).advice(layout) or "")
+    assert CLOSER in (SpargePolicy(topk=0.2).advice(layout) or "")
     assert SpargePolicy(topk=0.2).advice(TokenLayout(6, 31, 31)) is None
     assert SpargePolicy(topk=0.2, cdfthreshd=0.9).advice(layout) is None
+    halves = replace(SPARGE_POLICY, topk=0.2)
+    assert CLOSER not in halves.advice(TokenLayout(6, 13, 37))
+    assert CLOSER in halves.advice(TokenLayout(6, 12, 40))
 
 
 @pytest.mark.core
