@@ -34,7 +34,7 @@ def weighted_source(arch, head_dim, block_n, *, quantized=False, scaled=False, d
     return source(triton_weighted.weighted_pool_kernel, dtype, constants, pointers), options
 
 
-@pytest.mark.parametrize("block_n", [64, 128])
+@pytest.mark.parametrize("block_n", [32, 64, 128])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
 def test_the_means_fit_the_multiprocessor(tmp_path, arch, head_dim, block_n):
@@ -59,6 +59,27 @@ def test_the_means_compile_for_amd(arch, warp_size):
     most = 256 if warp_size == 32 else 0
     assert spilled <= most + (0 if IS_RELEASE_OF_SETTINGS else 64)
     assert compiled.metadata.shared <= 64 * 1024
+
+
+@pytest.mark.parametrize("precision", ["native", "int8"])
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+def test_blocks_for_small_frames_share_a_multiprocessor(tmp_path, arch, precision):
+    launch = triton_launch.launch_for(arch, 128, precision, 64)
+    kernel = attention_source(
+        launch,
+        head_dim=128,
+        precision=precision,
+        levels=(1, 32),
+        block_m=64,
+        block_n=32,
+        dtype="bf16",
+        weighted=True,
+    )
+    compiled = compile_for_nvidia(kernel, arch, **triton_launch.options(launch))
+    registers, stack = resources(compiled, tmp_path)
+    assert stack <= (8 if IS_RELEASE_OF_SETTINGS else 64)
+    assert registers * launch.num_warps * 32 <= 65536 / 2
+    assert compiled.metadata.shared <= SHARED_MEMORY[arch] * 1024 / 2
 
 
 @pytest.mark.parametrize("precision", ["native", "int8"])

@@ -83,6 +83,7 @@ twin.tiles_for = lambda arch: tiles_for("gfx1100")
 check(q, k, (128, 64), True, 0.2, starts=(0, 1))
 check(q, k, (64, 128), False, 0.2, starts=(0, 3))
 twin.tiles_for = tiles_for
+check(q, k, (64, 32), True, 0.2, starts=(0, 3))
 check(q, k, (32, 16), True, 0.125, groups=(2, 1), starts=(0, 7))
 q, k = random_qk(1, 1, 300, 300, 64, spread=40.0)
 check(q, k, (128, 64), True, 0.5)
