@@ -74,8 +74,10 @@ def _methods(model_family: str) -> Iterator[Method]:
     plain = replace(SPARGE_POLICY, skipped_blocks="pool")
     yield Method(f"sparge group means 0.2{POOLED}", plain)
     # Smaller blocks of keys are closer at the same topk; what do they take?
-    finer = replace(SPARGE_POLICY, block_n=32)
-    yield Method("sparge group means 0.2 weighted pool 128x32", finer)
+    for block_m, block_n in ((128, 32), (64, 32)):
+        finer = replace(SPARGE_POLICY, block_m=block_m, block_n=block_n)
+        finer = replace(finer, halves_in_small_frames=False)
+        yield Method(f"sparge group means 0.2 weighted pool {block_m}x{block_n}", finer)
     yield Method("sparge Gilbert", SpargePolicy(block_order="Gilbert"))
     yield Method("sparge raster pool", SpargePolicy(skipped_blocks="pool"))
     gilbert = SpargePolicy(block_order="Gilbert", skipped_blocks="pool")

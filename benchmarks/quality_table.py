@@ -160,7 +160,7 @@ def readme_table(found: dict[str, dict[str, Result]]) -> str:
         }
         for family in families
     }
-    lines = []
+    lines, counts = [], set()
     for name, label, dense_steps in README_ROWS:
         cells = []
         for family in families:
@@ -169,10 +169,13 @@ def readme_table(found: dict[str, dict[str, Result]]) -> str:
             if summary is None:
                 cells += ["", ""]
                 continue
+            counts.add(len(summary.videos))
             density = "" if summary.method == "dense" else f"{summary.density:.2f}"
             cells += [f"{_decibels(summary)} dB", density]
         if any(cells):
             lines.append((name, str(dense_steps), *cells))
     columns = [head for family in families for head in (FAMILY_NAMES[family], "density")]
     head = ["attention", f"dense steps of {STEPS}", *columns]
-    return f"{table(head, lines)}\n\nWith \u00b1 means over two videos and more, else one video."
+    of_several = sorted(counts - {1}) or [1]
+    many = " to ".join(str(count) for count in dict.fromkeys((of_several[0], of_several[-1])))
+    return f"{table(head, lines)}\n\nWith \u00b1 means over {many} videos, else one video."

@@ -21,8 +21,8 @@ SMALL_SIZE = {"width": 320, "height": 192, "length": 81}
 SMALL_STEPS = 10
 # Presets of PSA wait longer than that, Sparge one step.
 SMALL_WARMUP = SMALL_STEPS // 4
-# A block is half a frame here: too much to be compact, and few of them are a small choice.
-SMALL_SPARGE = {"topk": 0.5, "block_order": "raster"}
+# Of so small a frame a block is a quarter or more: few of them are a small choice.
+SMALL_SPARGE = {"topk": 0.5}
 
 # What large models are sampled with drives a miniature's colours out of range.
 MINIATURE_GUIDANCE = 3.0

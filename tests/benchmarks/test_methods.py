@@ -44,6 +44,7 @@ OTHER_NAMES += [
     "sparge Gilbert pool",
     "sparge group means 0.2 weighted pool",
     "sparge group means 0.2 weighted pool 128x32",
+    "sparge group means 0.2 weighted pool 64x32",
 ]
 OTHER_NAMES += ["radial 64 pool"]
 CASES = [

@@ -91,4 +91,5 @@ def test_the_readme_shows_what_nodes_do_with_as_many_blocks_as_real_models():
         "Sparge, `topk` 0.3": ["1", "50.0 dB", "0.30", "", ""],
         "Radial at its defaults": ["3", "22.0 \u00b1 2.0 dB", "0.25", "", ""],
     }
+    assert text.endswith("\n\nWith \u00b1 means over 2 videos, else one video.")
     assert "Nothing is measured yet" in readme_table({"gpu-x": {"other": OTHER}})
