@@ -172,6 +172,10 @@ def _in_fine_blocks(family: str) -> Iterator[Setting]:
         yield Setting("sparge", "sparge plain topk", {"topk": share}, policy=PLAIN)
     for share in (0.1, 0.3, 0.5):
         yield Setting("sparge", "sparge topk last dense", {"topk": share}, LAST_DENSE)
+    for shape in ("128x32", "64x32"):
+        for share in (0.1, 0.2):
+            own = {"topk": share, "block_shape": shape}
+            yield Setting("sparge", f"sparge {shape} last dense", own, LAST_DENSE)
     choices = (("Gilbert", "drop"), ("Gilbert", "pool"), ("raster", "weighted"))
     for order, skipped in choices:
         own = {"topk": 0.2, "block_order": order, "skipped_blocks": skipped}

@@ -133,6 +133,18 @@ class PatchSpargeAttention(io.ComfyNode):
                         "group means, but block means with a tuned checkpoint or cdfthreshd."
                     ),
                 ),
+                io.Combo.Input(
+                    "block_shape",
+                    options=["auto", "128x64", "128x32", "64x32"],
+                    default="auto",
+                    optional=True,
+                    **ADVANCED,
+                    tooltip=(
+                        "Tokens of a block, queries x keys. Smaller blocks are closer to full "
+                        "attention at the same topk; a lower topk can make up for the speed that "
+                        "they may cost. auto is 128x64, as published, and 64x32 in small pictures."
+                    ),
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The model with Sparge attention.")],
         )

@@ -21,6 +21,8 @@ NO_CHECKPOINT = "none"
 AUTO = "auto"
 # Kernels that run smaller blocks too; libraries know those that they were written for.
 RUN_ANY_BLOCKS = (AUTO, "triton", "torch")
+# By name: query and key tokens per block.
+BLOCK_SHAPES = {"128x64": PUBLISHED_BLOCKS, "128x32": (128, 32), "64x32": (64, 32)}
 
 
 def register_folder() -> None:
@@ -97,9 +99,16 @@ def _load(model: Any, name: str) -> SpargeCheckpoint | None:
     return checkpoint
 
 
-def _block_size(kernel: str, device: torch.device) -> tuple[int, int]:
-    """Query and key tokens per block: SpargeAttn's own where it is asked for, since it takes no
-    other; else the published ones."""
+def _block_size(block_shape: str, kernel: str, device: torch.device) -> tuple[int, int]:
+    """Query and key tokens per block: what is asked for; at auto SpargeAttn's own where that is,
+    since it takes no other, and else the published ones."""
+    if block_shape != AUTO:
+        if kernel not in RUN_ANY_BLOCKS and BLOCK_SHAPES[block_shape] != PUBLISHED_BLOCKS:
+            raise ValueError(
+                f"block_shape {shown(block_shape)}: kernel {kernel} does not run it; allowed with "
+                f"it are {AUTO} and 128x64"
+            )
+        return BLOCK_SHAPES[block_shape]
     if kernel == spas_sage_attn.BACKEND.name and device.type == "cuda":
         return spas_sage_attn.block_size_on(device)
     return PUBLISHED_BLOCKS
@@ -119,6 +128,7 @@ def sparge_choice(
     dense_timesteps: int = 0,
     last_dense_timesteps: int = -1,
     block_scores: str = AUTO,
+    block_shape: str = AUTO,
     **shared: Any,
 ) -> SparseChoice:
     """The choice PatchSpargeAttention's inputs make for a MODEL; the defaults are the node's.
@@ -131,6 +141,7 @@ def sparge_choice(
     Args:
         cdfthreshd: 0 to keep by topk.
         block_order, block_scores: of SpargePolicy, or "auto".
+        block_shape: one of BLOCK_SHAPES, or "auto": as published, halved in small frames.
         shared: the other inputs of make_choice.
 
     Raises:
@@ -139,12 +150,14 @@ def sparge_choice(
     for name, given, known in (
         ("block_order", block_order, BLOCK_ORDERS),
         ("block_scores", block_scores, BLOCK_SCORES),
+        ("block_shape", block_shape, tuple(BLOCK_SHAPES)),
     ):
         if given not in (AUTO, *known):
             allowed = ", ".join((AUTO, *known))
             raise ValueError(f"{name} {shown(given)}: allowed are {allowed}")
     checkpoint = _load(model, sparge_ckpt)
-    block_m, block_n = _block_size(shared.get("kernel", "auto"), model.load_device)
+    kernel = shared.get("kernel", AUTO)
+    block_m, block_n = _block_size(block_shape, kernel, model.load_device)
     if block_order == AUTO:
         # Thresholds were tuned in the model's own order; the published sink is its first block.
         block_order = "Gilbert" if checkpoint is None and not attention_sink else "raster"
@@ -163,7 +176,7 @@ def sparge_choice(
         checkpoint=checkpoint,
         block_m=block_m,
         block_n=block_n,
-        halves_in_small_frames=shared.get("kernel", "auto") in RUN_ANY_BLOCKS,
+        halves_in_small_frames=block_shape == AUTO and kernel in RUN_ANY_BLOCKS,
     )
     return make_choice(
         model,

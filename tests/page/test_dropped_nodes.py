@@ -35,7 +35,7 @@ DROPPED = {
         | {"last_dense_timesteps": -1}
         | SPARGE_ADVANCED
         | KERNEL
-        | {"block_scores": "auto"},
+        | {"block_scores": "auto", "block_shape": "auto"},
     ),
     "SetAttentionBackend": (BACKEND, EXACT),
     "PreviewAttentionMask": ({"steps": 20}, {}),

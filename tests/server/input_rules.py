@@ -102,6 +102,7 @@ ALLOWS = {
         "attention_sink": boolean,
         "block_order": choice("auto", "raster", "Gilbert"),
         "block_scores": choice("auto", "group means", "block means"),
+        "block_shape": choice("auto", "128x64", "128x32", "64x32"),
         "skipped_blocks": choice("drop", "pool", "weighted"),
     },
     "SetAttentionBackend": {

@@ -37,6 +37,7 @@ LIKELY = {
     "skipped_blocks": ["drop", "pool", "weighted"],
     "block_order": ["auto", "raster", "Gilbert"],
     "block_scores": ["auto", "group means", "block means"],
+    "block_shape": ["auto", "128x64", "128x32", "64x32"],
     "sparge_ckpt": ["none", "broken.pt"],
     "preset": ["auto", *PRESETS],
     "on_unavailable": ["fallback", "error"],
