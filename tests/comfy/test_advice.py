@@ -79,6 +79,23 @@ def test_blocks_are_smaller_where_nothing_asks_for_the_published_ones(inputs, bl
     assert policy.dense_reason(TokenLayout(1, 9, 10)) == same.dense_reason(TokenLayout(1, 9, 10))
 
 
+def test_a_block_shape_is_what_blocks_have(models):
+    def policy(**inputs):
+        return sparge_choice(models("wan"), **inputs).policy
+
+    small, usual = TokenLayout(6, 24, 40), TokenLayout(6, 30, 52)
+    for shape in ("128x64", "128x32", "64x32"):
+        wanted = tuple(map(int, shape.split("x")))
+        chosen = policy(block_shape=shape)
+        assert chosen.blocks(small) == chosen.blocks(usual) == wanted
+        assert (f"blocks {shape}" in chosen.describe()) == (shape != "128x64")
+    assert policy(block_shape="auto") == policy() != policy(block_shape="128x64")
+    with pytest.raises(ValueError, match="'64x64': allowed are auto, 128x64, 128x32, 64x32"):
+        policy(block_shape="64x64")
+    with pytest.raises(ValueError, match="kernel sparse_sageattn does not run it; allowed with"):
+        policy(block_shape="64x32", kernel="sparse_sageattn")
+
+
 def test_other_ways_to_choose_blocks_are_not_questioned():
     layout = TokenLayout(6, 24, 40)  # a frame as in the measurements
     assert CLOSER in (SpargePolicy(topk=0.2).advice(layout) or "")
