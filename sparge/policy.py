@@ -24,7 +24,7 @@ PUBLISHED_BLOCKS = (128, 64)
 # In frames of so many tokens and fewer a block of 128 x 64 is a large part of a frame; halves of it
 # each way are as close there as whole ones are in usual frames (docs/measurements.md).
 SMALL_FRAME = 960
-# In frames of so many tokens and fewer halves are large too, and CLOSER is 11 to 18 dB closer than 0.2.
+# Halves are large in frames of so many tokens and fewer: CLOSER is 11 and 18 dB closer than 0.2.
 SMALLEST_FRAME, CLOSER = 480, 0.5
 
 
