@@ -142,7 +142,8 @@ class PatchSpargeAttention(io.ComfyNode):
                     tooltip=(
                         "Tokens of a block, queries x keys. Smaller blocks are closer to full "
                         "attention at the same topk; a lower topk can make up for the speed that "
-                        "they may cost. auto is 128x64, as published, and 64x32 in small pictures."
+                        "they may cost. auto is 128x64, as published, and 64x32 in small pictures, "
+                        "unless blocks are scored or dropped as published."
                     ),
                 ),
             ],

@@ -77,7 +77,7 @@ def _prepare_sparse(
         state.plan = plans.plan(cast(StaticPolicy, choice.policy), layout, device)
         state.plan.density()  # read here, once per plan: it waits for the device
     advice = advice_of(choice.policy, layout, state.plan)
-    if advice is not None and state.run is not None:
+    if advice is not None and state.run is not None and not tokens.frame_by_frame:
         state.run.record.note(advice)
 
 

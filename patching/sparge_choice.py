@@ -19,8 +19,8 @@ from .settings import SparseChoice
 FOLDER = "sparge"
 NO_CHECKPOINT = "none"
 AUTO = "auto"
-# Kernels that run smaller blocks too; libraries know those that they were written for.
-RUN_ANY_BLOCKS = (AUTO, "triton", "torch")
+# Other people's kernels run the blocks that they were written for; this pack's run any.
+LIBRARIES = ("flash_attn4", "spas_sage_attn", "sparse_sageattn")
 # By name: query and key tokens per block.
 BLOCK_SHAPES = {"128x64": PUBLISHED_BLOCKS, "128x32": (128, 32), "64x32": (64, 32)}
 
@@ -101,17 +101,22 @@ def _load(model: Any, name: str) -> SpargeCheckpoint | None:
 
 def _block_size(block_shape: str, kernel: str, device: torch.device) -> tuple[int, int]:
     """Query and key tokens per block: what is asked for; at auto SpargeAttn's own where that is,
-    since it takes no other, and else the published ones."""
-    if block_shape != AUTO:
-        if kernel not in RUN_ANY_BLOCKS and BLOCK_SHAPES[block_shape] != PUBLISHED_BLOCKS:
-            raise ValueError(
-                f"block_shape {shown(block_shape)}: kernel {kernel} does not run it; allowed with "
-                f"it are {AUTO} and 128x64"
-            )
-        return BLOCK_SHAPES[block_shape]
+    since it takes no other, and else the published ones.
+
+    Raises:
+        ValueError: the kernel is a library that does not run what is asked for.
+    """
+    own = PUBLISHED_BLOCKS
     if kernel == spas_sage_attn.BACKEND.name and device.type == "cuda":
-        return spas_sage_attn.block_size_on(device)
-    return PUBLISHED_BLOCKS
+        own = spas_sage_attn.block_size_on(device)
+    if block_shape == AUTO:
+        return own
+    if kernel in LIBRARIES and BLOCK_SHAPES[block_shape] != own:
+        raise ValueError(
+            f"block_shape {shown(block_shape)}: kernel {kernel} runs blocks of "
+            f"{own[0]}x{own[1]} alone; allowed with it is {AUTO}"
+        )
+    return BLOCK_SHAPES[block_shape]
 
 
 def sparge_choice(
@@ -176,7 +181,10 @@ def sparge_choice(
         checkpoint=checkpoint,
         block_m=block_m,
         block_n=block_n,
-        halves_in_small_frames=block_shape == AUTO and kernel in RUN_ANY_BLOCKS,
+        # Thresholds were tuned in blocks of one size.
+        halves_in_small_frames=block_shape == AUTO
+        and kernel not in LIBRARIES
+        and checkpoint is None,
     )
     return make_choice(
         model,

@@ -22,6 +22,8 @@ from .thresholds import Counts, Threshold, check_threshold, on_device, per_head,
 
 # Scores looked at together: a full sort of them takes under 100 MiB.
 CHUNK_SCORES = 2**22
+# Groups of queries that a tile of GroupScores' twin has.
+SCORED_TOGETHER = 128
 
 
 def block_map(
@@ -110,6 +112,10 @@ def block_map(
     counts = None if topk is None else topk_counts(topk, num_k_blocks)
     limit = None if cdfthreshd is None else per_head(cdfthreshd, q.device)
     rows = max(1, CHUNK_SCORES // (q.shape[0] * heads * num_k_blocks))
+    if groups is not None:
+        # Whole tiles of the twin's.
+        tile = SCORED_TOGETHER * groups[0] // block_q
+        rows -= rows % tile if rows > tile > 0 else 0
     for first in range(0, num_q_blocks, rows):
         scores = score(first, min(first + rows, num_q_blocks))
         _keep_rows(kept, scores, q_alike, k_alike, first, counts, limit, attention_sink, twins)

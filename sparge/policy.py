@@ -21,9 +21,10 @@ from .thresholds import topk_counts
 BLOCK_ORDERS = ("raster", "Gilbert")
 BLOCK_SCORES = ("block means", "group means")
 PUBLISHED_BLOCKS = (128, 64)
-# In frames of so many tokens and fewer a block of 128 x 64 is a large part of a frame; halves of it
-# each way are as close there as whole ones are in usual frames (docs/measurements.md).
-SMALL_FRAME = 960
+# In frames of so many tokens and fewer, which are those below all usual sizes (1350), a block of
+# 128 x 64 is a large part of a frame. Halves of it each way are as close in frames of 960 as whole
+# ones in those of 1920 (docs/measurements.md).
+SMALL_FRAME, HALVES = 1300, (64, 32)
 # Halves are large in frames of so many tokens and fewer: CLOSER is 11 and 18 dB closer than 0.2.
 SMALLEST_FRAME, CLOSER = 480, 0.5
 
@@ -160,7 +161,8 @@ class SpargePolicy:
         said = f"a frame of {frame} tokens is small: "
         parts = [f"blocks are {block_m}x{block_n}"] if halves else []
         by_topk = self.checkpoint is None and self.cdfthreshd is None
-        if by_topk and self.topk < CLOSER and frame <= (SMALLEST_FRAME if halves else SMALL_FRAME):
+        large = block_m * block_n > HALVES[0] * HALVES[1]
+        if by_topk and self.topk < CLOSER and frame <= (SMALL_FRAME if large else SMALLEST_FRAME):
             parts += [f"topk {CLOSER:g} stays closer to the original"]
         return said + ", ".join(parts) if parts else None
 

@@ -49,6 +49,7 @@ def test_small_frames_have_smaller_blocks_and_the_smallest_want_more_of_them(
     [
         ({}, (64, 32)),
         ({"kernel": "triton"}, (64, 32)),
+        ({"kernel": "hopper"}, (64, 32)),
         ({"block_order": "raster", "skipped_blocks": "pool"}, (64, 32)),
         # As published, and as libraries need them.
         ({"block_scores": "block means"}, (128, 64)),
@@ -60,7 +61,7 @@ def test_small_frames_have_smaller_blocks_and_the_smallest_want_more_of_them(
 )
 def test_blocks_are_smaller_where_nothing_asks_for_the_published_ones(inputs, blocks, models):
     policy = sparge_choice(models("wan"), **inputs).policy
-    small, usual = TokenLayout(6, 24, 40), TokenLayout(6, 31, 31)
+    small, usual = TokenLayout(6, 24, 40), TokenLayout(6, 36, 37)
     assert policy.blocks(small) == blocks and policy.blocks(usual) == (128, 64)
     gen = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 2, small.num_tokens, 64, generator=gen) for _ in range(2))
@@ -92,15 +93,22 @@ def test_a_block_shape_is_what_blocks_have(models):
     assert policy(block_shape="auto") == policy() != policy(block_shape="128x64")
     with pytest.raises(ValueError, match="'64x64': allowed are auto, 128x64, 128x32, 64x32"):
         policy(block_shape="64x64")
-    with pytest.raises(ValueError, match="kernel sparse_sageattn does not run it; allowed with"):
-        policy(block_shape="64x32", kernel="sparse_sageattn")
+    for library in ("sparse_sageattn", "spas_sage_attn"):
+        assert policy(block_shape="128x64", kernel=library).blocks(small) == (128, 64)
+        refused = f"'64x32': kernel {library} runs blocks of 128x64 alone; allowed with it is auto"
+        with pytest.raises(ValueError, match=refused):
+            policy(block_shape="64x32", kernel=library)
+    # A name that no kernel has is for others to refuse.
+    assert policy(block_shape="64x32", kernel="tritn").blocks(small) == (64, 32)
 
 
 def test_other_ways_to_choose_blocks_are_not_questioned():
     layout = TokenLayout(6, 24, 40)  # a frame as in the measurements
     assert CLOSER in (SpargePolicy(topk=0.2).advice(layout) or "")
-    assert SpargePolicy(topk=0.2).advice(TokenLayout(6, 31, 31)) is None
+    assert SpargePolicy(topk=0.2).advice(TokenLayout(6, 36, 37)) is None
     assert SpargePolicy(topk=0.2, cdfthreshd=0.9).advice(layout) is None
+    named = SpargePolicy(topk=0.2, block_m=64, block_n=32, block_scores="group means")
+    assert named.advice(layout) is None and CLOSER in named.advice(TokenLayout(6, 12, 40))
     halves = replace(SPARGE_POLICY, topk=0.2)
     assert CLOSER not in halves.advice(TokenLayout(6, 13, 37))
     assert CLOSER in halves.advice(TokenLayout(6, 12, 40))

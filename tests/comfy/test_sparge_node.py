@@ -109,9 +109,12 @@ def test_auto_scores_are_of_group_means_but_for_thresholds_of_the_published_scor
     write_checkpoint(checkpoint_folder / "tuned.pt", "wan", 4, 2)
     tuned, by_sum = {"sparge_ckpt": "tuned.pt"}, {"cdfthreshd": 0.9}
 
-    def scores(**inputs):
+    def policy(**inputs):
         options = patch(models("wan"), **inputs).model_options["transformer_options"]
-        return options["sparse_video_attention"].sparse.policy.block_scores
+        return options["sparse_video_attention"].sparse.policy
+
+    def scores(**inputs):
+        return policy(**inputs).block_scores
 
     for inputs in ({}, {"topk": 0.5}, {"attention_sink": True}, {"skipped_blocks": "drop"}):
         assert scores(**inputs) == scores(**inputs, block_scores="auto") == "group means"
@@ -119,6 +122,9 @@ def test_auto_scores_are_of_group_means_but_for_thresholds_of_the_published_scor
     for inputs in (tuned, by_sum, tuned | by_sum):
         assert scores(**inputs) == scores(**inputs, block_scores="auto") == "block means"
         assert scores(**inputs, block_scores="group means") == "group means"
+    # Nor are a checkpoint's for smaller blocks.
+    assert policy().halves_in_small_frames
+    assert not policy(**tuned, block_scores="group means").halves_in_small_frames
     for wrong in ("means", "Group means", None, 1):
         with pytest.raises(ValueError) as refusal:
             scores(block_scores=wrong)

@@ -47,11 +47,12 @@ def test_the_means_fit_the_multiprocessor(tmp_path, arch, head_dim, block_n):
         assert "mma" in compiled.asm["ptx"], "not on the tensor cores"
 
 
+@pytest.mark.parametrize("block_n", [32, 64])
 @pytest.mark.parametrize(
     ("arch", "warp_size"), [("gfx90a", 64), ("gfx942", 64), ("gfx1100", 32), ("gfx1201", 32)]
 )
-def test_the_means_compile_for_amd(arch, warp_size):
-    kernel, options = weighted_source(arch, 128, 64, dtype="fp16")
+def test_the_means_compile_for_amd(arch, warp_size, block_n):
+    kernel, options = weighted_source(arch, 128, block_n, dtype="fp16")
     target = GPUTarget("hip", arch, warp_size)
     compiled = triton.compile(kernel, target=target, options=options)
     spilled = int(re.search(r"vgpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"])[1])
