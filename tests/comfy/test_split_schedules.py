@@ -79,7 +79,11 @@ def test_two_samplers_that_split_a_schedule_count_their_own_steps(
     assert len(first.sigmas) == len(second.sigmas) == 4
     assert first.sparse + second.sparse == [letter == "s" for letter in expected]
     # The node of the second sampler is where dense first steps are seldom meant.
-    notes = [run_history(run.model).latest.notes for run in (first, second)]
+    notes = [
+        # Of so short a video the band keeps everything, which each run says.
+        [note for note in run_history(run.model).latest.notes if "keeps every block" not in note]
+        for run in (first, second)
+    ]
     assert not notes[0]
     assert bool(notes[1]) == (low["dense_timesteps"] != 0)
     if notes[1]:
