@@ -159,7 +159,7 @@ def _in_fine_blocks(family: str) -> Iterator[Setting]:
     yield from _defaults()
     yield from _published()
     own = {"topk": 0.5} | PUBLISHED_BLOCKS
-    yield Setting("sparge", "sparge published", own, NONE_DENSE, BLOCK_MEANS)
+    yield Setting("sparge", "sparge published, none dense", own, NONE_DENSE, BLOCK_MEANS)
     for preset, _ in _psa_presets(family):
         quarter = {"warmup_steps": QUARTER}
         yield Setting("psa", "psa presets", {"preset": preset}, quarter)
