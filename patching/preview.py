@@ -168,9 +168,11 @@ def _is_fixed(choice: SparseChoice, layout: TokenLayout) -> bool:
 
 def _too_large(choice: SparseChoice, layout: TokenLayout) -> str | None:
     """Why a plan is not made only to be looked at, or None."""
-    of_layout = getattr(choice.policy, "blocks", None)
-    sizes = [getattr(choice.policy, name, 128) for name in ("block_m", "block_n")]
-    sizes = sizes if of_layout is None else of_layout(layout)
+    policy: Any = choice.policy
+    if hasattr(policy, "blocks"):
+        sizes = policy.blocks(layout)
+    else:
+        sizes = tuple(getattr(policy, name, 128) for name in ("block_m", "block_n"))
     rows, columns = (-(-layout.num_tokens // size) for size in sizes)
     if rows * columns <= MAX_BLOCK_PAIRS:
         return None

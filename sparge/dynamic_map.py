@@ -16,14 +16,12 @@ from torch import Tensor
 
 from ..kernels.autocast import without_autocast
 from ..kernels.twins import TORCH_ONLY, Twins, how_far
-from .group_scores import GroupScores
+from .group_scores import TILE_GROUPS, GroupScores
 from .statistics import block_statistics
 from .thresholds import Counts, Threshold, check_threshold, on_device, per_head, topk_counts
 
 # Scores looked at together: a full sort of them takes under 100 MiB.
 CHUNK_SCORES = 2**22
-# Groups of queries that a tile of GroupScores' twin has.
-SCORED_TOGETHER = 128
 
 
 def block_map(
@@ -113,9 +111,8 @@ def block_map(
     limit = None if cdfthreshd is None else per_head(cdfthreshd, q.device)
     rows = max(1, CHUNK_SCORES // (q.shape[0] * heads * num_k_blocks))
     if groups is not None:
-        # Whole tiles of the twin's.
-        tile = SCORED_TOGETHER * groups[0] // block_q
-        rows -= rows % tile if rows > tile > 0 else 0
+        tile = max(1, TILE_GROUPS * groups[0] // block_q)
+        rows -= rows % tile if rows > tile else 0  # no tile of the twin's is half empty
     for first in range(0, num_q_blocks, rows):
         scores = score(first, min(first + rows, num_q_blocks))
         _keep_rows(kept, scores, q_alike, k_alike, first, counts, limit, attention_sink, twins)

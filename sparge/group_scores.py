@@ -19,6 +19,8 @@ from ..kernels.twins import MAX_ERROR, CannotTell, Twins
 # Queries and keys of a group. In the order of Gilbert's curve 8 tokens are 2 frames, rows and
 # columns, 16 are two such cells.
 GROUPS = (16, 8)
+# Groups of queries that a tile of the twin has, on most GPUs.
+TILE_GROUPS = 128
 # fp32 numbers held at once while means are made: 32 MiB.
 MEANS_AT_ONCE = 2**23
 # Logits held at once; there are a few buffers of their size. A CPU keeps them in its cache.
@@ -44,8 +46,8 @@ def group_means(x: Tensor, group: int, *, centered: bool = False) -> Tensor:
     batch, heads, tokens, head_dim = x.shape
     whole = tokens // group
     out = x.new_empty(batch, heads, -(-tokens // group), head_dim)
-    # A few heads at a time: in fp32 they are twice what they come to.
-    # Where torch raises half precision to fp32 before it sums, the tokens are what is held.
+    # A few heads at a time: their means are held in fp32, and where torch raises half precision
+    # before it sums, so are their tokens.
     held = MEANS_AT_ONCE if x.is_cuda or x.dtype == torch.float32 else MEANS_AT_ONCE // group
     step = max(1, held // max(1, batch * out.shape[2] * head_dim))
     for head in range(0, heads, step):

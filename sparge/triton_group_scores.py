@@ -14,13 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..kernels.triton_launch import Launch, architecture, options
-from .group_scores import LEAST, TINY
+from .group_scores import LEAST, TILE_GROUPS, TINY
 
 LOG2_E = 1.4426950408889634
 _LN_2 = tl.constexpr(0.6931471805599453)
 _TINY, _LEAST = tl.constexpr(TINY), tl.constexpr(LEAST)
 # Rows of a tile of both kernels; key groups of a tile of the first, key blocks of the second.
-ROWS = 128
+ROWS = TILE_GROUPS
 SUMS = Launch(64, 8, 3)
 SCORES = Launch(64, 8, 3)
 RDNA_ROWS, RDNA_SUMS, RDNA_SCORES = 64, Launch(32, 8, 1), Launch(32, 8, 1)

@@ -7,6 +7,7 @@ own, with the keys of all tokens and, but for the reference in front, those of t
 import importlib
 
 import torch
+import torch.nn.functional as F
 from sparse_video_attention.kernels import TokenLayout
 
 from .model_variants import wan
@@ -14,6 +15,7 @@ from .variant_model import Model
 
 CODE, NAME = "wan.model_animate2", "WanAnimate2Model"
 LAYOUT = TokenLayout(3, 8, 10)
+FRAME, VIDEO = LAYOUT.tokens_per_frame, LAYOUT.num_tokens
 POSE = (1, 16, 2, 16, 20)
 _I2V = dict(config={"in_dim": 36, "out_dim": 16}, x=(1, 36, 3, 16, 20))
 
@@ -71,3 +73,32 @@ def _stand_in():
 
     Guided.__name__ = NAME
     return Guided
+
+
+class BandByFrames:
+    """Band attention of blocks of 64 in every frame's call, as dense attention under a mask.
+
+    A block of a frame's queries may meet two of the video's blocks: it sees what both see.
+    """
+
+    def __init__(self, dense_layers):
+        self.dense_layers = dense_layers
+        self.frame = 0
+
+    def __call__(self, func, q, k, v, heads, mask=None, **kwargs):
+        layer = kwargs["transformer_options"]["block_index"]
+        if q.shape[1] != FRAME or k.shape[1] not in (VIDEO, VIDEO + FRAME):
+            return func(q, k, v, heads, mask, **kwargs)
+        self.frame = 0 if k.shape[1] == VIDEO else self.frame + 1
+        if layer in self.dense_layers:
+            return func(q, k, v, heads, mask, **kwargs)
+        at = torch.arange(FRAME)
+        first = at // 64 * 64
+        last = (first + 64).clamp(max=FRAME) - 1
+        key = torch.arange(k.shape[1]) // 64
+        seen = [
+            ((self.frame * FRAME + edge)[:, None] // 64 - key).abs() <= 1 for edge in (first, last)
+        ]
+        q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[0] | seen[1])
+        return out.transpose(1, 2).flatten(2)

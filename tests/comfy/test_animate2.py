@@ -5,20 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from sparse_video_attention.kernels import BlockPlan
 from sparse_video_attention.kernels.skipped import remainder
 from sparse_video_attention.patching import AttentionSettings, Schedule, SparseChoice, install
 from sparse_video_attention.patching.router import OVERRIDE_KEY
 
-from .animate2_model import LAYOUT, POSE, animate2
+from .animate2_model import FRAME, LAYOUT, POSE, VIDEO, BandByFrames, animate2
 from .conftest import relative_error
 from .variant_model import MaskedAttention, Spy
 
 pytestmark = pytest.mark.comfy
 
 LAYERS = 3
-FRAME, VIDEO = LAYOUT.tokens_per_frame, LAYOUT.num_tokens
 ONLY_RADIAL = (
     "a pose guides this step frame by frame: only radial attention can be sparse in it, and only "
     "without another attention override before it"
@@ -44,35 +42,6 @@ def patched(model, install_band):
 def guided(model, pose):
     """The unpatched model with a pose."""
     return model.run(model.patcher, pose_latents=pose)[0]
-
-
-class BandByFrames:
-    """Band attention of blocks of 64 in every frame's call, as dense attention under a mask.
-
-    A block of a frame's queries may meet two of the video's blocks: it sees what both see.
-    """
-
-    def __init__(self, dense_layers):
-        self.dense_layers = dense_layers
-        self.frame = 0
-
-    def __call__(self, func, q, k, v, heads, mask=None, **kwargs):
-        layer = kwargs["transformer_options"]["block_index"]
-        if q.shape[1] != FRAME or k.shape[1] not in (VIDEO, VIDEO + FRAME):
-            return func(q, k, v, heads, mask, **kwargs)
-        self.frame = 0 if k.shape[1] == VIDEO else self.frame + 1
-        if layer in self.dense_layers:
-            return func(q, k, v, heads, mask, **kwargs)
-        at = torch.arange(FRAME)
-        first = at // 64 * 64
-        last = (first + 64).clamp(max=FRAME) - 1
-        key = torch.arange(k.shape[1]) // 64
-        seen = [
-            ((self.frame * FRAME + edge)[:, None] // 64 - key).abs() <= 1 for edge in (first, last)
-        ]
-        q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[0] | seen[1])
-        return out.transpose(1, 2).flatten(2)
 
 
 def of_frames(record):
