@@ -24,7 +24,8 @@ PUBLISHED_BLOCKS = {"block_order": "raster", "skipped_blocks": "drop"}
 ALL_LAYERS = {"dense_layers": ""}
 # Sparge's default schedule, where a setting differs in other inputs alone; and none of it dense.
 LAST_DENSE = {"dense_timesteps": 0, "last_dense_timesteps": -1}
-NONE_DENSE = {"dense_timesteps": 0, "last_dense_timesteps": 0} | ALL_LAYERS
+NO_STEP_DENSE = {"dense_timesteps": 0, "last_dense_timesteps": 0}
+NONE_DENSE = NO_STEP_DENSE | ALL_LAYERS
 # Of a miniature's large blocks few are alike; without this nearly all would be kept.
 ALIKE = {"simthreshd1": -1.0}
 # As published, and what grids of the nodes' own blocks are measured with.
@@ -203,6 +204,9 @@ def _few_in_fine_blocks(family: str) -> Iterator[Setting]:
         own = "warmup_steps" if base.method == "psa" else "dense_timesteps"
         for first, last in FEW_DENSE:
             yield replace(base, schedule={own: first, "last_dense_timesteps": last})
+    for share in (0.1, 0.2):
+        smaller = {"topk": share, "block_shape": "64x32"}
+        yield Setting("sparge", "sparge few 64x32", smaller, NO_STEP_DENSE)
 
 
 def _frames() -> Iterator[Setting]:
