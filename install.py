@@ -8,8 +8,10 @@ keeps the pack from running: it is slower without, and says so.
 from __future__ import annotations
 
 import importlib.util
+import io
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -30,6 +32,9 @@ def _say(text: str) -> None:
 
 
 def main() -> None:
+    # The command to try again has a path, whose letters a Windows console may lack.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     known = _triton_install()
     wanted, why = known.what_to_install(platform.system(), known.installed_version("torch"))
     if wanted is None:

@@ -91,11 +91,18 @@ class KernelChoice:
             self.rests.pop(name, None)
 
 
+def _is_aligned(x: Tensor) -> bool:
+    """Whether all rows start at multiples of 16 bytes."""
+    size = x.element_size()
+    return x.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in x.stride()[:-1])
+
+
 def _shape_key(call: KernelCall, kernel: str) -> Hashable:
     """Everything that check_call and the kernels' refusals depend on."""
     plan = call.plan
     tensors = tuple(
-        (tuple(x.shape), x.stride(-1), x.dtype, x.device) for x in (call.q, call.k, call.v)
+        (tuple(x.shape), x.stride(-1), _is_aligned(x), x.dtype, x.device)
+        for x in (call.q, call.k, call.v)
     )
     sizes = (plan.q_len, plan.k_len, plan.block_m, plan.block_n, plan.levels, plan.pool_rows > 0)
     lists = (tuple(plan.bounds.shape[:2]), plan.device)

@@ -3,7 +3,8 @@
 A row's entries are adjacent and ordered by level, ascending inside a level. `bounds` holds the
 absolute start of every segment plus the row's end, so rows may lie anywhere in `indices`:
 packed end to end (memory proportional to the kept blocks; finding the total costs one device
-sync) or each in its own stretch of num_k_blocks entries (no sync, for plans made per call).
+sync), each in its own stretch of num_k_blocks entries (no sync, for plans made per call), or all
+in the same place (BlockPlan.full).
 """
 
 from __future__ import annotations

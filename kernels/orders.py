@@ -106,10 +106,3 @@ def mirrored_in_turn(
     if order is None or not alternate:
         return (order,)
     return order, mirrored_order(order, layout)
-
-
-def inverse_order(order: Tensor) -> Tensor:
-    """Token -> attention position, for an order int64 [tokens] of any device."""
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    return inverse

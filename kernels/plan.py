@@ -140,9 +140,11 @@ class BlockPlan:
                 f"shape [{rows}, {columns}], with [heads] or [batch, heads] before it; got "
                 f"{list(levels.shape)}"
             )
-        kept = tuple(sorted(allowed))
+        kept = tuple(sorted(set(allowed)))
         if any(level < 1 or block_n % level for level in kept):
             raise ValueError(f"levels must divide block_n={block_n}; got {kept}")
+        if levels.dtype.is_floating_point or levels.dtype == torch.bool:
+            raise ValueError(f"block levels are integers; got {levels.dtype}")
         levels = levels.reshape((1,) * (4 - levels.ndim) + tuple(levels.shape))
         if packed:
             present = set(levels.unique().tolist())
@@ -151,6 +153,9 @@ class BlockPlan:
                     f"block levels are 0 or one of {kept}; got {sorted(present - {0, *kept})}"
                 )
             kept = tuple(level for level in kept if level in present) or kept[:1]
+        if pooled_remainder and packed and 0 not in present:
+            # Nothing is skipped, so nothing is to be pooled.
+            pooled_remainder, pool_rows = False, 0
         if pooled_remainder:
             skipped = levels == 0
             if block_n > torch.iinfo(levels.dtype).max:

@@ -87,7 +87,8 @@ class Kernel:
         unavailable: () -> None, or why it cannot run on this machine and what would change that.
             Called once per process.
         refuses: (call) -> None, or why it cannot serve this call at call.precision, which is
-            never "auto". Called before every run: no device work, no sync.
+            never "auto". No device work, no sync: called before every run of a plan, and by
+            KernelFallback once for calls alike.
         run: (call) -> [B, H, N, D] in q's dtype; its memory is laid out as [B, N, H, D], so that
             the caller's transpose and flatten copy nothing.
         auto_precision: (call) -> the precision "auto" means for this call.

@@ -106,7 +106,8 @@ def _rows_of(plan: BlockPlan) -> _Rows:
     found = _ROWS.get(plan)
     if found is None:
         counts = plan.counts().cpu()
-        keys = (counts * torch.tensor([plan.block_n // level for level in plan.levels])).sum(-1)
+        size = torch.tensor([plan.block_n // level for level in plan.levels], device="cpu")
+        keys = (counts * size).sum(-1)
         if plan.q_len % plan.block_m:
             keys[..., -1] = -1
         keys, order = keys.sort(dim=-1, descending=True)
@@ -162,7 +163,7 @@ def _slots(
     group = first + torch.arange(keys.block, device=plan.device)
     exists = group < keys.groups
     group = torch.where(exists, group, first)
-    bias = torch.full(group.shape, keys.bias, device=plan.device)
+    bias = torch.full(group.shape, keys.bias, dtype=torch.float32, device=plan.device)
     bias = torch.where(group == keys.groups - 1, bias + keys.last_bias, bias)
     bias = bias.masked_fill(~(exists & listed.unsqueeze(-1)), float("-inf"))
     return group.flatten(1), bias.flatten(1)
@@ -195,6 +196,8 @@ def _attend_rows(
             source = source.flatten(1, -2)
             part = source.index_select(1, index.flatten()).unflatten(1, index.shape)
             parts.append(part.transpose(0, 1))
+    if not biases:  # rows that keep nothing are 0
+        return q.new_zeros(q.shape[1] * q.shape[2], q.shape[0], q.shape[3])
     bias = torch.cat(biases, dim=1)[:, None, None, :]
     attended = F.scaled_dot_product_attention(
         q.transpose(0, 1),  # [rows, heads, queries, D]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ HEAD_GROUP_BYTES = 256 * 2**20
 # Mean queries whose weighted means are made together: products of one alone take three times as
 # long each, and more leave fewer tasks to share among cores.
 MEANS_TOGETHER = 4
+# Hosts may have set other defaults.
+_FP32: Any = {"dtype": torch.float32, "device": "cpu"}
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,9 @@ class PanelWorkspace:
     """One thread's buffers, reused from panel to panel."""
 
     def __init__(self, block_m: int, head_dim: int) -> None:
-        self._logits = torch.empty(block_m * PANEL_KEYS)
-        self._k = torch.empty(PANEL_KEYS, head_dim)
-        self._v = torch.empty(PANEL_KEYS, head_dim)
+        self._logits = torch.empty(block_m * PANEL_KEYS, **_FP32)
+        self._k = torch.empty(PANEL_KEYS, head_dim, **_FP32)
+        self._v = torch.empty(PANEL_KEYS, head_dim, **_FP32)
 
     def logits(self, rows: int, width: int) -> Tensor:
         # Rows must be adjacent in memory: reductions over padded rows are several times slower.
@@ -102,7 +105,7 @@ class PanelWorkspace:
 
     def gather(self, keys: LevelKeys, blocks: list[int], at: int) -> tuple[Tensor, Tensor]:
         """Copies of whole blocks, in rows `at` and up of the buffers."""
-        index = torch.tensor(blocks)
+        index = torch.tensor(blocks, device="cpu")
         rows = len(blocks) * keys.block
         copies = []
         for source, buffer in ((keys.k, self._k), (keys.v, self._v)):
@@ -131,8 +134,8 @@ def _attend_row(
     """
     rows = q.shape[0]
     out = torch.zeros_like(q)
-    total = torch.zeros(rows, 1)
-    peak = torch.full((rows, 1), -math.inf)
+    total = torch.zeros(rows, 1, **_FP32)
+    peak = torch.full((rows, 1), -math.inf, **_FP32)
     for panel in panels:
         logits = workspace.logits(rows, sum(piece.width for piece in panel))
         values = []
@@ -200,7 +203,7 @@ def attend_in_panels(call: KernelCall) -> Tensor:
     plan = call.plan
     batch, heads, q_len, head_dim = call.q.shape
     runs = row_runs(plan)
-    out = torch.empty((batch, q_len, heads, head_dim), dtype=call.q.dtype).transpose(1, 2)
+    out = call.q.new_empty((batch, q_len, heads, head_dim)).transpose(1, 2)
     with torch.no_grad():
         mean_queries = call.mean_queries() if plan.pool_rows else None
         for pairs in _head_groups(call):

@@ -46,18 +46,21 @@ def _find_runs(plan: BlockPlan) -> RowRuns:
     bounds = plan.bounds.cpu().long()
     num_levels = len(plan.levels)
     lengths = bounds.diff(dim=-1).flatten()
-    segment = torch.arange(lengths.numel()).repeat_interleave(lengths)
+    cpu = torch.device("cpu")
+    segment = torch.arange(lengths.numel(), device=cpu).repeat_interleave(lengths)
     before = (lengths.cumsum(0) - lengths)[segment]
-    entry = bounds[..., :-1].flatten()[segment] + torch.arange(segment.numel()) - before
+    entry = bounds[..., :-1].flatten()[segment] - before
+    entry += torch.arange(segment.numel(), device=cpu)
     block = plan.indices.cpu()[entry].long()
 
-    starts_run = torch.ones(block.numel(), dtype=torch.bool)
+    starts_run = torch.ones_like(block, dtype=torch.bool)
     starts_run[1:] = (segment.diff() != 0) | (block.diff() != 1)
     first = starts_run.nonzero()[:, 0]
-    last = torch.cat([first[1:], torch.tensor([block.numel()])]) - 1
+    # The last run ends with the entries; where there are none there is no run.
+    last = torch.cat([first[1:], first.new_full((len(first[:1]),), block.numel())]) - 1
     table = torch.stack([segment[first] % num_levels, block[first], block[last] + 1], dim=1)
 
     rows = lengths.numel() // num_levels
     per_row = torch.bincount(segment[first] // num_levels, minlength=rows)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), per_row.cumsum(0)])
+    offsets = torch.cat([per_row.new_zeros(1), per_row.cumsum(0)])
     return RowRuns(table.to(torch.int32), offsets)

@@ -90,8 +90,8 @@ def _attend_group(
     Returns:
         fp32 [queries, D].
     """
-    out = torch.zeros(q.shape, dtype=torch.float32)
-    log_sum = torch.full((q.shape[0], 1), -math.inf)
+    out = q.new_zeros(q.shape, dtype=torch.float32)
+    log_sum = q.new_full((q.shape[0], 1), -math.inf, dtype=torch.float32)
     for part in parts:
         rows = slice(part.first * block_m, part.last * block_m)
         part_out, part_log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -113,7 +113,7 @@ def attend_shared(call: KernelCall) -> Tensor:
     mask = plan.to_levels() == 1
     blocks = max(1, GROUP_QUERIES // plan.block_m)
     groups = -(-plan.num_q_blocks // blocks)
-    out = torch.empty((batch, q_len, heads, head_dim), dtype=call.q.dtype).transpose(1, 2)
+    out = call.q.new_empty((batch, q_len, heads, head_dim)).transpose(1, 2)
 
     def work(next_task: Callable[[], int | None]) -> None:
         while (task := next_task()) is not None:

@@ -134,7 +134,7 @@ def attention_kernel(
             if (LEVELS >> LOG_LEVEL) & 1:
                 own = 0
                 if WEIGHTED and (LEVELS >> LOG_LEVEL) == 1:
-                    own = block_m // pool_rows * num_k_blocks
+                    own = (block_m // pool_rows).to(tl.int64) * num_k_blocks
                 level_k = ScratchK + (k_row + own) * HEAD_DIM
                 level_v = ScratchV + (v_row + own) * HEAD_DIM
                 row_stride_k = HEAD_DIM

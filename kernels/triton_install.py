@@ -17,7 +17,7 @@ import sys
 from pathlib import Path, PureWindowsPath
 
 # Releases of PyTorch, and the Triton that torch's wheels for Linux name, without its last part.
-# torch.compile breaks with another.
+# torch.compile breaks with another; 2.4 alone, whose own is 3.0, is served on Windows by 3.1.
 FITTING = {
     (2, 4): (3, 1),
     (2, 5): (3, 1),

@@ -51,6 +51,12 @@ def _block_of(indices, tile, tiles, ROWS: tl.constexpr, TILE_N: tl.constexpr):
 
 
 @triton.jit
+def _blocks_of(indices, tile, tiles, PARTS: tl.constexpr):
+    """The PARTS key blocks of a tile that holds several."""
+    return tl.load(indices + tile * PARTS + tl.arange(0, PARTS), mask=tile < tiles, other=0)
+
+
+@triton.jit
 def visit_full_tiles(
     query,
     K,
@@ -78,6 +84,9 @@ def visit_full_tiles(
     ROWS: tl.constexpr = BLOCK_N >> LOG_LEVEL
     # The scale of a tile's keys is one number where the tile lies in one block.
     KEY_SCALES: tl.constexpr = ROWS < TILE_N
+    # Elsewhere it is read once per block and spread: one read per key is a third of the loop.
+    SPREAD: tl.constexpr = QUANTIZED and KEY_SCALES and ROWS >= 2
+    PARTS: tl.constexpr = TILE_N // ROWS if KEY_SCALES else 1
     lanes = tl.arange(0, TILE_N)
     if ROWS >= TILE_N:
         tiles = (last - first) * (ROWS // TILE_N)
@@ -87,8 +96,10 @@ def visit_full_tiles(
     # Read a step ahead: Triton prefetches loads whose addresses are loaded in the same step half
     # as far, which on GPUs without asynchronous products (all but sm_90 and sm_100) is not at all.
     block = _block_of(indices, 0, tiles, ROWS, TILE_N)
+    scaled = _blocks_of(indices, 0, tiles, PARTS) if SPREAD else block
     for tile in tl.range(0, tiles):
         next_block = _block_of(indices, tile + 1, tiles, ROWS, TILE_N)
+        next_scaled = _blocks_of(indices, tile + 1, tiles, PARTS) if SPREAD else next_block
         if ROWS >= TILE_N:
             rows = block * ROWS + tile % (ROWS // TILE_N) * TILE_N + lanes
         else:
@@ -99,13 +110,16 @@ def visit_full_tiles(
         else:
             values = tl.load(tile_at(V, rows, stride_vn, HEAD_DIM))
         key_scale = 1.0
-        if QUANTIZED:
+        if SPREAD:
+            spread = tl.broadcast_to(tl.load(KScale + scaled)[:, None], [PARTS, ROWS])
+            key_scale = tl.reshape(spread, [TILE_N])
+        elif QUANTIZED:
             key_scale = tl.load(KScale + block)
         acc, row_max, row_sum = softmax_step(
             query, keys, values, acc, row_max, row_sum, scale, key_scale, LOG_LEVEL,
             SHIFT, False, QUANTIZED, KEY_SCALES, FP8_VALUES, FP16_SUMS,
         )  # fmt: skip
-        block = next_block
+        block, scaled = next_block, next_scaled
     return acc, row_max, row_sum
 
 

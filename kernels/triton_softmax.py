@@ -68,7 +68,10 @@ def softmax_step(
     if QUANTIZED:
         products = (products - MINUS_FLOAT_BITS).to(tl.float32, bitcast=True)
         if KEY_SCALES:
-            products = (products - FLOAT_ZERO) * key_scale[None, :]
+            # As one instruction; what its last term is rounded by is below 1 in the products.
+            factor = tl.broadcast_to(key_scale[None, :], products.shape)
+            offset = tl.broadcast_to((key_scale * -FLOAT_ZERO)[None, :], products.shape)
+            products = tl.math.fma(products, factor, offset)
         else:
             # Stays in the products; taken off inside the exponent, where it costs nothing.
             zero = FLOAT_ZERO

@@ -249,10 +249,16 @@ def _with_config(
                 "sparse methods for self-attention; remove one of them"
             )
         return types, "sparge_attn"
-    if config.sparge_ckpt and own != "sparge_attn":
+    if own != "sparge_attn" and (config.sparge or config.sparge_ckpt):
+        unused = "sparge true" if config.sparge else "sparge_ckpt"
+        instead = (
+            "auto on the node or sparge_attn"
+            if config.sparge
+            else "sparge true in the file, or sparge_attn as self_attn_1_type,"
+        )
         log.warning(
-            f"{file_name}: sparge_ckpt is not used, since self_attn_1_type is {own!r}; sparge "
-            "true in the file, or sparge_attn as self_attn_1_type, uses it"
+            f"{file_name}: {unused} is not used, since self_attn_1_type is {own!r}; {instead} "
+            "uses it"
         )
     return types, None
 

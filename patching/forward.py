@@ -151,6 +151,8 @@ def begin_forward(
         return None
     run: RunState | None = options.get(RUN_KEY)
     settings: AttentionSettings = options[SETTINGS_KEY]
+    if run is not None:
+        run.record.forward_begins()
     state = ForwardState(router, settings.sparse, countable_layers(model), run, model=model)
     try:
         dense = settings.dense

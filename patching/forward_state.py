@@ -23,6 +23,7 @@ from .record import Counted
 from .router import OVERRIDE_KEY
 from .run import RunState
 from .settings import SparseChoice
+from .shared import Shared
 from .vace import VaceBlocks
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class ForwardState:
+class ForwardState(Shared):
     """What the router needs per call, decided once per forward.
 
     Attributes:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .record import RunRecord
+from .shared import Shared
 
 # A graph that splits a schedule has two or three runs of a model, and ComfyUI's cache keeps others.
 KEPT_RUNS = 8
@@ -60,7 +61,7 @@ def _mark(latent: Any) -> _Mark | None:
     return _Mark(tuple(latent.shape), values.float().cpu())
 
 
-class RunHistory:
+class RunHistory(Shared):
     """The latest finished runs of a patched MODEL and of everything cloned from it."""
 
     def __init__(self) -> None:

@@ -140,7 +140,7 @@ def _inputs(choice: SparseChoice) -> dict[str, str]:
         field.name: getattr(part, field.name)
         for part in (choice, schedule)
         for field in fields(part)
-        if field.name not in ("policy", "schedule", "fits_warmup")
+        if field.name not in ("policy", "schedule", "fits_warmup", "verbose")
     }
     values["dense_layers"] = written_spans(schedule.dense_layers) or "none"
     if choice.policy.name == "psa":

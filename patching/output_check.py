@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 CheckCall = Callable[..., None]
 
 INSTEAD = "torch_sdpa"
+# Runs that what is known of a NaN holds for: a graph may have others of this MODEL, that are right.
+RUNS = 8
 CAME_IN = "it came in with the latent, the conditioning or another input of the model"
 FROM_ELSEWHERE = (
     "no attention call made it from finite inputs, so it comes from another part of the model: "
@@ -37,6 +39,7 @@ FROM_THE_SAMPLER = (
     "every output of the model was finite, so neither attention nor the model made it: the sampler "
     "or its noise levels (sigmas) did, or a node that changes the model's outputs"
 )
+NEXT_TIME = "the next run with the same settings looks at every call"
 FROM_A_CACHE = "no attention call came in that step: a cache may keep it"
 
 
@@ -44,13 +47,13 @@ class NanWatch:
     """What is known of the outputs of a patched MODEL, for as long as it lives.
 
     Attributes:
-        suspected: a NaN came that was not traced: the next run looks at every call.
-        elsewhere: one did, and it was none of the calls'; a run without NaN takes that back.
+        suspected: further runs that look at every call, since a NaN came that was not traced.
+        elsewhere: further runs whose NaN is none of the calls', since one was not.
         settled: kinds of forwards whose output was finite, or not and nothing was found.
     """
 
     def __init__(self) -> None:
-        self.suspected = self.elsewhere = False
+        self.suspected = self.elsewhere = 0
         self.settled: set[Hashable] = set()
 
 
@@ -169,9 +172,11 @@ class OutputCheck:
             found = _Output(None, finite, [], self.watched, self._looked_at, of_result=True)
             self._say("the sampler's result", found, watch)
             return
-        watch.elsewhere = False
+        if self._record.ended_early:  # what was left out may have been it
+            return
+        watch.elsewhere = max(0, watch.elsewhere - 1)
         if self.watched:
-            watch.suspected = self.replaced
+            watch.suspected = RUNS if self.replaced else max(0, watch.suspected - 1)
 
     @property
     def of_call(self) -> CheckCall | None:
@@ -210,12 +215,12 @@ class OutputCheck:
         elif not found.watched:
             who = self._record.ran_on()
             suspected = who is not None
-            why = f"attention ran on {who}; the next run looks at every call" if who else ""
+            why = f"attention ran on {who}; {NEXT_TIME}" if who else ""
         elif not found.looked_at:
             why, suspected = FROM_A_CACHE, True
         elif not self.traced:
-            why, watch.elsewhere = FROM_ELSEWHERE, True
-        watch.suspected = suspected
+            why, watch.elsewhere = FROM_ELSEWHERE, RUNS
+        watch.suspected = RUNS if suspected else 0
         said = f"{what} is not finite (NaN), which makes a black video"
         self.say_once(f"{said}; {why}" if why else said)
 

@@ -14,6 +14,7 @@ from .forward import layout_reason
 from .frame_calls import frame_plans
 from .install import describe_model
 from .layout import WAN, may_come_frame_by_frame, read_tokens
+from .log import shown
 from .operations import layer_calls, layer_operations
 from .page import image_tensor, text_picture
 from .preview_picture import plan_picture
@@ -55,8 +56,11 @@ def attention_preview(model: Any, samples: dict[str, Any], steps: int) -> Previe
         steps: of the sampler.
 
     Raises:
-        ValueError: samples is no video latent.
+        ValueError: samples is no video latent, or steps no count.
     """
+    # ComfyUI checks the range of what is set on the node, not of what is linked.
+    if type(steps) is not int or steps < 1:
+        raise ValueError(f"steps {shown(steps)}: allowed are whole numbers from 1 on")
     choice, reason = _sparse_choice(model)
     if choice is None:
         return _told(reason, density=1.0, speedup=1.0)

@@ -84,7 +84,14 @@ class RunRecord:
     forward_steps: set[int | None] = field(default_factory=set)
     _warned: set[str] = field(default_factory=set)
     _started: float = field(default_factory=time.perf_counter)
+    _has_begun: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def forward_begins(self) -> None:
+        """The clock of the run starts with its first forward: before it hosts load the model."""
+        with self._lock:
+            if not self._has_begun:
+                self._started, self._has_begun = time.perf_counter(), True
 
     def add_forward(self, layout: str | None, calls: list[CallRecord], step: int | None) -> None:
         with self._lock:

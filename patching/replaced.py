@@ -22,7 +22,8 @@ _PACKS = re.compile(r".*custom_nodes[/\\.]")
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """Without what torch.compile wraps around it."""
-    return getattr(module, "_orig_mod", module)
+    # Asking a module for an attribute that it lacks takes longer than all the rest.
+    return vars(module).get("_modules", {}).get("_orig_mod", module)
 
 
 def stand_in(module: nn.Module, method: str) -> Any | None:

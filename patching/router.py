@@ -24,6 +24,7 @@ from .preferred import SAID_OF, preferred_attention
 from .replaced import named
 from .run import RUN_KEY, RunState, in_vain_of
 from .settings import FASTEST, SETTINGS_KEY, AttentionSettings, AttentionSite
+from .shared import Shared
 from .sparse_calls import run_sparse, to_compare
 from .speed import Fastest, SpeedCheck
 from .timed_ways import can_be_timed, machine_of
@@ -58,7 +59,7 @@ def acting_router(options: dict[str, Any]) -> AttentionRouter | None:
     return find_router(options.get(OVERRIDE_KEY))
 
 
-class AttentionRouter:
+class AttentionRouter(Shared):
     """What stands in transformer_options["optimized_attention_override"].
 
     It holds no run state: that is in the call's transformer_options. Clones of a MODEL share
@@ -80,10 +81,6 @@ class AttentionRouter:
         self.nan_watch = NanWatch()
         # Dense calls take as long as it does.
         self._neighbour = named(previous)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AttentionRouter:
-        """Itself: options are copied per run, caches and their locks are shared."""
-        return self
 
     def __reduce__(self) -> tuple[type[AttentionRouter], tuple[Override | None]]:
         """Across processes a router starts with empty caches."""

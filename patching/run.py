@@ -21,6 +21,7 @@ from .replaced import who_attends
 from .sampler_steps import NOISE, SIGMAS, SamplerSteps
 from .schedule import NoiseBounds, Schedule
 from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice
+from .shared import Shared
 
 if TYPE_CHECKING:
     from .router import AttentionRouter
@@ -32,7 +33,7 @@ OTHER_WAY = (
 )
 
 
-class RunState:
+class RunState(Shared):
     """State of one run, shared by its forwards. It lives in the run's own transformer_options.
 
     Attributes:
@@ -248,7 +249,7 @@ class OuterSampleWrapper:
         try:
             self._at_start(options)
             watch = watch if run.router is None else run.router.nan_watch
-            run.outputs.watched = watch.suspected
+            run.outputs.watched = watch.suspected > 0
             out = executor(*run.steps.follow(args), **kwargs)
         except BaseException:
             record.ended_early = True

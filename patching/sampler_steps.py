@@ -14,8 +14,9 @@ from .step import churned_levels, denoising_step
 NOISE, _SAMPLER, SIGMAS, _CALLBACK = 0, 2, 3, 5
 
 # Of ComfyUI's samplers those whose steps start from the latent alone; ddim is its euler, and
-# VOID_DDIM what the node VOIDSampler gives, for CogVideoX. The others extrapolate from what the
-# model gave in earlier steps.
+# VOID_DDIM what the node VOIDSampler gives, for CogVideoX. Of the others most extrapolate from what
+# the model gave in earlier steps; heunpp2 asks it ahead, at the levels of later ones, and
+# dpm_adaptive sizes its steps by how two results differ.
 _SINGLE_STEP = {"VOID_DDIM"} | {
     f"sample_{name}"
     for name in (

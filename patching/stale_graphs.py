@@ -17,6 +17,7 @@ from .forward_order import REPLACE_KEY, TRANSFORMER
 from .log import log, one_line
 from .router import OVERRIDE_KEY, find_router
 from .run import RUN_KEY, RunState
+from .shared import Shared
 
 # Of BaseModel.apply_model.
 _CONTROL = 4
@@ -64,7 +65,7 @@ def _is_cancelled(error: Exception) -> bool:
     return isinstance(error, InterruptProcessingException)
 
 
-class StaleGraphs:
+class StaleGraphs(Shared):
     """APPLY_MODEL wrapper: throws compiled graphs away where they keep calls from this pack.
 
     Looks at a run's first forward of each shape, since a shape has its own graphs and caches that
@@ -75,6 +76,10 @@ class StaleGraphs:
         self._is_helpless = False
         self._is_in_doubt = False
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[StaleGraphs], tuple[()]]:
+        """Across processes nothing is known of the graphs there."""
+        return StaleGraphs, ()
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         options = find_transformer_options(args, kwargs)

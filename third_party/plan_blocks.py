@@ -61,14 +61,16 @@ def block_mask(plan: BlockPlan, block_m: int, block_n: int) -> Tensor:
     """int8 [B or 1, H or 1, ceil(q_len / block_m), ceil(k_len / block_n)]: 1 where attended."""
     shape = (*plan.bounds.shape[:3], plan.num_k_blocks)
     rows = shape[0] * shape[1] * shape[2]
-    starts, ends = (bound.flatten().contiguous() for bound in plan.bounds.unbind(-1))
-    entry = torch.arange(plan.indices.numel(), dtype=starts.dtype, device=plan.device)
-    row = torch.searchsorted(starts, entry, right=True) - 1
-    # Rows may be longer than their entries; what lies behind them goes to one spare place.
+    starts, ends = (bound.reshape(rows, 1) for bound in plan.bounds.unbind(-1))
+    # By row, since rows may share entries. What lies behind a row's goes to one spare place.
+    entry = starts + torch.arange(plan.num_k_blocks, dtype=starts.dtype, device=plan.device)
+    listed = entry < ends
+    block = plan.indices[entry.clamp(max=plan.indices.numel() - 1)]
+    row = torch.arange(rows, device=plan.device)[:, None]
     spare = rows * plan.num_k_blocks
-    place = torch.where(entry < ends[row], row * plan.num_k_blocks + plan.indices, spare)
+    place = torch.where(listed, row * plan.num_k_blocks + block, spare)
     mask = torch.zeros(spare + 1, dtype=torch.int8, device=plan.device)
-    mask.scatter_(0, place, 1)
+    mask.scatter_(0, place.flatten(), 1)
     mask = mask[:spare].view(shape)
     for dim, parts in ((2, plan.block_m // block_m), (3, plan.block_n // block_n)):
         if parts > 1:

@@ -234,6 +234,19 @@ def test_a_checkpoint_that_nothing_asks_for_is_said(models, set_backends, tmp_pa
     assert any("attention.json: sparge_ckpt is not used" in line for line in run_lines())
 
 
+@pytest.mark.parametrize("inputs", [{}, {"self_attn_1_type": "torch_sdpa"}])
+def test_sparge_of_a_file_that_the_node_overrules_is_said(
+    models, set_backends, tmp_path, run_lines, inputs
+):
+    path = tmp_path / "attention.json"
+    path.write_text('{"sparge": true}')
+    patched = set_backends(models("wan"), config_file=str(path), **inputs)
+    options = patched.model_options["transformer_options"]
+    assert (options["sparse_video_attention"].sparse is None) == bool(inputs)
+    said = "attention.json: sparge true is not used, since self_attn_1_type is 'torch_sdpa'"
+    assert sum(said in line for line in run_lines()) == bool(inputs)
+
+
 @pytest.mark.core
 def test_the_guides_configurations_work_by_name(models, set_backends, run_lines):
     options = set_backends(models("wan"), config_file="wan_i2v.json").model_options[

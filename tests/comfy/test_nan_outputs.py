@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from sparse_video_attention.kernels import registry
 from sparse_video_attention.patching import run_history
+from sparse_video_attention.patching.output_check import NEXT_TIME
 from sparse_video_attention.patching.router import OVERRIDE_KEY
 
 pytestmark = [pytest.mark.comfy, pytest.mark.core]
@@ -105,7 +106,7 @@ def test_a_nan_of_a_late_step_is_said_at_once_and_traced_in_the_next_run(
     latent = sample(patched, steps=6, callback=callback)
     assert latent.isnan().all()
     said = f"the model's output in step 5 of 6 is not finite (NaN), {BLACK}; attention ran on "
-    assert aloud(run_lines, said + "dense, preferred; the next run looks at every call") == 1
+    assert aloud(run_lines, said + f"dense, preferred; {NEXT_TIME}") == 1
     assert min(seen) == 5, "the person can stop the run"
     assert said in run_lines()[-1]
     assert run_history(patched).run_of(latent) is run_history(patched).latest

@@ -209,6 +209,14 @@ def test_what_is_no_latent_video_is_refused(samples, said, models, preview):
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize("steps", [0, -5, 2.5, True, "20", None])
+def test_steps_that_are_no_count_are_refused(models, preview, steps):
+    """ComfyUI lets anything through that is linked."""
+    model = patch(models("wan"), "PatchRadialAttention")
+    with pytest.raises(ValueError, match="^steps .*: allowed are whole numbers from 1 on$"):
+        preview(model, WAN_480P, steps=steps)
+
+
 @pytest.mark.core
 def test_the_model_stays_as_it_is(models, preview):
     model = patch(models("wan"), "PatchRadialAttention")

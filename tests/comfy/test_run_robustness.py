@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import time
 import weakref
 
 import pytest
@@ -11,6 +12,7 @@ from sparse_video_attention.kernels import registry
 from sparse_video_attention.kernels.registry import Kernel
 from sparse_video_attention.patching import run_history
 from sparse_video_attention.patching.router import OVERRIDE_KEY, AttentionRouter
+from sparse_video_attention.patching.run import RUN_KEY
 from sparse_video_attention.third_party import DENSE_BACKENDS, Constraints, DenseBackend
 from sparse_video_attention.third_party.backend import Loaded
 
@@ -125,6 +127,55 @@ def test_options_can_be_copied_deeply_and_a_router_sent_elsewhere(model, install
     assert options["transformer_options"][OVERRIDE_KEY] is router
     arrived = pickle.loads(pickle.dumps(router))
     assert isinstance(arrived, AttentionRouter) and arrived.previous is None
+
+
+@pytest.mark.parametrize("where", ["guidance", "block"])
+def test_options_can_be_copied_deeply_while_a_run_goes_on(
+    model, install_band, sample, run_lines, where
+):
+    """As functions of other packs do with what they are given; the copy still tells of the run."""
+    patched = install_band(model)
+    expected = sample(patched)
+    other, copies = patched.clone(), []
+
+    def guide(args):
+        copies.append(copy.deepcopy(args["model_options"])["transformer_options"])
+        return args["conds_out"]
+
+    def look(args):
+        copies.append(copy.deepcopy(args["transformer_options"]))
+        return args
+
+    if where == "guidance":
+        other.set_model_sampler_pre_cfg_function(guide)
+    else:
+        other.set_model_patch(look, "double_block")
+    assert torch.equal(sample(other), expected)
+    assert copies and all(RUN_KEY in options for options in copies)
+    assert "3 of 4 layers sparse" in run_lines()[-1]
+
+
+def test_what_a_patched_model_carries_can_be_sent_elsewhere(model, install_band):
+    patched = install_band(model)
+    for carried in (patched.model_options, patched.wrappers, patched.attachments):
+        assert pickle.loads(pickle.dumps(carried)).keys() == carried.keys()
+
+
+def test_loading_the_model_is_no_part_of_sampling(model, install_band, sample, monkeypatch):
+    import comfy.sampler_helpers
+
+    prepare = comfy.sampler_helpers.prepare_sampling
+
+    def slow(*args, **kwargs):
+        time.sleep(5)
+        return prepare(*args, **kwargs)
+
+    monkeypatch.setattr(comfy.sampler_helpers, "prepare_sampling", slow)
+    patched = install_band(model)
+    began = time.perf_counter()
+    sample(patched)
+    whole = time.perf_counter() - began
+    assert 0 < run_history(patched).latest.seconds <= whole - 5
 
 
 def test_the_error_that_ends_a_run_is_the_models_own(

@@ -37,17 +37,20 @@ def run_install(tmp_path):
     torch.parent.mkdir(parents=True)
     torch.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.8.0+cu129\n")
 
-    def run(system, path="", **codes):
+    def run(system, path="", python=sys.executable, encoding="utf-8", **codes):
         calls.write_text("")
         for name, code in codes.items():
             (packages / f"{name}.py").write_text(INSTALLER.format(name=name, code=code))
         driver = DRIVER.format(system=system, script=str(pack / "install.py"))
         # -S: without what is installed here, Triton among it.
         done = subprocess.run(
-            [sys.executable, "-S", "-c", driver],
-            env=os.environ | {"PYTHONPATH": str(packages), "CALLS": str(calls), "PATH": path},
+            [python, "-S", "-c", driver],
+            env=os.environ
+            | {"PYTHONPATH": str(packages), "CALLS": str(calls), "PATH": path}
+            | {"PYTHONIOENCODING": encoding},
             capture_output=True,
             text=True,
+            encoding=encoding,
             cwd=tmp_path,
         )
         assert (done.returncode, done.stderr) == (0, "")
@@ -89,6 +92,16 @@ def test_a_failure_is_no_error_and_ends_in_a_command_to_type(there, run_install)
     assert said.endswith(
         f'to try again, run: {sys.executable} -m {arguments} "triton-windows>=3.4,<3.5"\n'
     )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links are an administrator's there")
+def test_a_console_without_the_letters_of_a_path_is_no_error(run_install, tmp_path):
+    python = tmp_path / "Анна" / "python"
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    calls, said = run_install("Windows", python=str(python), encoding="cp1252", pip=1)
+    assert len(calls) == 1 and "that failed" in said
+    assert '????/python -m pip install "triton-windows>=3.4,<3.5"' in said
 
 
 def test_on_linux_install_installs_nothing(run_install):

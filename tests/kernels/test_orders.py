@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse_video_attention.kernels import TokenLayout, gilbert_order
 from sparse_video_attention.kernels.orders import (
-    inverse_order,
     mirrored_in_turn,
     mirrored_order,
     tile_order,
@@ -139,13 +138,6 @@ def test_text_keeps_its_place_and_video_moves(layout, method):
 
 def test_none_moves_nothing():
     assert video_order(TokenLayout(3, 5, 7), "none") is None
-
-
-def test_inverse_puts_every_token_back():
-    order = video_order(TokenLayout(5, 16, 10, 3, 2), "Gilbert")
-    tokens = torch.randn(order.numel(), 4, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(tokens[order][inverse_order(order)], tokens)
-    assert inverse_order(torch.tensor([2, 0, 1])).tolist() == [1, 2, 0]
 
 
 @pytest.mark.parametrize("method", ["Gilbert", "STA"])

@@ -13,26 +13,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-PACKED = pytest.mark.parametrize("packed", [True, False], ids=["packed", "strided"])
-
-
-def random_levels(*shape, choices=(0, 1, 2, 4, 8), seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    levels = torch.tensor(choices)[torch.randint(len(choices), shape, generator=generator)]
-    levels[..., 0] = 1
-    return levels.to(torch.int8)
-
-
-def plan_of(levels, *, block=32, ragged=5, **options):
-    rows, columns = levels.shape[-2:]
-    return BlockPlan.from_levels(
-        levels,
-        block_m=block,
-        block_n=block,
-        q_len=rows * block - ragged,
-        k_len=columns * block - ragged,
-        **options,
-    )
+from .plans import PACKED, plan_of, random_levels
 
 
 def lists_of(plan):
@@ -96,11 +77,6 @@ def test_to_levels_gives_back_what_the_plan_was_made_from(packed):
     levels = random_levels(2, 3, 5, 9, seed=3)
     plan = plan_of(levels, packed=packed)
     assert torch.equal(plan.to_levels(), levels.to(torch.int16))
-
-
-def test_packed_plans_list_only_the_levels_that_occur():
-    assert plan_of(random_levels(4, 6, choices=(0, 1, 4))).levels == (1, 4)
-    assert plan_of(torch.zeros(2, 2, dtype=torch.int8), pooled_remainder=True).levels == (1, 32)
 
 
 @PACKED

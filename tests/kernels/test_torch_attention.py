@@ -16,6 +16,7 @@ from .torch_ways import (
     ALL,
     BOTH,
     DTYPES,
+    EVERY_WAY_AND_PLAN,
     LIMITS,
     MASK_WAYS,
     WAYS,
@@ -185,3 +186,33 @@ def test_a_row_that_keeps_nothing_is_zero(attend, allowed):
     plan = BlockPlan.from_levels(levels, **size, packed=False, allowed=allowed)
     out = attend(*random_qkv(1, 1, 64, 64), plan)
     assert not out[:, :, 32:].any() and out[:, :, :32].all()
+
+
+@ALL
+@pytest.mark.parametrize("rows", [slice(-1, None), slice(None)], ids=["ragged", "all"])
+def test_rows_that_are_a_batch_of_their_own_may_keep_nothing(attend, rows):
+    levels = torch.ones(1, 2, 3, 2, dtype=torch.int8)
+    levels[:, :, rows] = 0
+    size = {"block_m": 32, "block_n": 32, "q_len": 70, "k_len": 64}
+    plan = BlockPlan.from_levels(levels, **size, packed=False, allowed=(1,))
+    qkv = random_qkv(1, 2, 70, 64, k_len=64)
+    out = attend(*qkv, plan)
+    assert out.shape == qkv[0].shape and not out[:, :, 64:].any()
+    assert bool(out[:, :, :64].all()) == (rows.start is not None)
+
+
+@pytest.mark.parametrize("attend, choices", EVERY_WAY_AND_PLAN)
+def test_what_a_host_has_set_as_defaults_changes_nothing(attend, choices):
+    plan = random_plan(333, 333, choices=choices, block_n=64, pooled_remainder=2 in choices)
+    qkv = random_qkv(1, 2, 333, 64)
+    expected = attend(
+        *qkv, random_plan(333, 333, choices=choices, block_n=64, pooled_remainder=2 in choices)
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_device("meta")
+    try:
+        found = attend(*qkv, plan)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert found.device.type == "cpu" and torch.equal(found, expected)

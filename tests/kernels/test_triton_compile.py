@@ -127,6 +127,25 @@ PRODUCTS = {
 }
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("arch", [80, 89, 90, 120])
+def test_small_key_blocks_have_their_scales_read_once_per_block(tmp_path, arch, precision):
+    """In the loop over full tiles; one read for each key would be 15 to 31 more a thread."""
+    if precision == "fp8" and arch < 89:
+        pytest.skip("no fp8 products there")
+    launch = triton_launch.launch_for(arch, 128, precision, 128)
+    copies = []
+    for block_n in (128, 32):
+        kernel = attention_source(
+            launch, head_dim=128, precision=precision, block_n=block_n, dtype="bf16"
+        )
+        compiled = compile_for_nvidia(kernel, arch, **triton_launch.options(launch))
+        code = product_loops(compiled, tmp_path)[0]
+        assert not any(one.startswith("LDL") for one in code)
+        copies.append(sum(one.startswith("LDGSTS") for one in code))
+    assert copies[0] <= copies[1] <= copies[0] + launch.tile_n // 32
+
+
 @pytest.mark.parametrize("levels", [(128,), (2, 4, 8, 128)], ids=str)
 def test_a_resumed_softmax_takes_nothing_from_the_loops(tmp_path, levels):
     launch = triton_launch.launch_for(90, 128, "native", 128)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sparse_video_attention.kernels import BlockPlan
 from sparse_video_attention.third_party.flex import flex_block_mask
 from sparse_video_attention.third_party.plan_blocks import block_lists, block_mask
 
@@ -40,6 +41,17 @@ def test_a_converted_plan_attends_to_the_same_tokens(
         listed = indices.view(counts.numel(), -1)[row, : counts.flatten()[row]]
         attended = mask.view(counts.numel(), -1)[row].nonzero()[:, 0]
         assert torch.equal(listed.long(), attended)  # and ascending
+
+
+@pytest.mark.parametrize("blocks", [(128, 128), (64, 32)], ids=str)
+def test_rows_that_share_their_entries_all_have_them(blocks):
+    """Of dense attention in blocks, whose rows are one list."""
+    plan = BlockPlan.full(300, 333, device="cpu", block_m=128, block_n=128)
+    mask = block_mask(plan, *blocks)
+    assert mask.shape == (1, 1, -(-300 // blocks[0]), -(-333 // blocks[1])) and mask.all()
+    counts, indices = block_lists(plan, *blocks)
+    assert (counts == mask.shape[3]).all()
+    assert torch.equal(indices.long(), torch.arange(mask.shape[3]).expand(indices.shape))
 
 
 def test_lists_of_a_plan_that_has_them_are_not_copied():
