@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,9 @@ def run_command(
     """
     arguments = parser.parse_args(argv)
     arguments.given = argv
+    # What the pack times before it chooses, which no result file has.
+    logging.basicConfig(format="  %(message)s")
+    logging.getLogger("sparse_video_attention").setLevel(logging.INFO)
     leave_out_kernels()
     try:
         run(arguments)

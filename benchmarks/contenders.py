@@ -68,9 +68,10 @@ def _sol_attn_unavailable() -> str | None:
         import comfy_kitchen
     except Exception as error:  # a broken wheel can raise anything
         return f"comfy_kitchen does not import: {type(error).__name__}: {error}"
-    if not hasattr(comfy_kitchen, "sol_attn"):
+    if not hasattr(comfy_kitchen, "sol_attn_is_available"):
         return (
-            "this comfy_kitchen has no sol_attn yet; 0.2.40 has it (pip install -U comfy-kitchen)"
+            "this comfy_kitchen has no sol_attn yet; 0.2.33 and newer have it "
+            "(pip install -U comfy-kitchen)"
         )
     if not comfy_kitchen.sol_attn_is_available():
         return "the kernels of comfy_kitchen.sol_attn do not run on this machine"

@@ -10,7 +10,13 @@ from sparse_video_attention.patching.forward_state import ForwardState
 from sparse_video_attention.patching.layout import ForwardTokens
 from sparse_video_attention.patching.router import FORWARD_KEY, AttentionRouter
 from sparse_video_attention.patching.schedule import Schedule
-from sparse_video_attention.patching.settings import SparseChoice, SparsePolicy, StaticPolicy
+from sparse_video_attention.patching.settings import (
+    SETTINGS_KEY,
+    AttentionSettings,
+    SparseChoice,
+    SparsePolicy,
+    StaticPolicy,
+)
 from torch import Tensor
 
 from .structured import AttentionInputs, heads_first
@@ -20,7 +26,7 @@ LAYER = 1
 
 
 def _no_dense_call(*args: object, **kwargs: object) -> NoReturn:
-    raise RuntimeError("the router made a dense call of it")
+    raise RuntimeError("a method's sparse calls alone are measured")
 
 
 class MethodCall:
@@ -37,11 +43,17 @@ class MethodCall:
         self.policy, self.layout, self.inputs = policy, layout, inputs
         schedule = Schedule(dense_timesteps=0)
         choice = SparseChoice(policy, schedule, kernel=kernel, precision=precision)
-        # With an override beneath, dense attention is no rival that "auto" would time.
+        # Dense attention is measured beside this; here it is no rival that could win.
         self.router = AttentionRouter(_no_dense_call)
         self.forward = ForwardState(self.router, choice, counted_layers=0, run=None)
         self.forward.tokens = ForwardTokens(layout)
         device = inputs.q.device
+        # As transformer_options of a patched MODEL have them in every call.
+        self.options = {
+            SETTINGS_KEY: AttentionSettings(sparse=choice),
+            FORWARD_KEY: self.forward,
+            "block_index": LAYER,
+        }
         self.forward.order = self.router.plans.order(policy, layout, device)
         if policy.is_static:
             plan = self.router.plans.plan(cast(StaticPolicy, policy), layout, device)
@@ -70,8 +82,7 @@ class MethodCall:
         """
         self.forward.calls.clear()
         q, k, v, heads = self.inputs
-        options = {FORWARD_KEY: self.forward, "block_index": LAYER}
-        return self.router(_no_dense_call, q, k, v, heads, transformer_options=options)
+        return self.router(_no_dense_call, q, k, v, heads, transformer_options=self.options)
 
     def record(self) -> CallRecord:
         """What the router recorded of the latest run."""

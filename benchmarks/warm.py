@@ -91,19 +91,28 @@ def jobs(arguments: argparse.Namespace, device: torch.device) -> Iterator[Job]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run all jobs; one that fails is named, and is the measurement's to report."""
+    """Run all jobs; those that fail are named, and the others compiled all the same.
+
+    Raises:
+        SystemExit: some failed.
+    """
     device = torch.device(arguments.device) if arguments.device else default_device()
     start = time.perf_counter()
     processes = min(arguments.processes, os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")
+    failed = 0
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         waiting = {pool.submit(job.run): job for job in jobs(arguments, device)}
         for future in as_completed(waiting):
             job, error = waiting[future], future.exception()
+            failed += error is not None
             said = "" if error is None else f" failed: {type(error).__name__}: {error}"
             took = time.perf_counter() - start
             print(f"  {took:4.0f} s: {job.name}, {job.shape}{said}", flush=True)
-    print(f"compiled {len(waiting)} in {time.perf_counter() - start:.0f} s")
+    took = time.perf_counter() - start
+    print(f"compiled {len(waiting) - failed} of {len(waiting)} in {took:.0f} s")
+    if failed:
+        raise SystemExit(f"error: {failed} failed")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -163,11 +163,12 @@ def _in_windows(model: Any, video: Tensor) -> tuple[Tensor, tuple[str, ...]]:
 def _is_fixed(choice: SparseChoice, layout: TokenLayout) -> bool:
     """Whether every call keeps what was foretold; a policy of somebody's own may not say.
 
-    Text is always kept; whether it was among the blocks chosen anyway only a call knows.
+    Text, and an attention sink, are always kept; whether they were among the blocks chosen anyway
+    only a call knows.
     """
     policy = choice.policy
-    text = layout.prefix_tokens + layout.suffix_tokens
-    return getattr(policy, "density_is_fixed", True) and (policy.is_static or not text)
+    kept = layout.prefix_tokens + layout.suffix_tokens or getattr(policy, "attention_sink", False)
+    return getattr(policy, "density_is_fixed", True) and (policy.is_static or not kept)
 
 
 def _too_large(choice: SparseChoice, layout: TokenLayout) -> str | None:

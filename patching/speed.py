@@ -25,6 +25,8 @@ from .log import log, one_line
 from .timed_once import Finding, TimedOnce
 from .timed_ways import GAIN, Stopwatches, TimedWay, faster_in_8_bits, fastest_exact
 
+DENSE_IS_FASTER = "dense attention is faster here"
+
 
 class Fastest(NamedTuple):
     """What was found for a kind of call.
@@ -131,7 +133,7 @@ def _fastest(sparse: list[TimedWay], dense: TimedWay | None) -> Fastest:
     if dense is not None and dense.ms * GAIN <= best.ms:
         how = "in plain PyTorch" if best.name == "torch" else f"by {best.full_name}"
         return Fastest(
-            dense_reason=f"dense attention is faster here: {dense.ms:.1f} ms a call, "
+            dense_reason=f"{DENSE_IS_FASTER}: {dense.ms:.1f} ms a call, "
             f"{best.ms:.1f} ms sparse {how}"
         )
     return Fastest() if best is sparse[0] else Fastest(best.name, best.precision)

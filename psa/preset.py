@@ -48,7 +48,9 @@ class PresetError(ValueError):
     """A field's value is not allowed. `path` leads to it: ("mask_ratios", 2)."""
 
     def __init__(self, path: tuple[Any, ...], message: str) -> None:
-        super().__init__(f"field {'.'.join(map(str, path))!r}: {message}")
+        # A file may have keys of any length.
+        name = ".".join(str(part)[:60] for part in path)
+        super().__init__(f"field {name!r}: {message}")
         self.path = path
 
 
@@ -168,7 +170,8 @@ def _mask_ratios(path: tuple[Any, ...], value: Any) -> Mapping[int, tuple[float,
     ratios: dict[int, tuple[float, float]] = {}
     written: dict[int, Any] = {}  # levels as the file has them, which is how it finds their lines
     for key, bounds in value.items():
-        level = int(key) if isinstance(key, str) and key.isdecimal() else key
+        # A level is one digit; Python reads no number of thousands.
+        level = int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 9 else key
         if level not in LEVEL_ORDER or isinstance(level, (bool, float)):
             raise PresetError((*path, key), f"{shown(key)} is not a level; levels are {levels}")
         if level in ratios:

@@ -52,7 +52,7 @@ def read_yaml(file: str | FilePath) -> LinedYaml:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ValueError(f"{name} cannot be read: {reason}") from error
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _loader_of(text)
         try:
             node = loader.get_single_node()
             if node is None:
@@ -71,6 +71,21 @@ def read_yaml(file: str | FilePath) -> LinedYaml:
     except yaml.YAMLError as error:
         raise ValueError(f"{name} is not valid YAML: {_describe(error)}") from error
     return LinedYaml(name, data, lines)
+
+
+def _loader_of(text: str) -> SafeLoader:
+    import yaml
+
+    try:
+        return yaml.SafeLoader(text)
+    except yaml.reader.ReaderError as error:  # it knows no lines
+        before = text[: error.position]
+        mark = yaml.Mark(
+            error.name, error.position, before.count("\n"),
+            len(before) - before.rfind("\n") - 1, None, None,
+        )  # fmt: skip
+        problem = f"the character U+{ord(text[error.position]):04X} is not allowed"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark) from error
 
 
 def _written_out(node: Node, sizes: dict[int, int]) -> int:
@@ -101,6 +116,8 @@ class _Reader:
         self._name = name
         self._lines = lines
         self._open: list[Node] = []
+        # Mappings whose "<<" is resolved: what was merged then stands beside their own keys.
+        self._flat: set[int] = set()
 
     def read(self, node: Node, path: Path) -> Any:
         import yaml
@@ -119,9 +136,11 @@ class _Reader:
             self._open.pop()
 
     def _mapping(self, node: Any, path: Path) -> dict[Any, Any]:
-        self._refuse_duplicates(node, path)
-        # Resolves "<<"; what was merged in comes first, so the mapping's own keys win.
-        self._loader.flatten_mapping(node)
+        if id(node) not in self._flat:
+            self._flat.add(id(node))
+            self._refuse_duplicates(node, path)
+            # Resolves "<<"; what was merged in comes first, so the mapping's own keys win.
+            self._loader.flatten_mapping(node)
         mapping = {}
         for key_node, value_node in node.value:
             key = self._key(key_node, path)

@@ -27,7 +27,7 @@ _MODULE_PATHS = {
     "WAN": ("blocks", "self_attn"),
     "CogVideoX": ("transformer_blocks", "attn1"),
 }
-# Values of each entry; simthreshd2 belongs to a method that was dropped and is never read.
+# Values of each entry; simthreshd2 belongs to a method that was dropped, and its are not used.
 _RANGES = {
     "cdfthreshd": (0.0, 1.0),
     "simthreshd1": (-1.0, 1.0),
@@ -35,6 +35,8 @@ _RANGES = {
 }
 _REQUIRED = ("is_sparse", *_RANGES)
 _KNOWN = (*_REQUIRED, "simthreshd2")
+# A file of a few bytes can stand for more than memory holds.
+MOST_HEADS = 4096
 _LAYER = re.compile("0|[1-9][0-9]{0,5}")
 
 
@@ -187,11 +189,10 @@ def _parse(content: dict[Any, Any], name: str) -> SpargeCheckpoint:
         prefix, family, layer, entry = _split_key(key)
         layers = places.setdefault((prefix, family), {})
         entries = layers.setdefault(layer, {})
-        if entry in entries:
-            raise ValueError(f"has two entries {entry!r} for layer {layer}")
         entries[entry] = _checked(key, entry, value)
     if len(places) > 1:
-        found = " and ".join(f"{prefix}{_MODULE_PATHS[fam][0]}" for prefix, fam in places)
+        roots = [f"{prefix}{_MODULE_PATHS[fam][0]}" for prefix, fam in places]
+        found = " and ".join(repr(root)[1:-1][:100] for root in roots[:4])
         raise ValueError(f"mixes entries of several models: {found}")
     ((_, family), layers) = next(iter(places.items()))
 
@@ -227,7 +228,8 @@ def _split_key(key: Any) -> tuple[str, str, int, str]:
         for family, path in _MODULE_PATHS.items():
             if (container, module) == path and _LAYER.fullmatch(layer):
                 if entry not in _KNOWN:
-                    raise ValueError(f"has an unknown entry {key!r}; known are {', '.join(_KNOWN)}")
+                    known = ", ".join(_KNOWN)
+                    raise ValueError(f"has an unknown entry {repr(key)[:100]}; known are {known}")
                 return "".join(f"{part}." for part in prefix), family, int(layer), entry
     expected = " or ".join(
         f"{container}.<layer>.{module}.{CHECKPOINT_MARK}.<name> ({family})"
@@ -241,7 +243,7 @@ def _checked(key: str, entry: str, value: Any) -> Tensor:
         raise ValueError(f"has a {type(value).__name__} at {key!r} where a tensor belongs")
     if value.layout != torch.strided or value.is_meta:
         raise ValueError(f"has a sparse tensor, or one without values, at {key!r}")
-    if value.ndim != 1 or len(value) == 0:
+    if value.ndim != 1 or not 0 < len(value) <= MOST_HEADS:
         raise ValueError(f"has shape {list(value.shape)} at {key!r}; one value per head belongs")
     if entry == "is_sparse":
         if value.dtype != torch.bool:
@@ -255,7 +257,7 @@ def _checked(key: str, entry: str, value: Any) -> Tensor:
         wrong = ~((value >= low) & (value <= high))  # NaN is wrong too
         if wrong.any():
             raise ValueError(
-                f"has {value[wrong][0].item():g} at {key!r}; {entry} is between {low:g} and "
+                f"has {value[wrong][0].item()!r} at {key!r}; {entry} is between {low:g} and "
                 f"{high:g}"
             )
     return value

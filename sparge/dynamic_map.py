@@ -67,9 +67,14 @@ def block_map(
         bool [B, H, ceil(N / block_q), ceil(N' / block_k)].
 
     Raises:
-        ValueError: a threshold is out of range, has another count than heads, or not exactly one
-            of cdfthreshd and topk is given.
+        ValueError: q and k do not fit, a threshold is out of range or has another count than
+            heads, or not exactly one of cdfthreshd and topk is given.
     """
+    if q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f"q and k have the same samples, heads and head dim; got {list(q.shape)} and "
+            f"{list(k.shape)}"
+        )
     heads = q.shape[1]
     check_threshold("simthreshd1", simthreshd1, -math.inf, math.inf, heads)
     if (cdfthreshd is None) == (topk is None):
@@ -199,9 +204,17 @@ def _keep_rows(
         kept[:, :, chunk, 0] = True
 
 
+def _in_order(scores: Tensor) -> Tensor:
+    """int64 that rank as fp32 scores do, the first of equal ones before the others."""
+    bits = scores.view(torch.int32).long()
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (bits << 32) | torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
+
+
 def _highest_count(scores: Tensor, counts: Counts) -> Tensor:
     """The `counts` highest scores of every row, as a mask; no more is sorted than is kept."""
     chosen = torch.zeros_like(scores, dtype=torch.bool)
+    scores = _in_order(scores)
     if isinstance(counts, int):
         return chosen.scatter_(-1, scores.topk(counts, dim=-1, sorted=False).indices, True)
     most = scores.shape[-1] if isinstance(counts, Tensor) else max(counts)
@@ -213,7 +226,7 @@ def _highest_count(scores: Tensor, counts: Counts) -> Tensor:
 
 def _highest_mass(scores: Tensor, limit: float | Tensor) -> Tensor:
     """The highest scores of every row whose softmax sums up to at most `limit`, as a mask."""
-    mass, highest = scores.softmax(dim=-1).sort(dim=-1, descending=True)
+    mass, highest = scores.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     limit = limit.unsqueeze(-1) if isinstance(limit, Tensor) else limit
     # A sum of all may round to more than 1.
     within = mass.cumsum_(dim=-1).clamp_(max=1.0) <= limit

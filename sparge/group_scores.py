@@ -16,8 +16,8 @@ from torch import Tensor
 from ..kernels.autocast import without_autocast
 from ..kernels.twins import MAX_ERROR, CannotTell, Twins
 
-# Queries and keys of a group. In the order of Gilbert's curve 8 tokens are 2 frames, rows and
-# columns, 16 are two such cells.
+# Queries and keys of a group. In the order of Gilbert's curve 8 tokens mostly are 2 frames, rows
+# and columns, 16 two such cells.
 GROUPS = (16, 8)
 # Groups of queries that a tile of the twin has, on most GPUs.
 TILE_GROUPS = 128

@@ -91,8 +91,10 @@ class SpargePolicy:
             if type(choice) not in (int, str) or choice not in allowed:
                 choices = ", ".join(str(option) for option in allowed)
                 raise ValueError(f"{name} must be one of {choices}; got {choice!r}")
-        if not isinstance(self.attention_sink, bool):
-            raise ValueError(f"attention_sink must be true or false; got {self.attention_sink!r}")
+        for name in ("attention_sink", "halves_in_small_frames", "alternate_orders"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false; got {value!r}")
+        self._check_groups()
         for name, value, low in (
             ("topk", self.topk, 0.0),
             ("simthreshd1", self.simthreshd1, -1.0),
@@ -104,12 +106,24 @@ class SpargePolicy:
             if value is None or not numeric or not low <= value <= 1.0:
                 raise ValueError(f"{name} must be between {low:g} and 1; got {value!r}")
 
+    def _check_groups(self) -> None:
+        """Groups are parts of the smallest blocks there may be."""
+        parts = 2 if self.halves_in_small_frames else 1
+        if self.block_scores == BLOCK_SCORES[0]:
+            return
+        for block, group in zip((self.block_m, self.block_n), self.groups, strict=True):
+            if type(group) is not int or group < 1 or block // parts % group:
+                raise ValueError(
+                    f"groups must divide blocks of {self.block_m // parts}x"
+                    f"{self.block_n // parts}; got {self.groups}"
+                )
+
     @property
     def density_is_fixed(self) -> bool:
-        """True if all plans of a layout keep as much: by topk, and no block may be unlike itself.
+        """True if all plans of a layout choose as many blocks: by topk, and none is unlike itself.
 
         The mean cosine over all pairs of a block's tokens is the squared length of a mean, so
-        it is never below 0.
+        it is never below 0. Text, and an attention sink, come on top.
         """
         return self.checkpoint is None and self.cdfthreshd is None and self.simthreshd1 < 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -34,18 +33,19 @@ def check_threshold(name: str, value: Threshold, low: float, high: float, heads:
     else:
         numbers = (float(value),)
     for number in numbers:
-        # math.isnan first: a comparison with NaN is false either way round.
-        if math.isnan(number) or not low <= number <= high:
+        if not low <= number <= high:  # NaN is not either
             raise ValueError(f"{name} is between {low:g} and {high:g}; got {number:g}")
 
 
 def per_head(value: Threshold, device: torch.device) -> float | Tensor:
-    """A number as it is; values per head as fp32 [1, H, 1] on the device, without a wait."""
+    """A number as it is; values per head as fp32 [1, H, 1], contiguous, on the device, without a
+    wait."""
     if isinstance(value, Sequence):
         value = torch.tensor(value, dtype=torch.float32)
     if not isinstance(value, Tensor):
         return float(value)
-    return value.to(device=device, dtype=torch.float32, non_blocking=True).view(1, -1, 1)
+    value = value.to(device=device, dtype=torch.float32, non_blocking=True)
+    return value.contiguous().view(1, -1, 1)
 
 
 def on_device(counts: Counts | None, device: torch.device) -> int | Tensor | None:

@@ -6,6 +6,8 @@ and the version is not.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,13 @@ from .backend import DenseBackend, Loaded, dense_rows
 from .constraints import Constraints
 from .library import Library, LibraryUnusable
 from .near_exact import IN_8_BITS, near_exact
+
+
+def _why(comfy_kitchen: ModuleType) -> str:
+    """What it says of its compiled part, which may not have loaded at all."""
+    backends = getattr(comfy_kitchen, "list_backends", dict)()
+    state = backends.get("hip" if torch.version.hip else "cuda") or {}
+    return state.get("unavailable_reason") or "they were made for other GPUs"
 
 
 def load() -> Loaded:
@@ -24,7 +33,9 @@ def load() -> Loaded:
         )
     runs_here = getattr(comfy_kitchen, "int8_attention_is_available", None)
     if torch.cuda.is_available() and runs_here is not None and not runs_here():
-        raise LibraryUnusable("the kernels of comfy_kitchen do not run on this GPU")
+        raise LibraryUnusable(
+            f"the kernels of comfy_kitchen do not run here: {_why(comfy_kitchen)}"
+        )
     int8_attention = comfy_kitchen.int8_attention
 
     def attend(

@@ -1,7 +1,7 @@
 """FlashAttention 4 over a block plan: `block_sparse_tensors` of flash_attn.cute.
 
-Its Ampere and consumer Blackwell kernels take these lists and attend to everything all the same,
-so only Hopper (9.x) and data-centre Blackwell (10.x, 11.x) are let through.
+Its kernels for Ampere take these lists and attend to everything all the same, those for consumer
+Blackwell refuse them: only Hopper (9.x) and data-centre Blackwell (10.x, 11.x) are let through.
 """
 
 from __future__ import annotations

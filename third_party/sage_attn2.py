@@ -24,7 +24,8 @@ _VERSION_2 = Constraints(
 )
 _VERSION_1 = Constraints(
     device_types=("cuda", "rocm"),
-    min_capability=(7, 5),
+    # Triton 3.3 and newer compile its products of int8 for nothing older.
+    min_capability=(8, 0),
     dtypes=(torch.float16, torch.bfloat16, torch.float32),
     head_dims=(64, 96, 128),
     unmasked_key_block=64,

@@ -125,7 +125,8 @@ or slices-of-one or test_published_outputs or (everything_kept and 128-torch.bfl
 or (outliers and (block128 or block64)) or one-token or exact_where and 128-
 or 160000 and native-mask or no_device_sync or do_not_sync
 or equal_to_torch or made_on_the_gpu or plan_on_a_gpu or published_map_on_a_gpu or row_i_is
-or timed_on_a_gpu or test_triton_is_the_definition or the_map_on_a_gpu"
+or timed_on_a_gpu or test_triton_is_the_definition or the_map_on_a_gpu
+or in_8_bits_is_near or (sums_in_fp16_are and float16)"
 
 core() {
     gpu_tests 200 -m "gpu and not slow" tests/kernels tests/psa tests/sparge tests/patching \

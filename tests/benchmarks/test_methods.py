@@ -8,11 +8,14 @@ import torch
 from PIL import Image
 from sparse_video_attention.kernels import BlockPlan, TokenLayout, available, registry
 from sparse_video_attention.kernels.registry import KernelCall
+from sparse_video_attention.patching import router
+from sparse_video_attention.patching.speed import SpeedCheck
 from sparse_video_attention.sparge import SpargePolicy
 
 from benchmarks import method_list
 from benchmarks.grids import FRAME_GRIDS, GRID_SHAPES, find_grid_shape
 from benchmarks.left_out import is_left_out, leave_out_kernels
+from benchmarks.method_call import MethodCall
 from benchmarks.method_list import DIALS, DialDensity, methods, nearest_setting
 from benchmarks.methods import main
 from benchmarks.shapes import SHAPES
@@ -270,3 +273,23 @@ def test_times_on_a_gpu_add_up(tmp_path):
         if row["equal_to"] is None:
             assert sum(row["shares"].values()) == pytest.approx(1.0)
             assert row["call_ms"] > row["stages_ms"]["kernel"] > 0
+
+
+@pytest.mark.parametrize("precision", ["auto", "int8"])
+def test_every_method_runs_where_calls_are_timed_before(precision, monkeypatch):
+    """As on a GPU, where a call's first run compares what may run it."""
+    monkeypatch.setattr(router, "can_be_timed", lambda device: True)
+    timed = []
+    compare = SpeedCheck.compare
+
+    def counted(*args):
+        timed.append(args)
+        return compare(*args)
+
+    monkeypatch.setattr(SpeedCheck, "compare", counted)
+    shape = find_grid_shape(WAN)
+    inputs = structured_inputs(shape.layout, shape.heads, shape.head_dim)
+    for method in methods(shape.model_family, [precision]):
+        call = MethodCall(method.policy, shape.layout, inputs, method.precision, method.kernel)
+        assert call.run().isfinite().all() and call.record().reason is None
+    assert timed

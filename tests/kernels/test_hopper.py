@@ -234,10 +234,11 @@ POOLED = {
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pyramid", [False, True], ids=["remainder", "pyramid"])
+@pytest.mark.parametrize("levels_of", ["remainder", "weighted", "pyramid"])
 @pytest.mark.parametrize("case", POOLED.values(), ids=POOLED)
-def test_pooled_levels_on_a_gpu(on_hopper, case, pyramid):
+def test_pooled_levels_on_a_gpu(on_hopper, case, levels_of):
     """Odd lengths, and a query block without an entry of level 1."""
+    pyramid = levels_of == "pyramid"
     q, k, v = random_inputs(*case[:5], dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     shape = *case[7], -(-case[2] // case[5]), -(-case[3] // case[6])
@@ -246,7 +247,7 @@ def test_pooled_levels_on_a_gpu(on_hopper, case, pyramid):
     levels[..., 0, 0], levels[..., 1, :] = 1, 0
     plan = BlockPlan.from_levels(
         levels, block_m=case[5], block_n=case[6], q_len=case[2], k_len=case[3],
-        pooled_remainder=True,
+        pooled_remainder=True, pool_rows=2 if levels_of == "weighted" else 0,
     )  # fmt: skip
     for _ in range(3):
         out = on_hopper(q, k, v, plan)

@@ -159,6 +159,9 @@ def test_plans_made_per_call_do_not_sync():
 SANITIZED = """
 import torch
 from sparse_video_attention.kernels import BlockPlan, block_sparse_attention
+from sparse_video_attention.psa.importance import token_importance
+from sparse_video_attention.psa.sampling import QUARTER
+from sparse_video_attention.sparge import block_map
 torch.manual_seed(0)
 q, k, v = torch.randn(3, 2, 3, 333, 128, device="cuda").half()
 for block_n in (32, 64, 128):
@@ -172,6 +175,17 @@ for block_n in (32, 64, 128):
         )
         for precision in ("native", "int8"):
             block_sparse_attention(q, k, v, plan, kernel="triton", precision=precision)
+    kept = block_map(
+        q, k, block_k=block_n, simthreshd1=-0.1, topk=0.3, groups=(16, 8), pooled=True,
+        subtract_key_mean=True,
+    )
+    plan = BlockPlan.from_mask(
+        kept, block_m=128, block_n=block_n, q_len=333, k_len=333, pooled_remainder=True,
+        pool_rows=2, packed=False,
+    )
+    for precision in ("native", "int8"):
+        block_sparse_attention(q, k, v, plan, kernel="triton", precision=precision)
+    token_importance(q, k, block_m=128, block_n=block_n, scale=0.1, queries=QUARTER)
 torch.cuda.synchronize()
 """
 

@@ -60,6 +60,7 @@ CASES = {
     "more-rows-than-there-are": (1, 1, 130, 500, 64, 128, 64, 4, (1,), (1,)),
     "pyramid": (1, 2, 200, 300, 64, 64, 32, 3, (1, 2, 4, 8), (2,)),
     "many-mean-queries": (1, 1, 2230, 100, 64, 64, 64, 1, (1,), ()),
+    "sparges-own-blocks": (1, 2, 700, 700, 128, 128, 64, 4, (1,), (2,)),
     "ragged-block-of-one": (1, 1, 70, 65, 128, 64, 64, 1, (1,), ()),
 }
 
@@ -97,7 +98,9 @@ def test_triton_is_the_definition(triton_attention, case):
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-@pytest.mark.parametrize("case", ["B2-own-plans", "pyramid", "ragged-block-of-one"])
+@pytest.mark.parametrize(
+    "case", ["B2-own-plans", "pyramid", "sparges-own-blocks", "ragged-block-of-one"]
+)
 def test_triton_in_8_bits_is_near_the_definition(triton_attention, case, precision):
     *shape, block_m, block_n, pool_rows, levels, extents = CASES[case]
     q, k, v = inputs(*shape)

@@ -161,3 +161,23 @@ def test_an_implementation_that_is_left_out_fits_the_other_fields(sim_mask, pres
     text = preset(PSA + f"use_sim_mask: {str(sim_mask).lower()}")
     read = load_presets(preset_file(text))["S"]["p"]
     assert read.attn_impl == ("old_mask_type" if sim_mask else "new_mask_type")
+
+
+ALIASED = """
+Mine:
+  default_attention: c
+  attention_configs:
+    a: &a {type: psa, mask_mode: topk, mask_ratios: &r {1: [0, 0.1], 2: [0.1, 0.3]},
+           warmup_steps: 3}
+    b: &b {<<: *a, warmup_steps: 4, mask_ratios: &s {<<: *r, 2: [0.1, 0.2]}}
+    c: *b
+    d: {<<: *b, mask_ratios: *s}
+"""
+
+
+def test_what_an_anchor_with_a_merge_stands_for_can_be_used_again(preset_file):
+    """The second time its merged keys stand beside its own, which are no duplicates."""
+    presets = load_presets(preset_file(ALIASED))["Mine"]
+    assert [presets[name].warmup_steps for name in "abcd"] == [3, 4, 4, 4]
+    for name in "bcd":
+        assert presets[name].mask_ratios == {1: (0.0, 0.1), 2: (0.1, 0.2)}

@@ -130,7 +130,12 @@ MISTAKES = {
         "line 6, " + IN_PRESET + "field 'description': ['loaded-code-ran'] is not text",
     ),
     "undefined-anchor": (preset(PSA + "mask_mode: *mine"), "line 6, column 18: found undefined"),
-    "nul": ("S:\0", "not valid YAML: special characters are not allowed"),
+    "nul": ("S:\0", "line 1, column 3: the character U+0000 is not allowed"),
+    "control": ("S:\n  b: x\x0by", "line 2, column 7: the character U+000B is not allowed"),
+    "endless-level": (
+        preset(f"type: psa\nmask_ratios: {{? '{'9' * 5000}' : [0, 0.5]}}"),
+        "line 5, " + IN_PRESET + "field 'mask_ratios.",
+    ),
     "ratio-as-text": (
         preset("type: psa\nmask_ratios: {1: ['0', '0.5']}"),
         "line 5, " + IN_PRESET + "field 'mask_ratios.1': '0' is not a number from 0 to 1",

@@ -5,8 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from sparse_video_attention.third_party import DENSE_BACKENDS
+from sparse_video_attention.third_party.comfy_kitchen_int8 import load
 from sparse_video_attention.third_party.constraints import Constraints
+from sparse_video_attention.third_party.library import LibraryUnusable
 
 WHEELS = {
     "flash_attn2": "flash_attn",
@@ -89,3 +92,18 @@ def test_comfy_kitchen_without_the_call_says_what_to_do(stand_in):
     reason = replace(DENSE_BACKENDS["comfy_kitchen_int8"]).unavailable()
     assert "no int8_attention yet; 0.2.30 and newer have it" in reason
     assert "pip install -U comfy-kitchen" in reason
+
+
+@pytest.mark.parametrize("said", [{}, {"unavailable_reason": "libcudart.so.13: cannot open"}])
+def test_comfy_kitchen_without_its_compiled_part_says_why(stand_in, monkeypatch, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    stand_in(
+        "comfy_kitchen",
+        int8_attention=None,
+        int8_attention_is_available=lambda: False,
+        list_backends=lambda: {"cuda": said},
+    )
+    with pytest.raises(LibraryUnusable) as error:
+        load()
+    why = said.get("unavailable_reason", "they were made for other GPUs")
+    assert str(error.value) == f"the kernels of comfy_kitchen do not run here: {why}"
