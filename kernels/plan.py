@@ -153,9 +153,6 @@ class BlockPlan:
                     f"block levels are 0 or one of {kept}; got {sorted(present - {0, *kept})}"
                 )
             kept = tuple(level for level in kept if level in present) or kept[:1]
-        if pooled_remainder and packed and 0 not in present:
-            # Nothing is skipped, so nothing is to be pooled.
-            pooled_remainder, pool_rows = False, 0
         if pooled_remainder:
             skipped = levels == 0
             if block_n > torch.iinfo(levels.dtype).max:

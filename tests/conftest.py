@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from sparse_video_attention.kernels import registry
 from sparse_video_attention.kernels.registry import Kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Machines that run this are busy and small: what a draw costs in wall time says nothing.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -26,6 +27,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+class Storages(TorchDispatchMode):
+    """Sizes of the storages that operations returned, in bytes by address."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = {}
+        self.held = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.held.append(tensor)  # so that no address is used twice
+                storage = tensor.untyped_storage()
+                self.sizes[storage.data_ptr()] = storage.nbytes()
+        return out
+
+
+@pytest.fixture
+def storages():
+    """storages(): a context that keeps the sizes of what is made in it."""
+    return Storages
 
 
 def comfyui_path() -> Path:

@@ -11,13 +11,6 @@ def test_packed_plans_list_only_the_levels_that_occur():
     assert plan_of(torch.zeros(2, 2, dtype=torch.int8), pooled_remainder=True).levels == (1, 32)
 
 
-@pytest.mark.parametrize("pool_rows", [0, 2])
-def test_where_nothing_is_skipped_nothing_is_pooled(pool_rows):
-    levels = random_levels(2, 4, 7, choices=(1, 2))
-    plan = plan_of(levels, pooled_remainder=True, pool_rows=pool_rows)
-    assert plan.levels == (1, 2) and plan.pool_rows == 0
-
-
 @PACKED
 def test_a_level_that_is_allowed_twice_is_one(packed):
     levels = random_levels(2, 4, 7, choices=(0, 1))

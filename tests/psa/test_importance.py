@@ -12,7 +12,6 @@ import torch
 from sparse_video_attention.kernels import BlockPlan, TokenLayout
 from sparse_video_attention.psa import PsaPolicy, block_importance, importance, policy
 from sparse_video_attention.psa.sampling import QUARTER, SIXTEENTH, SIXTEENTH_OF_TILES, Sample
-from torch.utils._python_dispatch import TorchDispatchMode
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "psa_importance.npz"
 GOLDEN_CASES = json.loads(str(np.load(GOLDEN)["cases"]))
@@ -90,29 +89,11 @@ def test_half_precision_inputs_do_not_tie():
     assert math.isclose(late / early, math.exp(0.0078125 / 8), rel_tol=1e-5)
 
 
-class Storages(TorchDispatchMode):
-    """Sizes of the storages that operations returned, in bytes by address."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes = {}
-        self.held = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.held.append(tensor)  # so that no address is used twice
-                storage = tensor.untyped_storage()
-                self.sizes[storage.data_ptr()] = storage.nbytes()
-        return out
-
-
 @pytest.mark.parametrize(("heads", "q_blocks"), [(2, 8), (16, 64)], ids=["small", "64-fold"])
-def test_scratch_does_not_grow_with_heads_and_rows(heads, q_blocks, monkeypatch):
+def test_scratch_does_not_grow_with_heads_and_rows(heads, q_blocks, storages, monkeypatch):
     monkeypatch.setitem(importance.CHUNK_ELEMENTS, "cpu", 2**12)
     q, k = random_qk(1, heads, q_blocks * 8, 16 * 8, 16, torch.bfloat16)
-    with Storages() as made:
+    with storages() as made:
         out = block_importance(q, k, tokens_per_q_block=8, tokens_per_k_block=8)
     for tensor in (q, k, out):
         made.sizes.pop(tensor.untyped_storage().data_ptr(), None)
