@@ -80,10 +80,10 @@ def _loader_of(text: str) -> SafeLoader:
         return yaml.SafeLoader(text)
     except yaml.reader.ReaderError as error:  # it knows no lines
         before = text[: error.position]
+        column = len(before) - before.rfind("\n") - 1
         mark = yaml.Mark(
-            error.name, error.position, before.count("\n"),
-            len(before) - before.rfind("\n") - 1, None, None,
-        )  # fmt: skip
+            error.name, error.position, before.count("\n"), column, text, error.position
+        )
         problem = f"the character U+{ord(text[error.position]):04X} is not allowed"
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark) from error
 

@@ -7,6 +7,7 @@ and the version is not.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +20,9 @@ from .near_exact import IN_8_BITS, near_exact
 
 def _why(comfy_kitchen: ModuleType) -> str:
     """What it says of its compiled part, which may not have loaded at all."""
-    backends = getattr(comfy_kitchen, "list_backends", dict)()
+    backends: dict[str, Any] = getattr(comfy_kitchen, "list_backends", dict)()
     state = backends.get("hip" if torch.version.hip else "cuda") or {}
-    return state.get("unavailable_reason") or "they were made for other GPUs"
+    return str(state.get("unavailable_reason") or "they were made for other GPUs")
 
 
 def load() -> Loaded:

@@ -209,6 +209,21 @@ def test_what_is_no_latent_video_is_refused(samples, said, models, preview):
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize("sink", [False, True])
+def test_what_a_sink_adds_is_on_top(models, preview, sample, sink):
+    """Whether the first block was among those chosen anyway only a call knows."""
+    model = patch(
+        models("wan"), "PatchSpargeAttention", min_tokens=0, last_dense_timesteps=0,
+        attention_sink=sink,
+    )  # fmt: skip
+    shape = (1, 16, 8, 32, 32)
+    _, density, _, text = preview(model, shape, steps=2)
+    assert ("Density of sparse calls: at least" in text) == sink
+    sample(model, shape=shape, steps=2)
+    ran = run_history(model).latest.sparse().density
+    assert ran > density + 1e-3 if sink else ran == pytest.approx(density, abs=1e-6)
+
+
 @pytest.mark.parametrize("steps", [0, -5, 2.5, True, "20", None])
 def test_steps_that_are_no_count_are_refused(models, preview, steps):
     """ComfyUI lets anything through that is linked."""

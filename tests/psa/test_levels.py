@@ -151,3 +151,13 @@ def test_thresholdbound_takes_levels_in_the_order_of_their_bounds():
     ratios = {1: [0.0, 0.5], 2: [0.0, 0.35]}
     levels = assign_levels(importance, ratios, mask_mode="thresholdbound", block_n=128)
     assert levels.tolist() == [[2, 2, 1, 0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("off", [0.0, 5e-7, -5e-7, 2e-5])
+def test_a_bound_that_the_sum_just_reaches_counts_as_reached(off):
+    """Sums in fp32 are off by some 1e-7; a bound is a share with a slack of 1e-6."""
+    importance = torch.ones(1, 1, 1, 64)
+    upper = 16 / 64 - off
+    found = assign_levels(importance, {1: (0, upper)}, mask_mode="thresholdbound", block_n=128)
+    # The block that goes beyond the bound is taken too.
+    assert int((found == 1).sum()) == (17 if off < 1e-6 else 16)

@@ -217,6 +217,18 @@ BROKEN = {
     "sparse-tensor": (_set("cdfthreshd", torch.ones(4).to_sparse()), "has a sparse tensor"),
     "complex": (_set("cdfthreshd", torch.ones(4) * 1j), "torch.complex64 at"),
     "infinite": (_set("cdfthreshd", torch.full((4,), float("inf"))), "has inf at"),
+    "just-out-of-range": (_set("cdfthreshd", torch.full((4,), 1.0 + 2**-22)), "has 1.00000023"),
+    "range-of-similarity": (_set("simthreshd1", torch.full((4,), -1.1)), "has -1.10.* between -1"),
+    "range-of-pvthreshd": (_set("pvthreshd", torch.full((4,), -0.1)), "has -0.1.* between 0 and"),
+    "more-heads-than-memory": (
+        _set("cdfthreshd", torch.ones(1).expand(10**13)),
+        r"shape \[10000000000000\] at .*one value per head",
+    ),
+    "endless-entry": (_set("x" * 5000, torch.ones(4)), "unknown entry 'blocks.2.self_attn.inner"),
+    "lines-in-names": (
+        _changed(lambda c: c.update({f"a\nb.{key}": value for key, value in [*c.items()]})),
+        r"mixes entries of several models: blocks and a\\nb.blocks$",
+    ),
     "out-of-range": (_set("cdfthreshd", torch.full((4,), 1.5)), "has 1.5 at .* between 0 and 1"),
 }
 
@@ -239,6 +251,13 @@ def test_what_is_not_the_files_fault_is_told_so(tmp_path, monkeypatch, error, se
         load_checkpoint(path)
 
 
+def test_a_file_saved_on_a_gpu_is_read_without_one(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        path = save(tmp_path, entries())
+    assert load_checkpoint(path).num_heads == 4
+
+
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_file_is_one_sentence_naming_it(kind, tmp_path, monkeypatch):
     write, sentence = BROKEN[kind]
@@ -248,4 +267,5 @@ def test_a_broken_file_is_one_sentence_naming_it(kind, tmp_path, monkeypatch):
         load_checkpoint(path)
     message = str(caught.value)
     assert str(path) in message and "\n" not in message
+    assert len(message) < 6000 if "endless-name" in kind else len(message) < 1000
     assert not (tmp_path / "loaded-code-ran").exists()

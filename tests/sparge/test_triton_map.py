@@ -90,9 +90,9 @@ for count, expected in ((1, [1]), (2, [1, 3]), (5, [0, 1, 3, 4, 6]), (8, [0, 1, 
     select(scores, alike[..., :1], alike, kept, first_row=0, counts=count)
     assert kept[0, 0, 0].nonzero()[:, 0].tolist() == expected, (count, kept)
 shares = scores.softmax(-1)[0, 0, 0]
-for number, expected in ((1, [1]), (2, [1, 3]), (4, [0, 1, 3, 6])):
+for number, expected in ((0, [1]), (1, [1]), (2, [1, 3]), (4, [0, 1, 3, 6])):
     kept = torch.zeros(1, 1, 1, 10, dtype=torch.bool)
-    limit = float(shares.sort(descending=True).values[:number].sum()) + 1e-4
+    limit = float(shares.sort(descending=True).values[:number].sum()) + 1e-4 * (number > 0)
     select(scores, alike[..., :1], alike, kept, first_row=0, limit=limit)
     assert kept[0, 0, 0].nonzero()[:, 0].tolist() == expected, (number, kept)
 print("equal")

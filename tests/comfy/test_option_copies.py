@@ -1,0 +1,57 @@
+"""Options of a patched MODEL that other packs copy deeply, or send to another process."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from sparse_video_attention.patching.router import OVERRIDE_KEY, AttentionRouter
+from sparse_video_attention.patching.run import RUN_KEY
+
+pytestmark = [pytest.mark.comfy, pytest.mark.core]
+
+
+@pytest.fixture(scope="module")
+def model(load_model):
+    return load_model("wan")
+
+
+def test_options_can_be_copied_deeply_and_a_router_sent_elsewhere(model, install_band):
+    patched = install_band(model)
+    router = patched.model_options["transformer_options"][OVERRIDE_KEY]
+    options = copy.deepcopy(patched.model_options)
+    assert options["transformer_options"][OVERRIDE_KEY] is router
+    arrived = pickle.loads(pickle.dumps(router))
+    assert isinstance(arrived, AttentionRouter) and arrived.previous is None
+
+
+@pytest.mark.parametrize("where", ["guidance", "block"])
+def test_options_can_be_copied_deeply_while_a_run_goes_on(
+    model, install_band, sample, run_lines, where
+):
+    """As functions of other packs do with what they are given; the copy still tells of the run."""
+    patched = install_band(model)
+    expected = sample(patched)
+    other, copies = patched.clone(), []
+
+    def guide(args):
+        copies.append(copy.deepcopy(args["model_options"])["transformer_options"])
+        return args["conds_out"]
+
+    def look(args):
+        copies.append(copy.deepcopy(args["transformer_options"]))
+        return args
+
+    if where == "guidance":
+        other.set_model_sampler_pre_cfg_function(guide)
+    else:
+        other.set_model_patch(look, "double_block")
+    assert torch.equal(sample(other), expected)
+    assert copies and all(RUN_KEY in options for options in copies)
+    assert "3 of 4 layers sparse" in run_lines()[-1]
+
+
+def test_what_a_patched_model_carries_can_be_sent_elsewhere(model, install_band):
+    patched = install_band(model)
+    for carried in (patched.model_options, patched.wrappers, patched.attachments):
+        assert pickle.loads(pickle.dumps(carried)).keys() == carried.keys()
