@@ -85,7 +85,8 @@ def visit_full_tiles(
     # The scale of a tile's keys is one number where the tile lies in one block.
     KEY_SCALES: tl.constexpr = ROWS < TILE_N
     # Elsewhere it is read once per block and spread: one read per key is a third of the loop.
-    SPREAD: tl.constexpr = QUANTIZED and KEY_SCALES and ROWS >= 2
+    # Triton 3.1 takes one "and" at a time.
+    SPREAD: tl.constexpr = QUANTIZED and (KEY_SCALES and ROWS >= 2)
     PARTS: tl.constexpr = TILE_N // ROWS if KEY_SCALES else 1
     lanes = tl.arange(0, TILE_N)
     if ROWS >= TILE_N:
