@@ -206,9 +206,10 @@ def _keep_rows(
 
 def _in_order(scores: Tensor) -> Tensor:
     """int64 that rank as fp32 scores do, the first of equal ones before the others."""
-    bits = scores.view(torch.int32).long()
-    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return (bits << 32) | torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
+    bits = scores.view(torch.int32)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # of what is below 0 the order is turned round
+    backwards = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
+    return bits.long().bitwise_left_shift_(32).bitwise_or_(backwards)
 
 
 def _highest_count(scores: Tensor, counts: Counts) -> Tensor:
