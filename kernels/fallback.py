@@ -93,6 +93,8 @@ class KernelChoice:
 
 def _is_aligned(x: Tensor) -> bool:
     """Whether all rows start at multiples of 16 bytes."""
+    if type(x) is not Tensor:  # of a compiler's trace, say, which has no address
+        return False
     size = x.element_size()
     return x.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in x.stride()[:-1])
 

@@ -92,9 +92,9 @@ def advanced_inputs(*, last_dense: int = 0) -> list[io.Input]:
             optional=True,
             **ADVANCED,
             tooltip=(
-                "How many of this sampler's last steps keep full attention. -1 is the last one, "
-                "if the sampler goes down to no noise: of two that share a schedule only the "
-                "second does. A number counts for each sampler."
+                "How many of this sampler's last steps keep full attention. -1 is the last step, "
+                "but only in a sampler that finishes the schedule: of two that share one, the "
+                "second. A number counts for each sampler."
             ),
         ),
         io.Float.Input(
@@ -132,8 +132,8 @@ def skipped_blocks_input(default: str = "pool") -> io.Combo.Input:
         **ADVANCED,
         tooltip=(
             "Blocks outside the selection: drop ignores them, pool attends to the mean of each "
-            "(mostly closer to full attention, for 1 to 3 % of its work), weighted to a mean that "
-            "is weighted for the queries nearby (closer still)."
+            "(mostly closer to full attention, for up to 3 % of full attention's work), weighted "
+            "to a mean that is weighted for the queries nearby (closer still)."
         ),
     )
 
@@ -146,9 +146,9 @@ def dense_vace_blocks_input() -> io.Boolean.Input:
         optional=True,
         **ADVANCED,
         tooltip=(
-            "For VACE models: the extra blocks that read the control video keep full attention, "
-            "and only the main blocks run sparse. Try it if the result follows the control video "
-            "too loosely; it costs part of the speed. Other models have no such blocks."
+            "For VACE models: the extra layers that read the control video keep full attention, "
+            "and only the main layers run sparse. Try it if the result follows the control video "
+            "too loosely; it costs part of the speed. Other models have no such layers."
         ),
     )
 

@@ -251,14 +251,10 @@ def _with_config(
         return types, "sparge_attn"
     if own != "sparge_attn" and (config.sparge or config.sparge_ckpt):
         unused = "sparge true" if config.sparge else "sparge_ckpt"
-        instead = (
-            "auto on the node or sparge_attn"
-            if config.sparge
-            else "sparge true in the file, or sparge_attn as self_attn_1_type,"
-        )
+        instead = "auto or sparge_attn" if config.sparge else "sparge_attn"
         log.warning(
-            f"{file_name}: {unused} is not used, since self_attn_1_type is {own!r}; {instead} "
-            "uses it"
+            f"{file_name}: {unused} is not used, since self_attn_1_type is {own!r}; set that to "
+            f"{instead} to use it"
         )
     return types, None
 

@@ -39,7 +39,7 @@ FROM_THE_SAMPLER = (
     "every output of the model was finite, so neither attention nor the model made it: the sampler "
     "or its noise levels (sigmas) did, or a node that changes the model's outputs"
 )
-NEXT_TIME = "the next run with the same settings looks at every call"
+NEXT_TIME = "the next runs with the same settings look at every call"
 FROM_A_CACHE = "no attention call came in that step: a cache may keep it"
 
 
@@ -48,12 +48,13 @@ class NanWatch:
 
     Attributes:
         suspected: further runs that look at every call, since a NaN came that was not traced.
-        elsewhere: further runs whose NaN is none of the calls', since one was not.
+        elsewhere: kinds of runs whose latest NaN was none of the calls'.
         settled: kinds of forwards whose output was finite, or not and nothing was found.
     """
 
     def __init__(self) -> None:
-        self.suspected = self.elsewhere = 0
+        self.suspected = 0
+        self.elsewhere: set[Hashable] = set()
         self.settled: set[Hashable] = set()
 
 
@@ -172,11 +173,12 @@ class OutputCheck:
             found = _Output(None, finite, [], self.watched, self._looked_at, of_result=True)
             self._say("the sampler's result", found, watch)
             return
-        if self._record.ended_early:  # what was left out may have been it
-            return
-        watch.elsewhere = max(0, watch.elsewhere - 1)
-        if self.watched:
-            watch.suspected = RUNS if self.replaced else max(0, watch.suspected - 1)
+        if self.watched and self.replaced:
+            watch.suspected = RUNS
+        elif self.watched and not self._record.ended_early:
+            watch.suspected = max(0, watch.suspected - 1)
+        if not self._record.ended_early:  # what was left out may have been it
+            watch.elsewhere.discard(self._kind)
 
     @property
     def of_call(self) -> CheckCall | None:
@@ -198,6 +200,11 @@ class OutputCheck:
             log.warning(warning)
             self._record.note(warning)
 
+    @property
+    def _kind(self) -> Hashable:
+        """What tells samplers of one graph apart; once the model has run."""
+        return self._record.starts_inside, self._record.total_steps
+
     def _step(self, step: int | None) -> str:
         total = self._record.total_steps
         return "a step" if step is None else f"step {step + 1} of {total}"
@@ -210,7 +217,7 @@ class OutputCheck:
             why = CAME_IN
         elif found.of_result and 0 < self._known == self._forwards:
             why = FROM_THE_SAMPLER
-        elif watch.elsewhere:
+        elif self._kind in watch.elsewhere and not found.watched:
             why = FROM_ELSEWHERE
         elif not found.watched:
             who = self._record.ran_on()
@@ -219,7 +226,8 @@ class OutputCheck:
         elif not found.looked_at:
             why, suspected = FROM_A_CACHE, True
         elif not self.traced:
-            why, watch.elsewhere = FROM_ELSEWHERE, RUNS
+            why = FROM_ELSEWHERE
+            watch.elsewhere.add(self._kind)
         watch.suspected = RUNS if suspected else 0
         said = f"{what} is not finite (NaN), which makes a black video"
         self.say_once(f"{said}; {why}" if why else said)

@@ -205,7 +205,7 @@ def _steps(model: Any, choice: SparseChoice, steps: int) -> tuple[str, int]:
         return "No step stays dense.", steps
     told = ", ".join(dict.fromkeys(dense))
     if schedule.last_dense_timesteps < 0:
-        told += " (that one if the sampler goes down to no noise)"
+        told += " (the last one only if this sampler finishes the schedule)"
     return f"{len(dense)} of {steps} steps stay dense{said}: {told}.", steps - len(dense)
 
 

@@ -203,7 +203,7 @@ class RunRecord:
         not_run, taken = self.steps_without_calls()
         told = []
         if not_run:
-            why = "a cache, the sampler or a conditioning's range skipped them"
+            why = "a cache, the sampler or a conditioning's range left this out"
             told.append(f"the model did not run in {_steps(not_run)} ({why})")
         if taken:
             why = f"a cache or {self.attended_by or 'another attention patch'} took them"
@@ -245,7 +245,9 @@ class RunRecord:
         return "; ".join([*parts, times, *self._remarks()])
 
     def _backend_summary(self) -> str:
-        ran = f"dense attention on {self.model}: {self._backends()}; {self.seconds:.2f} s"
+        ran = (
+            f"dense attention on {self.model}: {self._backends()}; {self.seconds:.2f} s of sampling"
+        )
         return "; ".join([ran, *self._remarks()])
 
     def _remarks(self) -> list[str]:

@@ -174,8 +174,8 @@ def _say(record: RunRecord, choice: SparseChoice | None) -> None:
     schedule = choice.schedule
     if schedule.warmup_is_too_long(record.total_steps):
         record.note(
-            f"the preset's {schedule.dense_timesteps} dense steps would be half of this run's "
-            f"{record.total_steps} or more, so a quarter of them is dense "
+            f"the preset asks for {schedule.dense_timesteps} dense steps, too many for a run of "
+            f"{record.total_steps}, so a quarter of the steps is dense "
             f"({schedule.first_dense_steps(record.total_steps)})"
         )
     many = schedule.first_dense_steps(record.total_steps)
@@ -188,8 +188,9 @@ def _say(record: RunRecord, choice: SparseChoice | None) -> None:
         if record.goes_on:
             follows = "as it adds no noise, it seems to follow another one"
         record.note(
-            f"this sampler starts inside the noise schedule, and its first {many} of "
-            f"{record.total_steps} steps are dense all the same ({count}): {follows}, set that to 0"
+            f"this sampler starts inside the noise schedule, and still {many} of its "
+            f"{record.total_steps} steps stayed dense at its start ({count}): {follows}, set {own} "
+            "to 0 on this sampler's node"
         )
     last = min(schedule.last_dense_timesteps, record.total_steps)
     not_run, _ = record.steps_without_calls()

@@ -108,5 +108,8 @@ def _is_near(way: TimedWay, exact: TimedWay) -> bool:
     error = float((way.sample - exact.sample).norm() / exact.sample.norm())
     if error <= INT8_MAX_ERROR:
         return True
-    log.info(f"{way.full_name} is faster, but not taken: it is off by {error:.2g}")
+    log.info(
+        f"{way.full_name} is faster, but not used: its result is off by {error:.0%} (at most "
+        f"{INT8_MAX_ERROR:.0%} is allowed)"
+    )
     return False

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .compiled import uncompiled
+from .shared import Shared
 
 PATCHES_KEY = "patches"
 AFTER_MAIN_BLOCK = "double_block"
@@ -20,7 +21,7 @@ def has_vace_blocks(model: nn.Module) -> bool:
     return bool(len(getattr(model, "vace_blocks", ())))
 
 
-class VaceBlocks:
+class VaceBlocks(Shared):
     """Which self-attention calls of one forward come from VACE blocks.
 
     ComfyUI says when a main block is over, run or skipped: it calls the "double_block" patches.

@@ -106,8 +106,11 @@ def _assign_topk(importance: Tensor, segments: list[tuple[int, int]], out: Tenso
     # Importance is not negative, so its bits order like integers; the block number below them
     # makes every key unique. A selection then ranks like a stable sort at a third of the cost.
     backwards = torch.arange(num_k_blocks - 1, -1, -1, device=importance.device)
-    keys = (importance.view(torch.int32).to(torch.int64) << 32) | backwards
-    blocks = keys.topk(selected, dim=-1).indices
+    if importance.device.type == "mps":  # its topk reads 32 bits of whole numbers
+        blocks = importance.sort(dim=-1, descending=True, stable=True).indices[..., :selected]
+    else:
+        keys = (importance.view(torch.int32).to(torch.int64) << 32) | backwards
+        blocks = keys.topk(selected, dim=-1).indices
     out.scatter_(-1, blocks, by_rank.expand(blocks.shape))
 
 

@@ -196,8 +196,9 @@ class PsaPolicy:
         )
         if self._may_empty_rows(levels.shape[-1]):
             keep_best_block(levels, importance)
-        # Skipping what is no number would hide it from the checks of outputs.
-        return levels.masked_fill_(importance.isnan(), 1)
+        # Skipping what is no number would hide it from the checks of outputs. A row's importance is
+        # divided by its sum: all of it is none, or nothing.
+        return levels.masked_fill_(importance[..., :1].isnan(), 1)
 
     def _with_text(self, levels: Tensor, layout: TokenLayout, *, packed: bool) -> BlockPlan:
         keep_text(levels, layout, block_m=self.block_m, block_n=self.block_n)

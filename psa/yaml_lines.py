@@ -15,6 +15,7 @@ MAX_BYTES = 2**20
 # With anchors written out; the bundled presets have about 600.
 MAX_ENTRIES = 50_000
 MAX_NUMBER_BITS = 1000
+MERGE = "tag:yaml.org,2002:merge"
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,7 @@ class _Reader:
             self._open.pop()
 
     def _mapping(self, node: Any, path: Path) -> dict[Any, Any]:
-        if id(node) not in self._flat:
-            self._flat.add(id(node))
-            self._refuse_duplicates(node, path)
-            # Resolves "<<"; what was merged in comes first, so the mapping's own keys win.
-            self._loader.flatten_mapping(node)
+        self._flatten(node, path)
         mapping = {}
         for key_node, value_node in node.value:
             key = self._key(key_node, path)
@@ -148,6 +145,41 @@ class _Reader:
             self._lines[key_path] = key_node.start_mark.line + 1
             mapping[key] = self.read(value_node, key_path)
         return mapping
+
+    def _flatten(self, node: Any, path: Path) -> None:
+        """Resolve "<<": what is merged in stands before the mapping's own pairs, so these win.
+
+        PyYAML's own way mistakes keys of one letter for each other.
+        """
+        import yaml
+
+        if id(node) in self._flat:
+            return
+        self._flat.add(id(node))
+        self._refuse_duplicates(node, path)
+        own = [pair for pair in node.value if pair[0].tag != MERGE]
+        known = {self._key(key_node, path) for key_node, _ in own}
+        merged = []
+        for key_node, value_node in node.value:
+            if key_node.tag != MERGE:
+                continue
+            is_list = isinstance(value_node, yaml.SequenceNode)
+            for source in value_node.value if is_list else [value_node]:
+                if not isinstance(source, yaml.MappingNode):
+                    raise ValueError(
+                        f"{self._at(source, path)}: only a mapping can be merged by <<"
+                    )
+                if any(source is outer for outer in self._open):
+                    raise ValueError(f"{self._at(source, path)}: an anchor must not contain itself")
+                self._open.append(source)
+                self._flatten(source, path)
+                self._open.pop()
+                for pair in source.value:  # of several mappings the first wins
+                    key = self._key(pair[0], path)
+                    if key not in known:
+                        known.add(key)
+                        merged.append(pair)
+        node.value = merged + own
 
     def _key(self, node: Node, path: Path) -> Hashable:
         import yaml
@@ -174,7 +206,7 @@ class _Reader:
     def _refuse_duplicates(self, node: Any, path: Path) -> None:
         first: dict[Hashable, int] = {}
         for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
+            if key_node.tag == MERGE:
                 continue
             key = self._key(key_node, path)
             line = key_node.start_mark.line + 1

@@ -29,13 +29,14 @@ class Library:
 
     def install_hint(self) -> str:
         """How to install it on this system."""
-        return f"to install it, {self.windows if platform.system() == 'Windows' else self.linux}"
+        return f"to install it: {self.windows if platform.system() == 'Windows' else self.linux}"
 
     def unavailable_because(self, broken: str | None, no_device: str | None) -> str | None:
-        """The whole reason against using it: what is wrong with it, how to install it, the GPU."""
+        """The whole reason against using it: the GPU, what is wrong with it, how to install it."""
         if broken is not None:
             broken = f"{broken}; {self.install_hint()}"
-        return "; ".join(reason for reason in (broken, no_device) if reason) or None
+        # First what no installation changes.
+        return "; ".join(reason for reason in (no_device, broken) if reason) or None
 
     def probe(self, load: Callable[[], T]) -> tuple[T | None, str | None]:
         """What `load` returns and None, or None and why the library cannot be used."""

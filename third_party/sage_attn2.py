@@ -24,7 +24,8 @@ _VERSION_2 = Constraints(
 )
 _VERSION_1 = Constraints(
     device_types=("cuda", "rocm"),
-    # Triton 3.3 and newer compile its products of int8 for nothing older.
+    # Triton 3.3 and newer compile its products of int8 for nothing older, and 3.1 and 3.2, of
+    # PyTorch 2.4 to 2.6, its bf16 output.
     min_capability=(8, 0),
     dtypes=(torch.float16, torch.bfloat16, torch.float32),
     head_dims=(64, 96, 128),

@@ -95,7 +95,7 @@ def test_a_missing_library_falls_back_or_stops_as_asked(models, set_backends, sa
     assert DENSE_BACKENDS["flash_attn3"].unavailable() is not None
     patched = set_backends(model, self_attn_1_type="flash_attn3")
     (warning,) = [s for s in run_lines() if "flash_attn3 for self_attn_1_type falls back to" in s]
-    assert "flash_attn_3 is not installed; to install it, " in warning
+    assert "flash_attn_3 is not installed; to install it: " in warning
     assert torch.equal(sample(patched), sample(model))
     (reason,) = run_history(patched).latest.notes
     # What no installing would change comes first.
@@ -244,6 +244,7 @@ def test_sparge_of_a_file_that_the_node_overrules_is_said(
     options = patched.model_options["transformer_options"]
     assert (options["sparse_video_attention"].sparse is None) == bool(inputs)
     said = "attention.json: sparge true is not used, since self_attn_1_type is 'torch_sdpa'"
+    said += "; set that to auto or sparge_attn to use it"
     assert sum(said in line for line in run_lines()) == bool(inputs)
 
 

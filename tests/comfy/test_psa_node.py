@@ -104,8 +104,10 @@ def test_a_preset_warm_up_longer_than_the_run_is_scaled_and_said(models, patch, 
     sample(patched)
     assert {call.step for call in sparse_calls(patched)} == {1, 2, 3}
     (said,) = run_history(patched).latest.notes
-    assert said.startswith("the preset's 15 dense steps would be half of this run's 4 or more")
-    assert said.endswith("so a quarter of them is dense (1)") and said in run_lines()[-1]
+    assert said.startswith(
+        "the preset asks for 15 dense steps, too many for a run of 4, so a quarter"
+    )
+    assert said.endswith("so a quarter of the steps is dense (1)") and said in run_lines()[-1]
 
 
 @pytest.mark.parametrize(

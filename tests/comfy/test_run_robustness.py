@@ -123,7 +123,7 @@ def test_loading_the_model_is_no_part_of_sampling(model, install_band, sample, m
     prepare = comfy.sampler_helpers.prepare_sampling
 
     def slow(*args, **kwargs):
-        time.sleep(5)
+        time.sleep(1)
         return prepare(*args, **kwargs)
 
     monkeypatch.setattr(comfy.sampler_helpers, "prepare_sampling", slow)
@@ -131,7 +131,7 @@ def test_loading_the_model_is_no_part_of_sampling(model, install_band, sample, m
     began = time.perf_counter()
     sample(patched)
     whole = time.perf_counter() - began
-    assert 0 < run_history(patched).latest.seconds <= whole - 5
+    assert 0 < run_history(patched).latest.seconds <= whole - 1
 
 
 def test_the_error_that_ends_a_run_is_the_models_own(

@@ -87,7 +87,9 @@ def test_two_samplers_that_split_a_schedule_count_their_own_steps(
     assert not notes[0]
     assert bool(notes[1]) == (low["dense_timesteps"] != 0)
     if notes[1]:
-        said = "starts inside the noise schedule, and its first 1 of 4 steps are dense all the same"
+        said = (
+            "starts inside the noise schedule, and still 1 of its 4 steps stayed dense at its start"
+        )
         own = low["dense_timesteps"] == -1
         count = "dense_timesteps -1" if own else "as its node is set"
         assert f"{said} ({count}): as it adds no noise, it seems to follow" in notes[1][0]
@@ -115,7 +117,9 @@ def test_a_new_video_from_another_ones_latent_may_mean_its_dense_steps(
     advanced(run, empty(), steps=8, start=4)
     notes = "; ".join(run_history(run.model).latest.notes)
     assert run.sparse == [False, True, True, True]
-    assert ("if it follows another one, set that to 0" in notes) == (count == -1)
+    assert ("if it follows another one, set dense_timesteps to 0 on this sampler" in notes) == (
+        count == -1
+    )
 
 
 @pytest.mark.parametrize(("warmup_steps", "said"), [(-1, True), (1, True), (0, False)])
@@ -132,7 +136,7 @@ def test_a_preset_s_warm_up_that_comes_again_is_said(
     half_way = advanced(first, empty((1, 16, 6, 16, 20)), steps=8, end=4, leftover=True)
     advanced(second, half_way, steps=8, start=4, first=False)
     count = "warmup_steps -1" if warmup_steps == -1 else "as its node is set"
-    again = f"its first 1 of 4 steps are dense all the same ({count})"
+    again = f"still 1 of its 4 steps stayed dense at its start ({count})"
     notes = ["; ".join(run_history(each.model).latest.notes) for each in (first, second)]
     assert again not in notes[0] and (again in notes[1]) == said
 

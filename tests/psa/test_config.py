@@ -175,6 +175,13 @@ Mine:
 """
 
 
+def test_what_is_merged_and_merged_again_keeps_its_own_ratios(preset_file):
+    """Levels are keys of one letter, which PyYAML's own merging takes for each other."""
+    text = ALIASED.replace("mask_ratios: *s}", "mask_ratios: {<<: *s}}")
+    presets = load_presets(preset_file(text))["Mine"]
+    assert presets["d"].mask_ratios == {1: (0.0, 0.1), 2: (0.1, 0.2)}
+
+
 def test_what_an_anchor_with_a_merge_stands_for_can_be_used_again(preset_file):
     """The second time its merged keys stand beside its own, which are no duplicates."""
     presets = load_presets(preset_file(ALIASED))["Mine"]

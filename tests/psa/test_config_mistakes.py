@@ -132,6 +132,12 @@ MISTAKES = {
     "undefined-anchor": (preset(PSA + "mask_mode: *mine"), "line 6, column 18: found undefined"),
     "nul": ("S:\0", "line 1, column 3: the character U+0000 is not allowed"),
     "control": ("S:\n  b: x\x0by", "line 2, column 7: the character U+000B is not allowed"),
+    "merged-twice-given": (
+        "S:\n  a: {<<: &m {x: 1, x: 2}}",
+        "line 2 (in S > a): key 'x' is already given in line 2",
+    ),
+    "merges-itself": ("S: &s\n  <<: *s", "line 1 (in S): an anchor must not contain itself"),
+    "merged-text": ("S: {<<: x}", "line 1 (in S): only a mapping can be merged by <<"),
     "endless-level": (
         preset(f"type: psa\nmask_ratios: {{? '{'9' * 5000}' : [0, 0.5]}}"),
         "line 5, " + IN_PRESET + "field 'mask_ratios.",

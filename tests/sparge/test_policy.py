@@ -239,6 +239,8 @@ def test_published_checkpoint_makes_a_plan_per_layer():
         ("block_n", 48),
         ("attention_sink", "false"),
         ("attention_sink", 1),
+        ("halves_in_small_frames", "no"),
+        ("alternate_orders", 0),
     ],
     ids=str,
 )

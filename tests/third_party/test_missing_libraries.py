@@ -39,7 +39,7 @@ def test_a_broken_wheel_is_a_reason(name, code, broken_wheel, qkv):
     reason = backend.unavailable()
     text = code.partition("'")[2].rpartition("'")[0].replace("\\n ", " ") or "a_module_nobody_has"
     assert "does not work" in reason and text in reason and "\n" not in reason
-    assert "to install it, " in reason
+    assert "to install it: " in reason
     with pytest.raises(ValueError, match="cannot run"):
         backend.run(*qkv())
 
@@ -54,7 +54,7 @@ def test_a_missing_library_is_a_reason_with_an_instruction(name, system, monkeyp
     backend = replace(DENSE_BACKENDS[name])
     reason = backend.unavailable()
     hint = backend.library.linux if system == "Linux" else backend.library.windows
-    assert "is not installed; to install it, " in reason and hint in reason
+    assert "is not installed; to install it: " in reason and hint in reason
 
 
 @pytest.mark.parametrize("no_device", [None, "it needs a GPU of another kind"])
@@ -75,7 +75,7 @@ def test_flash_attention_2_is_not_there_where_only_version_4_is(broken_wheel):
     folder = next(Path(path) for path in sys.path if (Path(path) / "flash_attn").is_dir())
     (folder / "flash_attn" / "__init__.py").unlink()
     reason = replace(DENSE_BACKENDS["flash_attn2"]).unavailable()
-    assert "only FlashAttention 4 is installed; to install it, " in reason
+    assert "only FlashAttention 4 is installed; to install it: " in reason
     no_gpu_here = replace(DENSE_BACKENDS["flash_attn4"]).unavailable() or ""
     assert "install" not in no_gpu_here
 
@@ -84,7 +84,7 @@ def test_xformers_without_its_compiled_part_is_a_reason(stand_in):
     stand_in("xformers", _has_cpp_library=False)
     stand_in("xformers.ops", memory_efficient_attention=None)
     reason = replace(DENSE_BACKENDS["xformers"]).unavailable()
-    assert "is built for another torch or CUDA release; to install it, pip install x" in reason
+    assert "is built for another torch or CUDA release; to install it: pip install x" in reason
 
 
 def test_comfy_kitchen_without_the_call_says_what_to_do(stand_in):

@@ -232,5 +232,5 @@ def test_a_named_implementation_that_is_missing_says_why_and_how(machine, monkey
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "flash_attention_4")
     with pytest.raises(ValueError, match=f"{ENVIRONMENT_VARIABLE} 'flash_attention_4' cannot run"):
         who_ran()
-    with pytest.raises(ValueError, match="to install it, "):
+    with pytest.raises(ValueError, match="to install it: "):
         find_backend("xformers")

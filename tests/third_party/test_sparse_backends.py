@@ -185,7 +185,7 @@ def test_a_broken_wheel_is_a_reason(name, error, broken_wheel):
     broken_wheel(package, f"raise {error}('undefined symbol: cudaLaunch')")
     reason = replace(SPARSE_BACKENDS[name]).unavailable()
     assert f"{package} does not work: {error}: undefined symbol: cudaLaunch" in reason
-    assert "to install it, " in reason
+    assert "to install it: " in reason
 
 
 def test_they_are_kernels_and_say_why_they_do_not_run(qkv):
