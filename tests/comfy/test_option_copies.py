@@ -51,6 +51,18 @@ def test_options_can_be_copied_deeply_while_a_run_goes_on(
     assert "3 of 4 layers sparse" in run_lines()[-1]
 
 
+def test_copies_share_what_is_known_of_compiled_graphs_and_runs(model, install_band):
+    patched = install_band(model)
+    copied = copy.deepcopy((patched.wrappers, patched.attachments))
+    for found, own in zip(copied, (patched.wrappers, patched.attachments), strict=True):
+        assert found.keys() == own.keys()
+    ours = [w for kind in patched.wrappers.values() for group in kind.values() for w in group]
+    theirs = [w for kind in copied[0].values() for group in kind.values() for w in group]
+    stale = [(a, b) for a, b in zip(ours, theirs, strict=True) if type(a).__name__ == "StaleGraphs"]
+    assert stale and all(a is b for a, b in stale)
+    assert all(copied[1][key] is value for key, value in patched.attachments.items())
+
+
 def test_what_a_patched_model_carries_can_be_sent_elsewhere(model, install_band):
     patched = install_band(model)
     for carried in (patched.model_options, patched.wrappers, patched.attachments):
