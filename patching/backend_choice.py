@@ -235,7 +235,8 @@ def _with_config(
         ValueError: the file names two sparse methods for one place.
     """
     if config.ignored:
-        log.info(f"{file_name}: keys not about attention are ignored: {config.ignored}")
+        ignored = ", ".join(config.ignored)
+        log.info(f"{file_name}: keys not about attention are ignored: {ignored}")
     types = {
         site: config.types.get(site.value, AUTO) if name == AUTO else name
         for site, name in inputs.items()

@@ -76,9 +76,8 @@ def _prepare_sparse(
     elif choice.policy.is_static:
         state.plan = plans.plan(cast(StaticPolicy, choice.policy), layout, device)
         state.plan.density()  # read here, once per plan: it waits for the device
-    advice = advice_of(choice.policy, layout, state.plan)
-    if advice is not None and state.run is not None and not tokens.frame_by_frame:
-        state.run.record.note(advice)
+    if state.run is not None and not tokens.frame_by_frame:
+        state.run.record.advise(advice_of(choice.policy, layout, state.plan))
 
 
 def _order_for_whole_forward(

@@ -33,8 +33,9 @@ class _Mark(NamedTuple):
             return float("inf"), float("inf")
         allowed = _TOLERANCE * (1 + self.values.abs())
         distances = ((self.values - other.values).abs() / allowed).nan_to_num(nan=float("inf"))
-        # A latent of NaN is of the run that made it.
+        # A latent of NaN or infinities is of the run that made it.
         distances[self.values.isnan() & other.values.isnan()] = 0.0
+        distances[self.values == other.values] = 0.0
         return float(distances[_later_frames(self.shape)].max()), float(distances.mean())
 
 

@@ -21,6 +21,7 @@ from .preview_picture import plan_picture
 from .report import UNPATCHED
 from .run import noise_bounds
 from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice, StaticPolicy, advice_of
+from .vace import has_vace_blocks
 
 # What ComfyUI's text encoders of these models give at least.
 WAN_TEXT, COGVIDEOX_TEXT = 512, 226
@@ -222,11 +223,12 @@ def _gain(
     """sparse_steps: their share, 0 to 1. at_most: said of the gain."""
     work = layer_operations(net, family, tokens, text_tokens)
     sparse_layers, layers = layer_calls(net, choice.schedule)
+    among = " (VACE's own among them)" if has_vace_blocks(net) else ""
     saved = sparse_steps * sparse_layers / layers * (1 - plan.density())
     speedup = work.speedup(saved)
     return _Gain(
         speedup,
-        f"{sparse_layers} of {layers} layers may run sparse. Attention is "
+        f"{sparse_layers} of {layers} layers{among} may run sparse. Attention is "
         f"{work.attention_share:.0%} of a dense step's operations, of which {1 - saved:.0%} "
         f"remain: {at_most}{speedup:.2f}x as fast, if all operations take equally long.",
     )

@@ -63,6 +63,7 @@ class RunRecord:
         starts_inside: the sampler starts where another one may have stopped.
         goes_on: it does, and adds no noise: another one seems to have stopped there.
         attended_by: what may have kept calls from this pack, where it could be seen.
+        advice: what a person might choose instead, if anything runs sparse.
     """
 
     method: str
@@ -80,6 +81,7 @@ class RunRecord:
     starts_inside: bool = False
     goes_on: bool = False
     attended_by: str | None = None
+    advice: list[str] = field(default_factory=list)
     seconds: float = 0.0
     forward_steps: set[int | None] = field(default_factory=set)
     _warned: set[str] = field(default_factory=set)
@@ -132,6 +134,11 @@ class RunRecord:
         with self._lock:
             if text not in self.notes:
                 self.notes.append(text)
+
+    def advise(self, text: str | None) -> None:
+        with self._lock:
+            if text is not None and text not in self.advice:
+                self.advice.append(text)
 
     def first_time(self, warning: str) -> bool:
         """Whether a warning has not been given in this run yet."""
@@ -219,10 +226,11 @@ class RunRecord:
             where += f", {' then '.join(self.layouts)} tokens"
         if not self.forwards:
             return "; ".join([f"{where}: {self.no_forward}", *self._remarks()])
+        if not self.calls and self.ended_early:
+            return "; ".join([f"{where}: no self-attention call had come yet", *self._remarks()])
         if not self.calls:
             nothing = f"{where}: no self-attention call reached this pack"
-            if not self.ended_early:
-                nothing += f"; {self.attended_by} took them all" if self.attended_by else _TAKEN
+            nothing += f"; {self.attended_by} took them all" if self.attended_by else _TAKEN
             return "; ".join([nothing, *self._remarks()])
         sparse = self.sparse()
         if sparse.calls:

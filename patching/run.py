@@ -20,7 +20,7 @@ from .record import RunRecord
 from .replaced import who_attends
 from .sampler_steps import NOISE, SIGMAS, SamplerSteps
 from .schedule import NoiseBounds, Schedule
-from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice
+from .settings import KEPT_ALL, SETTINGS_KEY, AttentionSettings, SparseChoice
 from .shared import Shared
 
 if TYPE_CHECKING:
@@ -200,6 +200,12 @@ def _say(record: RunRecord, choice: SparseChoice | None) -> None:
             f"last_dense_timesteps {schedule.last_dense_timesteps} had no effect: the model did "
             "not run in the last steps"
         )
+    sparse = record.sparse()
+    if sparse.calls and sparse.density > KEPT_ALL and not choice.policy.is_static:
+        record.note("every block was kept, which gains nothing")
+    elif sparse.calls:
+        for advice in record.advice:
+            record.note(advice)
     log.log(logging.WARNING if record.was_bypassed() else logging.INFO, record.summary())
     level = logging.INFO if choice.verbose else logging.DEBUG
     if log.isEnabledFor(level):

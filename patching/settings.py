@@ -18,6 +18,8 @@ from .schedule import Schedule
 SETTINGS_KEY = "sparse_video_attention"
 # In place of a backend's name, as the node's inputs have it: whoever is timed to be.
 FASTEST = "fastest"
+# A density above it is 1: means in fp32 of that many ones.
+KEPT_ALL = 1 - 1e-6
 
 
 class AttentionSite(enum.Enum):
@@ -92,9 +94,8 @@ def advice_of(
     Args:
         plan: the one of every call, if the policy is static.
     """
-    # Means in fp32 of that many ones.
-    if plan is not None and plan.density() > 1 - 1e-6:
-        return f"{policy.name} keeps every block at this size, which gains nothing"
+    if plan is not None and plan.density() > KEPT_ALL:
+        return f"{policy.name} keeps every block at {layout} tokens, which gains nothing"
     advice = getattr(policy, "advice", None)
     return None if advice is None else advice(layout)
 

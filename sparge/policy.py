@@ -174,7 +174,7 @@ class SpargePolicy:
         halves = (block_m, block_n) != (self.block_m, self.block_n)
         said = f"a frame of {frame} tokens is small: "
         parts = [f"blocks are {block_m}x{block_n}"] if halves else []
-        by_topk = self.checkpoint is None and self.cdfthreshd is None
+        by_topk = self.density_is_fixed
         large = block_m * block_n > HALVES[0] * HALVES[1]
         if by_topk and self.topk < CLOSER and frame <= (SMALL_FRAME if large else SMALLEST_FRAME):
             parts += [f"topk {CLOSER:g} stays closer to the original"]

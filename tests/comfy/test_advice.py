@@ -18,7 +18,7 @@ from .conftest import patch
 pytestmark = pytest.mark.comfy
 
 CLOSER = "topk 0.5 stays closer to the original"
-KEEPS_ALL = "radial keeps every block at this size, which gains nothing"
+KEEPS_ALL = "radial keeps every block at {} tokens, which gains nothing"
 WAN_480P, WAN_22_5B = (1, 16, 21, 60, 104), (1, 16, 31, 44, 80)
 
 
@@ -121,16 +121,33 @@ def test_a_mask_that_keeps_everything_is_said(models, preview, sample):
         inputs = {"min_tokens": 0, "block_size": 64, "decay_factor": decay_factor}
         model = patch(models("wan"), "PatchRadialAttention", **inputs)
         shape = (1, 16, 2, 16, 20) if said else (1, 16, 9, 16, 20)
-        assert (KEEPS_ALL in preview(model, shape)[3]) is said
+        text = KEEPS_ALL.format("2x8x10")
+        assert (text in preview(model, shape)[3]) is said
         sample(model, shape=shape)
-        assert (KEEPS_ALL in run_line(model)) is said
+        assert (text in run_line(model)) is said
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ({"simthreshd1": 1.0}, "every block was kept, which gains nothing"),
+        ({"topk": 1.0}, "every block was kept, which gains nothing"),
+        ({"dense_layers": "0-3"}, "nothing ran sparse"),
+    ],
+    ids=str,
+)
+def test_what_kept_everything_or_never_ran_is_not_told_to_keep_more(inputs, said, models, sample):
+    model = patch(models("wan"), "PatchSpargeAttention", **({"min_tokens": 0} | inputs))
+    sample(model, shape=(1, 16, 6, 16, 20))
+    assert said in run_line(model) and CLOSER not in run_line(model)
 
 
 def test_a_density_that_is_rounded_below_1_is_everything():
     layout, policy = TokenLayout(2, 64, 41), RadialPolicy(decay_factor=2.0)
     plan = policy.static_plan(layout, torch.device("cpu"))
     assert plan.num_q_blocks == 41 and bool((plan.to_levels() == 1).all())
-    assert advice_of(policy, layout, plan) == KEEPS_ALL
+    assert advice_of(policy, layout, plan) == KEEPS_ALL.format("2x64x41")
 
 
 @pytest.mark.parametrize(("name", "bound"), [("wan", False), ("cogvideox", True)])

@@ -126,8 +126,10 @@ def test_layers_of_cogvideox_that_have_to_be_counted(cogvideox, conditioning, in
     assert layers == [0, 1, 2] * record.forwards
     assert {call.layer for call in record.calls if call.reason is None} == {0, 2}
     assert record.layouts == [f"{grid} (20 before)" for grid in companion.grids]
-    (said,) = record.notes
-    assert "keeps every block at this size" in said
+    assert record.notes == [
+        f"band keeps every block at {layout} tokens, which gains nothing"
+        for layout in record.layouts
+    ]
 
 
 def test_the_model_itself_is_as_it_was(load_model, model, unpatched, patched_run, conditioning):

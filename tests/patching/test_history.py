@@ -123,3 +123,15 @@ def test_a_latent_that_cannot_be_read_costs_no_record(monkeypatch):
     history.add(record, result)
     monkeypatch.undo()
     assert history.latest is record and history.run_of(result) is None
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_a_latent_that_is_not_finite_is_of_the_run_that_made_it(bad):
+    """That run's report is the one a person wants."""
+    latent = torch.randn(1, 16, 5, 16, 20, generator=torch.Generator().manual_seed(0))
+    latent[..., ::2] = bad
+    history, record = RunHistory(), RunRecord("bad")
+    history.add(RunRecord("another"), torch.zeros_like(latent))
+    history.add(record, latent)
+    assert history.run_of(latent.clone()) is record
+    assert history.run_of(latent.nan_to_num(1.0, 1.0, 1.0)) is not record

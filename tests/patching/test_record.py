@@ -80,4 +80,4 @@ def test_who_may_have_kept_calls_is_named():
     made = record([0, 1, 2], range(3, 10), attended_by="other of Some-Pack")
     assert "in steps 4-10 (a cache or other of Some-Pack took them)" in made.summary()
     stopped = record([], [0], ended_early=True, attended_by="other of Some-Pack")
-    assert stopped.summary().endswith("reached this pack; the run ended early")
+    assert stopped.summary().endswith("no self-attention call had come yet; the run ended early")
