@@ -11,6 +11,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 # Its kernel's own tiles, which have to divide the blocks of the mask.
 _TILE_M, _TILE_N = 128, 64
+# In ComfyUI a process lives as long as its person works.
+MAX_SHAPES = 256
 
 
 @once_per_plan
@@ -55,6 +58,14 @@ def compiled_flex_attention() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
+def _a_graph_for_every_shape() -> AbstractContextManager[None]:
+    """A graph is of one shape, and torch.compile raises at the ninth unless it is told to go on."""
+    config: Any = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    patched: AbstractContextManager[None] = config.patch(**{limit: MAX_SHAPES})
+    return patched
+
+
 def load() -> Callable[[KernelCall], Tensor]:
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -67,14 +78,15 @@ def load() -> Callable[[KernelCall], Tensor]:
     def attend(call: KernelCall) -> Tensor:
         plan = call.plan
         tiles = {"BLOCK_M": min(_TILE_M, plan.block_m), "BLOCK_N": min(_TILE_N, plan.block_n)}
-        return compiled_flex_attention()(
-            call.q,
-            call.k,
-            call.v,
-            block_mask=flex_block_mask(plan),
-            scale=call.scale,
-            kernel_options=tiles,
-        )
+        with _a_graph_for_every_shape():
+            return compiled_flex_attention()(
+                call.q,
+                call.k,
+                call.v,
+                block_mask=flex_block_mask(plan),
+                scale=call.scale,
+                kernel_options=tiles,
+            )
 
     return attend
 

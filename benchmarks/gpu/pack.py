@@ -27,6 +27,9 @@ WHEELS = (
     "torchsde==0.2.6",
     "trampoline==0.1.2",
     "sageattention==1.0.6",
+    # Of the tests.
+    "hypothesis==6.170.17",
+    "sortedcontainers==2.4.0",
 )
 FLASH4_WHEELS = (
     "flash-attn-4==4.0.0b36",

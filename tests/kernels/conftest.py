@@ -1,11 +1,13 @@
 """Running the Triton kernels: in the interpreter everywhere, and on the GPU where there is one."""
 
+import functools
 import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 from sparse_video_attention.kernels import block_sparse_attention
+from sparse_video_attention.kernels.triton_launch import architecture, launch_for
 
 # Its asserts then say what was compared, as those of tests do.
 pytest.register_assert_rewrite(f"{__package__}.torch_ways")
@@ -61,16 +63,29 @@ class AttentionOnGpu:
 
     def __call__(self, q, k, v, plan, *, settings=None, **kwargs):
         for name, value in (settings or {}).items():
+            if name.endswith(":INTERPRETER"):
+                name, value = f"{LAUNCHES}:launch_for", functools.partial(_always, value)
             self._monkeypatch.setattr(name.replace(":", "."), value)
+        precision = kwargs.get("precision", "auto")
+        arch, (head_dim, block_m) = architecture(torch.device("cuda")), (q.shape[-1], plan.block_m)
+        if precision in ("int8", "fp8") and launch_for(arch, head_dim, precision, block_m) is None:
+            pytest.skip(f"this GPU has no {precision}")
         dtype = torch.float16 if q.dtype == torch.float32 else q.dtype
-        q, k, v = (on_gpu(x).to(dtype) for x in (q, k, v))
+        q, k, v = (on_gpu(x, dtype) for x in (q, k, v))
         out = block_sparse_attention(q, k, v, plan.on_device("cuda"), kernel="triton", **kwargs)
         return out.cpu()
 
 
-def on_gpu(x):
+LAUNCHES = "sparse_video_attention.kernels.triton_forward"
+
+
+def _always(launch, *call):
+    return launch
+
+
+def on_gpu(x, dtype):
     """x with its strides: .to() would make it contiguous where it is expanded."""
-    storage = x.new_empty(0).set_(x.untyped_storage()).cuda()
+    storage = x.new_empty(0).set_(x.untyped_storage()).cuda().to(dtype)
     return storage.as_strided(x.shape, x.stride(), x.storage_offset())
 
 

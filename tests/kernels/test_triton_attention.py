@@ -203,7 +203,7 @@ def test_groups_of_heads_change_nothing(triton_attention, limit):
     levels = random_levels(2, 3, 20, 64, 64, 32, (2, 4, 8), seed=5)
     plan = BlockPlan.from_levels(levels, block_m=64, block_n=32, q_len=20, k_len=64)
     module = "sparse_video_attention.kernels.triton_scratch:"
-    settings = {module + name: value for name, value in limit.items()}
+    settings = {module + name: value for name, value in {"GPU_SHARE": 0.0, **limit}.items()}
     out = triton_attention(q, k, v, plan, settings=settings)
     want = reference_attention(q, k, v, plan)
     assert relative_error(out, want) < triton_attention.tolerance[torch.float32]

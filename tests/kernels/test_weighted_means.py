@@ -114,7 +114,8 @@ def test_triton_in_8_bits_is_near_the_definition(triton_attention, case, precisi
 def test_head_by_head_is_the_same(triton_attention):
     q, k, v = inputs(2, 2, 150, 300, 64)
     plan = plan_for(150, 300, 64, 64, 1, extents=(2, 2))
-    limit = {"sparse_video_attention.kernels.triton_scratch:SCRATCH_BYTES": 1}
+    scratch = "sparse_video_attention.kernels.triton_scratch:"
+    limit = {f"{scratch}SCRATCH_BYTES": 1, f"{scratch}GPU_SHARE": 0.0}
     at_once = triton_attention(q, k, v, plan)
     assert torch.equal(triton_attention(q, k, v, plan, settings=limit), at_once)
 

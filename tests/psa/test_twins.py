@@ -12,6 +12,7 @@ from sparse_video_attention.kernels import TokenLayout, triton_launch
 from sparse_video_attention.psa import (
     PsaPolicy,
     assign_levels,
+    importance,
     importance_tiles,
     triton_levels,
 )
@@ -179,7 +180,7 @@ def test_hopper_takes_a_warpgroup_and_amd_of_the_same_number_does_not(monkeypatc
     [(128, 128, torch.bfloat16), (32, 64, torch.float16)],
     ids=["n128-D128-bf16", "n32-D64-fp16"],
 )
-def test_plan_on_a_gpu_is_the_plan_on_the_cpu(mask_mode, block_n, head_dim, dtype):
+def test_plan_on_a_gpu_is_the_plan_on_the_cpu(mask_mode, block_n, head_dim, dtype, monkeypatch):
     ratios = ((1, (0.0, 0.2)), (2, (0.2, 0.4)), (4, (0.4, 0.6)), (8, (0.6, 0.8)))
     policy = PsaPolicy(ratios, mask_mode, block_n=block_n, sim_thresholds=SimThresholds(0, 0, 0))
     layout = TokenLayout(7, 24, 31, prefix_tokens=226)
@@ -190,8 +191,12 @@ def test_plan_on_a_gpu_is_the_plan_on_the_cpu(mask_mode, block_n, head_dim, dtyp
         .transpose(1, 2)
         for _ in range(2)
     )
-    want = policy.plan(q, k, layout, layer=0, scale=0.1).to_levels()
-    q, k = q.cuda(), k.cuda()
+    q_there, k_there = q.cuda(), k.cuda()
+    in_8_bits = importance.scores_in_8_bits(q_there.device)
+    with monkeypatch.context() as patched:
+        patched.setattr(importance, "scores_in_8_bits", lambda device: in_8_bits)
+        want = policy.plan(q, k, layout, layer=0, scale=0.1).to_levels()
+    q, k = q_there, k_there
     policy.plan(q, k, layout, layer=0, scale=0.1)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -12,6 +12,7 @@ from sparse_video_attention.kernels import (
 )
 from sparse_video_attention.kernels.attention import candidates
 from sparse_video_attention.kernels.registry import KernelCall
+from sparse_video_attention.third_party import flex
 from sparse_video_attention.third_party.sparse_kernels import SPARSE_BACKENDS
 
 from .conftest import exact, random_plan
@@ -199,3 +200,21 @@ def test_they_are_kernels_and_say_why_they_do_not_run(qkv):
         assert "which this machine does not have" in listed[name]
         with pytest.raises(ValueError, match=f"kernel '{name}' cannot serve this call"):
             block_sparse_attention(call.q, call.k, call.v, plan, kernel=name)
+
+
+def test_flex_serves_as_many_shapes_as_come(monkeypatch):
+    """torch.compile gives up at the ninth, which a person with three sizes soon reaches."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = torch.compile(
+        flex_attention,
+        dynamic=False, fullgraph=True, backend="eager",
+    )  # fmt: skip
+    monkeypatch.setattr(flex, "compiled_flex_attention", lambda: compiled)
+    torch._dynamo.reset()
+    attend = flex.load()
+    for blocks in range(1, 12):
+        q, k, v = torch.randn(3, 1, 2, 128 * blocks, 32).unbind()
+        plan = BlockPlan.full(128 * blocks, 128 * blocks, device="cpu")
+        out = attend(KernelCall(q, k, v, plan, 0.2))
+        torch.testing.assert_close(out, exact(q, k, v, 0.2).float())
