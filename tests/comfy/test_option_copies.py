@@ -1,6 +1,7 @@
 """Options of a patched MODEL that other packs copy deeply, or send to another process."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -45,6 +46,10 @@ def test_options_can_be_copied_deeply_while_a_run_goes_on(
     if where == "guidance":
         other.set_model_sampler_pre_cfg_function(guide)
     else:
+        from comfy.ldm.wan import model as wan
+
+        if "double_block" not in inspect.getsource(wan):
+            pytest.skip("this ComfyUI calls no such patches in WAN")
         other.set_model_patch(look, "double_block")
     assert torch.equal(sample(other), expected)
     assert copies and all(RUN_KEY in options for options in copies)
