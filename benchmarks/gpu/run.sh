@@ -98,7 +98,8 @@ gpu_tests() { # seconds, pytest arguments...
     # Most of the time is compiling: several processes share the GPU.
     [ -z "$DRY" ] && "$python" -c "import xdist" 2>/dev/null && many=(-n 8)
     # Test by test: where one hangs until all are stopped, the log has the others.
-    TORCHINDUCTOR_COMPILE_THREADS=2 OMP_NUM_THREADS=2 limit "$seconds" "$python" -m pytest -p no:cacheprovider "${many[@]}" \
+    TORCHINDUCTOR_COMPILE_THREADS=2 OMP_NUM_THREADS=2 limit "$seconds" \
+        "$python" -m pytest -p no:cacheprovider "${many[@]}" \
         $([ -n "$DRY" ] && echo --collect-only -q || echo -v) "$@"
 }
 

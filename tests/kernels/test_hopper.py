@@ -14,6 +14,8 @@ pytest.importorskip("triton.experimental.gluon")
 
 from sparse_video_attention.kernels import hopper_attention, hopper_forward  # noqa: E402
 
+from .gpu_memory import needs_memory  # noqa: E402
+
 
 def _load(name):
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
@@ -268,9 +270,7 @@ def test_slices_of_one_projection_on_a_gpu(on_hopper):
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_160000_tokens_on_a_gpu(on_hopper, head_dim):
     """More than 2**31 elements in q, k, v and the output."""
-    torch.cuda.empty_cache()  # what earlier tests gave back PyTorch keeps, each process its own
-    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
-        pytest.skip("needs 20 GiB of free GPU memory")
+    needs_memory(20)
     tokens, heads = 160_000, 2**31 // (160_000 * head_dim) + 2
     blocks = tokens // 128
     generator = torch.Generator(device="cuda").manual_seed(0)

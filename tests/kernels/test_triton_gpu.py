@@ -9,17 +9,11 @@ import pytest
 import torch
 from sparse_video_attention.kernels import BlockPlan, block_sparse_attention
 
+from .gpu_memory import needs_memory
+
 pytestmark = pytest.mark.gpu
 
 LEVELS = {"mask": (1,), "pyramid": (1, 2, 4, 8)}
-
-
-def needs_memory(gigabytes):
-    # What earlier tests gave back PyTorch keeps, each process its own.
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info()
-    if free < gigabytes * 2**30:
-        pytest.skip(f"needs {gigabytes} GiB of free GPU memory")
 
 
 def diagonal_plan(tokens, values, *, kept=4, block=128):

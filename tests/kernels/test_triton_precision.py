@@ -16,17 +16,6 @@ PROMISED = {"int8": 0.025, "fp8": 0.07}
 PRECISIONS = ["int8", "fp8"]
 
 
-@pytest.fixture(autouse=True)
-def offered(triton_attention, request):
-    precision = request.node.callspec.params.get("precision", "int8")
-    if (
-        triton_attention.on_gpu
-        and precision == "fp8"
-        and torch.cuda.get_device_capability() < (8, 9)
-    ):
-        pytest.skip("this GPU has no fp8")
-
-
 def relative_error(got, want):
     got, want = got.double(), want.double()
     return ((got - want).norm() / want.norm()).item()
