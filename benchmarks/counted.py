@@ -42,7 +42,7 @@ class Model:
 WAN_14B = Model("WAN 14B", WAN, 5120, 40, 13824)
 WAN_1_3B = Model("WAN 2.1 1.3B", WAN, 1536, 30, 8960)
 WAN_5B = Model("WAN 2.2 5B", WAN, 3072, 30, 14336)
-COGVIDEOX_5B = Model("CogVideoX 5B", COGVIDEOX, 3072, 42)
+COGVIDEOX_1_5 = Model("CogVideoX 1.5 5B", COGVIDEOX, 3072, 42)
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,9 @@ def runs() -> Iterator[Run]:
         yield Run(WAN_14B, "1280x720x81", large, steps)
     yield Run(WAN_1_3B, "832x480x81", small, 20)
     yield Run(WAN_5B, "1280x704x121", TokenLayout(31, 22, 40), 20)
-    text_first = TokenLayout(13, 30, 45, prefix_tokens=COGVIDEOX_TEXT)
-    yield Run(COGVIDEOX_5B, "720x480x49", text_first, 30)
+    # A token of CogVideoX 1.5 is two latent frames.
+    text_first = TokenLayout(11, 48, 85, prefix_tokens=COGVIDEOX_TEXT)
+    yield Run(COGVIDEOX_1_5, "1360x768x81", text_first, 30)
 
 
 def nodes(family: str) -> Iterator[Node]:

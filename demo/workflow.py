@@ -113,7 +113,7 @@ class Workflow:
     def saving_latent(self, prefix: str) -> Workflow:
         """Ending in SaveLatent, with no VAE and no video."""
         sampler = self.sampler
-        new = self.without("SaveVideo", "CreateVideo", "VAEDecode", "VAELoader")
+        new = self.without("SaveVideo", "CreateVideo", "VAEDecode", "VAELoader", "LatentCut")
         inputs = {"samples": [sampler, 0], "filename_prefix": prefix}
         new.nodes["latent"] = {"class_type": "SaveLatent", "inputs": inputs}
         return new

@@ -5,9 +5,9 @@ import pytest
 from benchmarks.counted import counted_table, density, nodes, runs, speedup
 
 # (layers, operations of a token besides attention) by model, from their configurations.
-WIDTHS = {"WAN 14B": 5120, "WAN 2.1 1.3B": 1536, "WAN 2.2 5B": 3072, "CogVideoX 5B": 3072}
-FFN = {"WAN 14B": 13824, "WAN 2.1 1.3B": 8960, "WAN 2.2 5B": 14336, "CogVideoX 5B": 4 * 3072}
-LAYERS = {"WAN 14B": 40, "WAN 2.1 1.3B": 30, "WAN 2.2 5B": 30, "CogVideoX 5B": 42}
+WIDTHS = {"WAN 14B": 5120, "WAN 2.1 1.3B": 1536, "WAN 2.2 5B": 3072, "CogVideoX 1.5 5B": 3072}
+FFN = {"WAN 14B": 13824, "WAN 2.1 1.3B": 8960, "WAN 2.2 5B": 14336, "CogVideoX 1.5 5B": 4 * 3072}
+LAYERS = {"WAN 14B": 40, "WAN 2.1 1.3B": 30, "WAN 2.2 5B": 30, "CogVideoX 1.5 5B": 42}
 # Dense steps of 4, 20 and 30; one layer is dense.
 DENSE_STEPS = {
     "Sparge at its defaults": {4: 1, 20: 1, 30: 1},
@@ -48,9 +48,12 @@ def test_tokens_are_those_of_the_videos():
     for run in runs():
         width, height, frames = map(int, run.video.split("x"))
         patch = 32 if run.model.name == "WAN 2.2 5B" else 16
-        video = ((frames - 1) // 4 + 1) * (width // patch) * (height // patch)
-        text = 226 if run.model.name.startswith("Cog") else 0
-        assert run.layout.num_tokens == video + text
+        of_cogvideox = run.model.name == "CogVideoX 1.5 5B"
+        # Latent frames in pairs, one of which stands before those of the video.
+        latent = (frames - 1) // 4 + 1
+        tokens = (latent + 1) // 2 if of_cogvideox else latent
+        video = tokens * (width // patch) * (height // patch)
+        assert run.layout.num_tokens == video + (226 if of_cogvideox else 0)
 
 
 def test_a_line_has_the_share_of_attention_and_every_node():
