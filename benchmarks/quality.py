@@ -97,6 +97,7 @@ class Comparing:
             "dense_calls": result.dense_calls,
             "kernels": list(result.kernels),
             "seconds": result.seconds,
+            **({} if result.error is None else {"error": result.error}),
         }
 
 
@@ -147,7 +148,8 @@ def _measure(
                 write(comparing.row("dense", setting.curve, INT8_FLOOR, floor))
                 bar.update()
             for setting in grid:
-                result = exact.sample(shot, setting=setting, **how)
+                errors = arguments.measure_errors
+                result = exact.sample(shot, setting=setting, measures_error=errors, **how)
                 write(comparing.row(setting.method, setting.curve, setting.label, result))
                 bar.update()
 
@@ -265,6 +267,11 @@ def parser() -> argparse.ArgumentParser:
         "--keep-others",
         action="store_true",
         help="keep what the file has of the rest, if its weights are the same",
+    )
+    result.add_argument(
+        "--measure-errors",
+        action="store_true",
+        help="also how far sparse calls are from full attention, as Measure Attention Error does",
     )
     result.add_argument("--grid", choices=GRIDS, default="small")
     result.add_argument(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from sparse_video_attention.patching import AttentionSettings, install, run_history
+from sparse_video_attention.patching.errors_told import mean_error
 from torch import Tensor
 
 from miniature.latents import LATENT_CHANNELS, cogvideox_colours, wan_colours
@@ -48,6 +49,8 @@ class Result:
         density: mean over sparse calls; 1 if there were none. In fine blocks that of real ones.
         sparse_calls, dense_calls: of self-attention, where the pack counted them.
         kernels: that ran the sparse ones.
+        error: of sparse calls against full attention on the same q, k and v, their mean; None
+            where it was not measured.
     """
 
     video: Tensor
@@ -56,6 +59,7 @@ class Result:
     sparse_calls: int = 0
     dense_calls: int = 0
     kernels: tuple[str, ...] = ()
+    error: float | None = None
 
 
 class Miniature:
@@ -73,11 +77,19 @@ class Miniature:
         self.model = loader.load_diffusion_model(str(weights))
         self.model.set_model_compute_dtype(dtype)
 
-    def sample(self, shot: Shot, steps: int, guidance: float, setting: Setting | None) -> Result:
+    def sample(
+        self,
+        shot: Shot,
+        steps: int,
+        guidance: float,
+        setting: Setting | None,
+        measures_error: bool = False,
+    ) -> Result:
         """Sample as the demo's workflows do.
 
         Args:
             setting: None for dense attention.
+            measures_error: of the setting's sparse calls; it takes time, which `seconds` has in it.
 
         Raises:
             ValueError: the setting does not fit the model.
@@ -85,7 +97,8 @@ class Miniature:
         model, choice = self.model, None
         if setting is not None:
             choice = setting.choice(model)
-            model = install(model, AttentionSettings(sparse=choice))
+            settings = AttentionSettings(sparse=choice, measures_error=measures_error)
+            model = install(model, settings)
         positive, negative = (
             [[text_features(prompt).unsqueeze(0), {}]] for prompt in (shot.prompt, None)
         )
@@ -126,6 +139,7 @@ class Miniature:
             sparse_calls=sparse.calls,
             dense_calls=sum(record.dense_reasons().values()),
             kernels=tuple(sparse.kernels),
+            error=mean_error(record.calls),
         )
 
     def _sampler(self) -> Any:

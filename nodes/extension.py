@@ -10,6 +10,7 @@ from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
 from .backend import SetAttentionBackend
+from .measure import MeasureAttentionError
 from .preview import PreviewAttentionMask
 from .psa import PatchPSA
 from .radial import PatchRadialAttention
@@ -23,6 +24,7 @@ NODES: list[type[io.ComfyNode]] = [
     SetAttentionBackend,
     PreviewAttentionMask,
     AttentionReport,
+    MeasureAttentionError,
 ]
 
 

@@ -18,6 +18,8 @@ class CallRecord(NamedTuple):
         density: of a sparse call's plan; a scalar tensor until the run is over.
         reason: why the call was dense, None for a sparse one.
         watch: runs on the device until the run is over; then `seconds` has what it showed.
+        error: of a sparse call, as relative_error, if it was measured; a scalar tensor until the
+            run is over.
     """
 
     step: int | None
@@ -27,6 +29,7 @@ class CallRecord(NamedTuple):
     reason: str | None
     watch: Stopwatch | None
     seconds: float = 0.0
+    error: float | Tensor | None = None
 
 
 def dense_layer_reason(layer: int) -> str:
@@ -34,10 +37,15 @@ def dense_layer_reason(layer: int) -> str:
     return f"layer {layer} is in dense_layers"
 
 
-def finished(call: CallRecord, densities: dict[int, float]) -> CallRecord:
-    """The call with plain numbers in place of what was on the device."""
+def finished(call: CallRecord, values: dict[int, float]) -> CallRecord:
+    """The call with plain numbers in place of what was on the device.
+
+    Args:
+        values: of the tensors there, by id.
+    """
     seconds = call.seconds if call.watch is None else call.watch.seconds()
-    density = call.density
-    if isinstance(density, Tensor):
-        density = densities[id(density)]
-    return call._replace(density=density, watch=None, seconds=seconds)
+    density, error = (
+        values[id(number)] if isinstance(number, Tensor) else number
+        for number in (call.density, call.error)
+    )
+    return call._replace(density=density, error=error, watch=None, seconds=seconds)

@@ -17,6 +17,7 @@ from .forward_order import ForwardOrder
 from .frame_calls import FrameCalls
 from .layout import ForwardTokens
 from .log import log
+from .measured_error import measured
 from .output_check import Begun
 from .plans import TokenOrder
 from .record import Counted
@@ -24,6 +25,8 @@ from .router import OVERRIDE_KEY
 from .run import RunState
 from .settings import SparseChoice
 from .shared import Shared
+from .sparse_calls import SparseCall
+from .timing import Stopwatch
 from .vace import VaceBlocks
 
 if TYPE_CHECKING:
@@ -142,6 +145,13 @@ class ForwardState(Shared):
     def from_vace_block(self, layer: int | None) -> bool:
         """Whether a VACE block that has to stay dense makes this call; ask once per call."""
         return self.vace is not None and self.vace.made(layer)
+
+    def record_sparse(self, layer: int, sparse: SparseCall, watch: Stopwatch) -> None:
+        """Keep what a sparse call was; its error is measured here, after its seconds."""
+        self.say(sparse.ran.notes)
+        ran, error = sparse.ran.full_name, measured(sparse.error, self)
+        record = CallRecord(self.step, layer, ran, sparse.density, None, watch, error=error)
+        self.calls.append(record)
 
     def say_unread(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A call came whose arguments are not known here."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .call_record import CallRecord, dense_layer_reason, finished
+from .errors_told import errors_told, mean_error
 from .schedule import written_spans
 
 NOT_CALLED = "the model was not called"
@@ -64,6 +65,7 @@ class RunRecord:
         goes_on: it does, and adds no noise: another one seems to have stopped there.
         attended_by: what may have kept calls from this pack, where it could be seen.
         advice: what a person might choose instead, if anything runs sparse.
+        measures_error: sparse calls were to be compared with full attention.
     """
 
     method: str
@@ -82,6 +84,7 @@ class RunRecord:
     goes_on: bool = False
     attended_by: str | None = None
     advice: list[str] = field(default_factory=list)
+    measures_error: bool = False
     seconds: float = 0.0
     forward_steps: set[int | None] = field(default_factory=set)
     _warned: set[str] = field(default_factory=set)
@@ -148,14 +151,15 @@ class RunRecord:
             return new
 
     def finish(self) -> None:
-        """Close the run: read clocks and densities that are still on the device, all at once."""
+        """Close the run: read clocks and numbers that are still on the device, all at once."""
         self.seconds = time.perf_counter() - self._started
-        pending = [call.density for call in self.calls if isinstance(call.density, Tensor)]
-        # Grouped by device: a multi-GPU run leaves densities on several.
+        numbers = [number for call in self.calls for number in (call.density, call.error)]
+        pending = [number for number in numbers if isinstance(number, Tensor)]
+        # Grouped by device: a multi-GPU run leaves numbers on several.
         values: dict[int, float] = {}
-        for device in {density.device for density in pending}:
-            there = [density for density in pending if density.device == device]
-            read = torch.stack(there).tolist()
+        for device in {number.device for number in pending}:
+            there = [number for number in pending if number.device == device]
+            read = torch.stack([number.float() for number in there]).tolist()
             values.update(zip(map(id, there), read, strict=True))
         self.calls = [finished(call, values) for call in self.calls]
 
@@ -247,6 +251,8 @@ class RunRecord:
             f"of {self.seconds:.2f} s of sampling"
         )
         parts = [f"{where}: {ran}", f"dense calls: {dense or 'none'}"]
+        if self.measures_error:
+            parts.append(errors_told(self.calls))
         parts += self._idle_steps()
         if self.dense_backends or self.backend_calls:
             parts.append(f"dense backends: {self._backends()}")
@@ -279,6 +285,8 @@ class RunRecord:
             sparse = [call for call in calls if call.reason is None]
             densities = [float(call.density) for call in sparse if call.density is not None]
             density = f"density {sum(densities) / len(densities):.3f}, " if densities else ""
+            error = mean_error(sparse)
+            density += "" if error is None else f"error {error:.3f}, "
             seconds = sum(call.seconds for call in calls)
             name = "step unknown" if step is None else f"step {step + 1} of {self.total_steps}"
             lines.append(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from PIL import Image
 
 from .call_record import CallRecord
+from .errors_told import errors_of, mean_error
 from .page import LINE, MARGIN, SPARSE, TEXT, WIDTH, Colour, Page, text_picture, wrapped
 from .record import RunRecord
 
@@ -17,6 +18,8 @@ Name = int | None
 # Room for the names of layers, and the height of the bars of seconds.
 LABELS, BARS = 64, 72
 NOT_CALLED = (236, 236, 238)
+# Of no error and of the largest in a run.
+ERRORS: tuple[Colour, Colour] = ((250, 240, 215), (150, 20, 50))
 # Seconds of dense calls, of whatever reason.
 DENSE_SECONDS = (92, 92, 98)
 # Of the reasons why calls were dense, the commonest first; the last is for all that follow. A run
@@ -31,11 +34,20 @@ DENSE: tuple[Colour, ...] = (
 )
 
 
+def _between(ends: tuple[Colour, Colour], share: float) -> Colour:
+    share = min(max(share, 0.0), 1.0)
+    red, green, blue = (round(a + share * (b - a)) for a, b in zip(*ends, strict=True))
+    return red, green, blue
+
+
 def density_colour(density: float) -> Colour:
     """Of a sparse call of this density, 0 to 1."""
-    share = min(max(density, 0.0), 1.0)
-    red, green, blue = (round(a + share * (b - a)) for a, b in zip(*SPARSE, strict=True))
-    return red, green, blue
+    return _between(SPARSE, density)
+
+
+def error_colour(error: float, largest: float) -> Colour:
+    """Of a sparse call with this error."""
+    return _between(ERRORS, error / largest if largest > 0 else 0.0)
 
 
 def reason_colours(record: RunRecord) -> dict[str, Colour]:
@@ -63,7 +75,9 @@ class _Chart:
         self.across = min(36.0, room / len(self.steps))
         self.down = min(18.0, max(5.0, 480 / len(self.layers)))
         self.left = MARGIN + LABELS
-        self.height = round(self.down * len(self.layers)) + BARS + 6 * LINE
+        self.errors = errors_of(record.calls)
+        rows = round(self.down * len(self.layers))
+        self.height = rows + BARS + 6 * LINE + (rows + 4 * LINE if self.errors else 0)
 
         self.cells: dict[tuple[Name, Name], list[CallRecord]] = defaultdict(list)
         for call in record.calls:
@@ -75,9 +89,30 @@ class _Chart:
             return self.reasons[self._told[call.reason]]
         return density_colour(1.0 if call.density is None else float(call.density))
 
+    def _error_colour(self, call: CallRecord) -> Colour:
+        of_call = errors_of([call])
+        return error_colour(of_call[0], max(self.errors)) if of_call else NOT_CALLED
+
     def draw_calls(self, page: Page) -> None:
+        """What ran."""
+        self._draw_cells(page, "layer", self._colour)
+
+    def draw_errors(self, page: Page) -> None:
+        """How far sparse calls were from full attention, where that was measured."""
+        if not self.errors:
+            return
+        page.y += LINE // 2
+        self._draw_cells(page, "error of each call; layer", self._error_colour)
+        for pixel in range(120):
+            page.patch(MARGIN + pixel, page.y + 2, 1, TEXT, _between(ERRORS, pixel / 119))
+        mean = mean_error(self.record.calls)
+        text = f"error against full attention, 0 to {max(self.errors):.3f}, {mean:.3f} on average"
+        page.write(text, MARGIN + 128, page.y)
+        page.y += LINE
+
+    def _draw_cells(self, page: Page, title: str, colour: Callable[[CallRecord], Colour]) -> None:
         """A cell per layer and step; its calls (two with guidance) side by side."""
-        page.write("layer", MARGIN, page.y)
+        page.write(title, MARGIN, page.y)
         page.y += LINE
         gap = 1 if min(self.across, self.down) >= 6 else 0
         for row, layer in enumerate(self.layers):
@@ -90,7 +125,7 @@ class _Chart:
                 page.patch(x, y, width, height, NOT_CALLED)
                 for place, call in enumerate(calls):
                     begin = x + width * place / len(calls)
-                    page.patch(begin, y, x + width - begin, height, self._colour(call))
+                    page.patch(begin, y, x + width - begin, height, colour(call))
         page.y += round(self.down * len(self.layers)) + 4
 
     def _label(self, page: Page, place: int, name: Name, x: float, y: float, anchor: str) -> None:
@@ -170,4 +205,5 @@ def run_picture(record: RunRecord, *remarks: str) -> Image.Image:
     chart.draw_calls(page)
     chart.draw_seconds(page)
     chart.draw_legend(page)
+    chart.draw_errors(page)
     return page.image.crop((0, 0, WIDTH, page.y + MARGIN))

@@ -133,7 +133,9 @@ class AttentionRouter(Shared):
         if reason is None:
             assert layer is not None
             try:
-                sparse, density = run_sparse(self.kernels, call, forward, layer, plan, fastest)
+                settings: AttentionSettings = call.transformer_options[SETTINGS_KEY]
+                measures = settings.measures_error
+                sparse = run_sparse(self.kernels, call, forward, layer, plan, fastest, measures)
             except Exception as error:  # a sampling run must not end for this
                 reason = forward.failures.add(kind, error)
             if reason is not None:
@@ -143,10 +145,8 @@ class AttentionRouter(Shared):
             else:
                 watch.stop()
                 forward.failures.succeeded(kind)
-                forward.say(sparse.notes)
-                ran = sparse.full_name
-                forward.calls.append(CallRecord(forward.step, layer, ran, density, None, watch))
-                return sparse.out
+                forward.record_sparse(layer, sparse, watch)
+                return sparse.ran.out
         out, ran = self._run_dense(received, call, site, self._default(received, call), way)
         watch.stop()
         forward.calls.append(CallRecord(forward.step, layer, ran, None, reason, watch))

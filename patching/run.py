@@ -15,6 +15,7 @@ from .failures import Failures
 from .history import RunHistory
 from .layout import fewest_calls, is_readable, unreadable_reason
 from .log import log, one_line
+from .measured_error import NODE
 from .output_check import NanWatch, OutputCheck
 from .record import RunRecord
 from .replaced import who_attends
@@ -158,12 +159,16 @@ def goes_to_the_end(args: tuple[Any, ...]) -> bool:
 
 def _open_record(settings: AttentionSettings, diffusion_model: Any) -> RunRecord:
     choice, dense = settings.sparse, settings.dense
+    notes = [] if dense is None else list(dense.unavailable)
+    if settings.measures_error and choice is None:
+        notes.append(f"{NODE} had nothing to measure: no sparse node is on this model")
     return RunRecord(
         method="" if choice is None else choice.policy.describe(),
         model=type(diffusion_model).__name__,
         num_layers=len(getattr(diffusion_model, "blocks", ())),
         dense_backends="" if dense is None else dense.describe(),
-        notes=[] if dense is None else list(dense.unavailable),
+        notes=notes,
+        measures_error=settings.measures_error,
     )
 
 

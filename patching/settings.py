@@ -187,10 +187,15 @@ class DenseChoice:
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """The one settings object that a patched MODEL carries. None leaves a part as it was."""
+    """The one settings object that a patched MODEL carries. None leaves a part as it was.
+
+    Attributes:
+        measures_error: compare sparse calls with full attention, on some of their queries.
+    """
 
     sparse: SparseChoice | None = None
     dense: DenseChoice | None = None
+    measures_error: bool = False
 
     def merged_over(self, earlier: AttentionSettings | None) -> AttentionSettings:
         """This node's part over what an earlier node of the pack chose."""
@@ -198,4 +203,4 @@ class AttentionSettings:
             return self
         sparse = earlier.sparse if self.sparse is None else self.sparse
         dense = earlier.dense if self.dense is None else self.dense.merged_over(earlier.dense)
-        return AttentionSettings(sparse, dense)
+        return AttentionSettings(sparse, dense, self.measures_error or earlier.measures_error)

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from ..kernels import BlockPlan
 from ..kernels.fallback import KernelFallback, KernelRun
 from .attention_call import AttentionCall
+from .measured_error import can_be_measured, relative_error, shift_of
 from .recorded_memory import outside_recorded_memory
 from .speed import Asked, Fastest
 
 if TYPE_CHECKING:
     from .forward_state import ForwardState
+
+
+class SparseCall(NamedTuple):
+    """A sparse call that has run.
+
+    Attributes:
+        ran: with the output as asked for.
+        density: of its plan; a scalar tensor where only the device knows.
+        error: measures how far it is from full attention; None where that was not asked for.
+    """
+
+    ran: KernelRun
+    density: float | Tensor
+    error: Callable[[], Tensor] | None
 
 
 @outside_recorded_memory
@@ -25,12 +41,14 @@ def run_sparse(
     layer: int,
     plan: BlockPlan | None,
     fastest: Fastest,
-) -> tuple[KernelRun, float | Tensor]:
-    """(what ran, with the output as asked for; density).
+    measures_error: bool = False,
+) -> SparseCall:
+    """Run a call sparse.
 
     Args:
         plan: None to have the policy make one for this call.
         fastest: what to take where the person left it open.
+        measures_error: have the error measured, by whoever calls it.
 
     Raises:
         Exception: whatever a policy raises; no kernel serves the call.
@@ -60,10 +78,13 @@ def run_sparse(
         kept=forward.kept_for(call),
         check=None if forward.run is None else forward.run.outputs.of_call,
     )
-    out = ran.out
+    out, error = ran.out, None
+    if measures_error and can_be_measured(q.device):
+        shift = shift_of(forward.step, layer)
+        error = functools.partial(relative_error, q, k, v, out, scale=scale, shift=shift)
     if order is not None:
         out = order.restore(out.transpose(1, 2)).transpose(1, 2)
-    return ran._replace(out=call.as_asked(out)), density
+    return SparseCall(ran._replace(out=call.as_asked(out)), density, error)
 
 
 def to_compare(
@@ -85,7 +106,7 @@ def to_compare(
     assert choice is not None and forward.tokens is not None
 
     def sparse(way: Fastest) -> KernelRun:
-        return run_sparse(kernels, call, forward, layer, plan, way)[0]
+        return run_sparse(kernels, call, forward, layer, plan, way).ran
 
     # An override of another pack may keep count of its calls, frames keep more or less, and a
     # policy of somebody's own may not say.

@@ -16,6 +16,7 @@ NODES = (
     "SetAttentionBackend",
     "PreviewAttentionMask",
     "AttentionReport",
+    "MeasureAttentionError",
 )
 
 

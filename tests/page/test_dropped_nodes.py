@@ -40,6 +40,7 @@ DROPPED = {
     "SetAttentionBackend": (BACKEND, EXACT),
     "PreviewAttentionMask": ({"steps": 20}, {}),
     "AttentionReport": ({}, {}),
+    "MeasureAttentionError": ({}, {}),
 }
 EACH_NODE = pytest.mark.parametrize("node", DROPPED)
 

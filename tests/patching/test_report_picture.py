@@ -12,6 +12,7 @@ from sparse_video_attention.patching.report_picture import (
     NOT_CALLED,
     WIDTH,
     density_colour,
+    error_colour,
     reason_colours,
     run_picture,
 )
@@ -102,6 +103,48 @@ class TestSeconds:
         sparse = record()
         sparse.calls = [call for call in sparse.calls if call.reason is None]
         assert pixels(run_picture(sparse))[DENSE_SECONDS] == 0
+
+
+class TestErrors:
+    def made(self, **errors):
+        """A run whose layers 1 and 2 had these errors in every sparse call."""
+        made = record(layers=6, steps=8)
+        given = {int(layer[1:]): error for layer, error in errors.items()}
+        made.calls = [
+            call._replace(error=given.get(call.layer)) if call.reason is None else call
+            for call in made.calls
+        ]
+        return made
+
+    def test_a_second_chart_has_them_by_layer_and_step(self):
+        plain, made = record(layers=6, steps=8), self.made(l1=0.4, l2=0.1)
+        picture = run_picture(made)
+        assert picture.height > run_picture(plain).height + 6 * 18
+        found = pixels(picture)
+        largest, quarter = error_colour(0.4, 0.4), error_colour(0.1, 0.4)
+        # Six of eight steps are sparse; cells are as large as those of the first chart, and the
+        # scale has each shade in one column or none.
+        cell = pixels(run_picture(plain))[NOT_CALLED] == 0 and 35 * 17
+        assert found[largest] >= 6 * cell and found[quarter] >= 6 * cell
+        assert abs(found[largest] - found[quarter]) <= 2 * 14
+        # Dense calls have none: 8 of layer 0, 2 x 5 of first steps, 3 x 6 of other layers.
+        assert found[NOT_CALLED] == 36 * cell
+
+    def test_without_any_there_is_no_chart(self):
+        assert run_picture(self.made()).height == run_picture(record(layers=6, steps=8)).height
+
+    def test_what_is_not_finite_is_left_out(self):
+        made = self.made(l1=float("nan"), l2=0.2)
+        found = pixels(run_picture(made))
+        assert found[error_colour(0.2, 0.2)] >= 6 * 35 * 17
+        assert run_picture(self.made(l1=0.0)).height > 0, "a largest error of 0"
+
+    def test_more_is_darker_and_told_apart_from_the_rest(self):
+        shades = [sum(error_colour(share / 10, 1.0)) for share in range(11)]
+        assert shades == sorted(shades, reverse=True) and len(set(shades)) == 11
+        errors = {error_colour(share / 100, 1.0) for share in range(101)}
+        assert not errors & {density_colour(share / 100) for share in range(101)}
+        assert not errors & {*DENSE, DENSE_SECONDS, NOT_CALLED}
 
 
 class TestColours:
