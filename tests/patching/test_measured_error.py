@@ -68,6 +68,27 @@ def test_layers_and_steps_look_at_different_queries():
     assert shift_of(None, 3) == shift_of(0, 3)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "dim"), [(40, 128), (48, 64)], ids=str)
+def test_a_long_video_on_a_gpu_needs_little_memory_and_no_wait(heads, dim):
+    tokens = 75600
+    q, k, v = (torch.randn(1, heads, tokens, dim, device="cuda").bfloat16() for _ in range(3))
+    out = q.clone()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        error = relative_error(q, k, v, out, scale=dim**-0.5, shift=11)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.max_memory_allocated() - before < 100 * 2**20
+    looked_at = slice(11, None, -(-tokens // QUERIES))
+    each_head = zip(*(x.split(1, dim=1) for x in (q[:, :, looked_at], k, v)), strict=True)
+    full = torch.cat([full_attention(*head, dim**-0.5) for head in each_head], dim=1)
+    assert float(error) == pytest.approx(defined(out[:, :, looked_at], full), rel=0.02)
+
+
 def call(layer, error, reason=None):
     return CallRecord(0, layer, "torch", None if reason else 0.2, reason, None, 0.0, error)
 
