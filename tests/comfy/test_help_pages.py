@@ -1,6 +1,7 @@
 """Help pages: where ComfyUI's page looks for them, complete, and true."""
 
 import asyncio
+import itertools
 import json
 import re
 from pathlib import Path
@@ -196,3 +197,42 @@ def test_backends_and_their_installation_are_those_of_the_adapters(language):
     assert set(IMPLEMENTATIONS) <= set(re.findall(r"`(\w+)`", text))
     for file in BUNDLED_CONFIGS.glob("*.json"):
         assert f"`{file.name}`" in text
+
+
+@pytest.fixture(scope="module")
+def measured_rows():
+    """Of the miniatures' settings those whose errors were measured, by (family, prompt)."""
+    rows = {}
+    for path in (REPOSITORY / "benchmarks/results").glob("*/quality_*_fine.json"):
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            if "error" in row:
+                rows.setdefault((row["family"], row["prompt"]), []).append(row)
+    assert {family for family, _ in rows} == {"wan", "cogvideox"} and len(rows) == 4
+    return rows
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_decibels_of_measured_errors_are_those_of_the_results(language, measured_rows):
+    text = page("MeasureAttentionError", language)
+    table = re.findall(r"^\| (0\.\d+) to (0\.\d+) \| (\d+) to (\d+) \|$", text, flags=re.M)
+    bands = [tuple(map(float, band)) for band in table]
+    held = {band: [] for band in bands}
+    for row in (row for rows in measured_rows.values() for row in rows):
+        (band,) = [band for band in bands if band[0] <= row["error"] <= band[1]]
+        held[band].append(row["psnr_db"])
+    for (_, _, low, high), decibels in held.items():
+        assert low <= min(decibels) < low + 1 and high - 1 < max(decibels) <= high
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_pairs_of_measured_errors_are_those_of_the_results(language, measured_rows):
+    pairs = [pair for rows in measured_rows.values() for pair in itertools.combinations(rows, 2)]
+    astray = [
+        sorted((a["error"], b["error"]))
+        for a, b in pairs
+        if (a["error"] < b["error"]) != (a["psnr_db"] > b["psnr_db"])
+    ]
+    assert {str(len(pairs)), str(len(pairs) - len(astray))} <= set(
+        re.findall(r"\d+", page("MeasureAttentionError", language))
+    )
+    assert len(astray) == 4 and all(larger < 1.2 * smaller for smaller, larger in astray)
