@@ -59,7 +59,7 @@ def weighted_means(
         return torch.matmul(weights.transpose(-2, -3), by_block).transpose(-2, -3)
 
     counts = torch.full((blocks,), float(block_n), dtype=k.dtype, device=k.device)
-    counts[-1] = block_n - lacking
+    counts[-1:].fill_(block_n - lacking)  # an item would be copied from the host
     lengths = scale * queries.square().sum(-1, keepdim=True)
     lengths = torch.where(lengths.abs() < TINY, TINY, lengths)
     lacking_entropy = entropy - counts.log()
