@@ -38,10 +38,22 @@ def errors_by_layer(calls: Iterable[CallRecord]) -> dict[int, float]:
 
 def errors_told(calls: list[CallRecord]) -> str:
     """For the line of a run whose errors were to be measured."""
-    mean = mean_error(calls)
-    if mean is None:
-        sparse = any(call.reason is None for call in calls)
-        return "no error could be measured" if sparse else NOTHING_MEASURED
-    worst = list(errors_by_layer(calls).items())[:NAMED_LAYERS]
-    layers = ", ".join(f"layer {layer} {error:.3f}" for layer, error in worst)
-    return f"error against full attention {mean:.3f} (largest: {layers})"
+    sparse = [call for call in calls if call.reason is None]
+    if not sparse:
+        return NOTHING_MEASURED
+    measured = sum(call.error is not None for call in sparse)
+    if not measured:
+        return "no error could be measured"
+    remarks = []
+    errors = errors_of(sparse)
+    if errors:
+        worst = list(errors_by_layer(sparse).items())[:NAMED_LAYERS]
+        layers = ", ".join(f"layer {layer} {error:.3f}" for layer, error in worst)
+        remarks = [f"largest: {layers}"] if layers else []
+    if measured < len(sparse):
+        remarks.append(f"of {measured} of {len(sparse)} sparse calls")
+    if len(errors) < measured:
+        remarks.append(f"NaN or infinite in {measured - len(errors)} calls")
+    mean = f"{sum(errors) / len(errors):.3f}" if errors else "unknown"
+    told = f"error against full attention {mean}"
+    return f"{told} ({'; '.join(remarks)})" if remarks else told

@@ -90,6 +90,11 @@ class ForwardState(Shared):
         """Whether somebody has to know the layers of self-attention calls."""
         return self.choice is not None or self.backends_need_layers
 
+    @property
+    def measures_error(self) -> bool:
+        """Whether sparse calls are compared with full attention."""
+        return self.run is not None and self.run.measures_error
+
     def next_layer(self, options: dict[str, Any]) -> int | None:
         """The layer of this self-attention call, None if it is not known; ask once per call."""
         self.latest_layer = self._next_layer(options)

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.capture import is_captured
-from ..kernels.memory_errors import is_out_of_memory
 from .log import one_line
 from .recorded_memory import outside_recorded_memory
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 NODE = "Measure Attention Error"
 # Of a call, at most. Without a kernel that needs no scratch PyTorch makes their scores for all keys
-# and heads: 0.8 GB in fp32 for 40 heads and 75,600 keys.
+# and heads: 0.8 GB in fp32 a sample for 40 heads and 75,600 keys, and k and v in fp32 besides.
 QUERIES = 64
 
 
@@ -55,14 +54,18 @@ def shift_of(step: int | None, layer: int) -> int:
 
 @outside_recorded_memory
 def measured(error: Callable[[], Tensor] | None, forward: ForwardState) -> Tensor | None:
-    """The error of a call that has just run, None if it was not asked for or cannot be had."""
-    if error is None:
+    """The error of a call that has just run, None if it was not asked for or cannot be had.
+
+    After a call that cannot be measured no other of the run is: another would hardly fare better,
+    and each that lacks memory has the device's allocator give back what it holds.
+    """
+    if error is None or forward.run is None:
         return None
     try:
         return error()
     except Exception as fault:  # a sampling run must not end for this
-        why = "too little memory" if is_out_of_memory(fault) else one_line(fault)
-        forward.say((f"{NODE}: a call could not be measured: {why}",))
+        forward.run.measures_error = False
+        forward.say((f"{NODE} stopped, as a call could not be measured: {one_line(fault)}",))
         return None
 
 

@@ -159,7 +159,7 @@ class RunRecord:
         values: dict[int, float] = {}
         for device in {number.device for number in pending}:
             there = [number for number in pending if number.device == device]
-            read = torch.stack([number.float() for number in there]).tolist()
+            read = torch.stack(there).tolist()
             values.update(zip(map(id, there), read, strict=True))
         self.calls = [finished(call, values) for call in self.calls]
 
@@ -285,11 +285,10 @@ class RunRecord:
             sparse = [call for call in calls if call.reason is None]
             densities = [float(call.density) for call in sparse if call.density is not None]
             density = f"density {sum(densities) / len(densities):.3f}, " if densities else ""
-            error = mean_error(sparse)
-            density += "" if error is None else f"error {error:.3f}, "
+            mean = mean_error(sparse)
+            error = "" if mean is None else f"error {mean:.3f}, "
             seconds = sum(call.seconds for call in calls)
             name = "step unknown" if step is None else f"step {step + 1} of {self.total_steps}"
-            lines.append(
-                f"{name}: {len(sparse)} of {len(calls)} calls sparse, {density}{seconds:.3f} s"
-            )
+            ran = f"{len(sparse)} of {len(calls)} calls sparse"
+            lines.append(f"{name}: {ran}, {density}{error}{seconds:.3f} s")
         return lines

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from PIL import Image
 
 from .call_record import CallRecord
-from .errors_told import errors_of, mean_error
+from .errors_told import errors_of
 from .page import LINE, MARGIN, SPARSE, TEXT, WIDTH, Colour, Page, text_picture, wrapped
 from .record import RunRecord
 
@@ -50,6 +50,20 @@ def error_colour(error: float, largest: float) -> Colour:
     return _between(ERRORS, error / largest if largest > 0 else 0.0)
 
 
+def scale_of_errors(errors: list[float]) -> float:
+    """The error that the darkest colour is for.
+
+    A few far above the rest would leave that in one shade.
+
+    Args:
+        errors: of a run, sorted.
+    """
+    if not errors:
+        return 0.0
+    most = errors[(len(errors) - 1) * 95 // 100]
+    return min(errors[-1], 2 * most) or errors[-1]
+
+
 def reason_colours(record: RunRecord) -> dict[str, Colour]:
     """A colour for every reason why calls were dense, the commonest first."""
     reasons = [reason for reason, _ in record.dense_reasons().most_common()]
@@ -75,9 +89,10 @@ class _Chart:
         self.across = min(36.0, room / len(self.steps))
         self.down = min(18.0, max(5.0, 480 / len(self.layers)))
         self.left = MARGIN + LABELS
-        self.errors = errors_of(record.calls)
+        self.errors = sorted(errors_of(record.calls))
+        self.largest = scale_of_errors(self.errors)
         rows = round(self.down * len(self.layers))
-        self.height = rows + BARS + 6 * LINE + (rows + 4 * LINE if self.errors else 0)
+        self.height = rows + BARS + 6 * LINE + (rows + 6 * LINE if self.errors else 0)
 
         self.cells: dict[tuple[Name, Name], list[CallRecord]] = defaultdict(list)
         for call in record.calls:
@@ -91,7 +106,7 @@ class _Chart:
 
     def _error_colour(self, call: CallRecord) -> Colour:
         of_call = errors_of([call])
-        return error_colour(of_call[0], max(self.errors)) if of_call else NOT_CALLED
+        return error_colour(of_call[0], self.largest) if of_call else NOT_CALLED
 
     def draw_calls(self, page: Page) -> None:
         """What ran."""
@@ -103,12 +118,16 @@ class _Chart:
             return
         page.y += LINE // 2
         self._draw_cells(page, "error of each call; layer", self._error_colour)
+        self._draw_steps(page)
         for pixel in range(120):
             page.patch(MARGIN + pixel, page.y + 2, 1, TEXT, _between(ERRORS, pixel / 119))
-        mean = mean_error(self.record.calls)
-        text = f"error against full attention, 0 to {max(self.errors):.3f}, {mean:.3f} on average"
+        mean, largest = sum(self.errors) / len(self.errors), self.errors[-1]
+        more = f" (largest {largest:.3f})" if largest > self.largest else ""
+        text = f"error against full attention, 0 to {self.largest:.3f}{more}, {mean:.3f} on average"
         page.write(text, MARGIN + 128, page.y)
         page.y += LINE
+        page.patch(MARGIN, page.y + 2, TEXT, TEXT, NOT_CALLED)
+        page.paragraph("not measured: dense, or not called", 24)
 
     def _draw_cells(self, page: Page, title: str, colour: Callable[[CallRecord], Colour]) -> None:
         """A cell per layer and step; its calls (two with guidance) side by side."""
@@ -139,13 +158,17 @@ class _Chart:
             shown = "?" if name is None else str(name + 1 if anchor == "ma" else name)
             page.write(shown, x, y, anchor)
 
-    def draw_seconds(self, page: Page) -> None:
-        """Names of the steps, and under each a bar of the seconds of its calls."""
+    def _draw_steps(self, page: Page) -> None:
+        """Their numbers, under their columns."""
         for column, step in enumerate(self.steps):
             middle = self.left + (column + 0.5) * self.across
             self._label(page, column, step, middle, page.y, "ma")
         page.write("step", MARGIN, page.y)
         page.y += LINE + 4
+
+    def draw_seconds(self, page: Page) -> None:
+        """Names of the steps, and under each a bar of the seconds of its calls."""
+        self._draw_steps(page)
         spent: dict[Name, list[float]] = {step: [0.0, 0.0] for step in self.steps}
         for call in self.record.calls:
             spent[call.step][call.reason is not None] += call.seconds

@@ -133,8 +133,7 @@ class AttentionRouter(Shared):
         if reason is None:
             assert layer is not None
             try:
-                settings: AttentionSettings = call.transformer_options[SETTINGS_KEY]
-                measures = settings.measures_error
+                measures = forward.measures_error
                 sparse = run_sparse(self.kernels, call, forward, layer, plan, fastest, measures)
             except Exception as error:  # a sampling run must not end for this
                 reason = forward.failures.add(kind, error)

@@ -49,6 +49,7 @@ class RunState(Shared):
         failures: sparse calls that failed in this run.
         in_vain: kinds of calls that could not be timed in this run for want of memory.
         outputs: what is known of the forwards' outputs.
+        measures_error: sparse calls are compared with full attention; no longer once that failed.
         suspects: what stood in calls' way to this pack in forwards of which none came.
         bystanders: the same in one of which they came.
     """
@@ -62,6 +63,7 @@ class RunState(Shared):
         can_repeat: bool = False,
     ) -> None:
         self.record = record
+        self.measures_error = record.measures_error
         self.bounds = bounds
         self.watched_calls = watched_calls
         self.can_repeat = can_repeat

@@ -104,10 +104,19 @@ class TestInWords:
             "layer 4 0.040)"
         )
 
-    def test_what_is_not_finite_counts_for_nothing(self):
+    def test_what_is_not_finite_or_not_measured_is_said(self):
         calls = [call(1, 0.1), call(1, float("nan")), call(2, float("inf"))]
         assert errors_by_layer(calls) == {1: pytest.approx(0.1)}
-        assert errors_told(calls).startswith("error against full attention 0.100 (largest: layer 1")
+        told = "error against full attention 0.100 (largest: layer 1 0.100; "
+        assert errors_told(calls) == f"{told}NaN or infinite in 2 calls)"
+        more = [*calls, call(2, None), call(0, None, "layer 0 is in dense_layers")]
+        assert errors_told(more) == (f"{told}of 3 of 4 sparse calls; NaN or infinite in 2 calls)")
+        assert errors_told(calls[1:]) == (
+            "error against full attention unknown (NaN or infinite in 2 calls)"
+        )
+
+    def test_where_layers_are_not_known(self):
+        assert errors_told([call(None, 0.25)]) == "error against full attention 0.250"
 
     def test_nothing_measured(self):
         assert errors_told([call(0, None, "first 2 of 4 steps")]) == NOTHING_MEASURED

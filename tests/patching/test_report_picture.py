@@ -15,6 +15,7 @@ from sparse_video_attention.patching.report_picture import (
     error_colour,
     reason_colours,
     run_picture,
+    scale_of_errors,
 )
 
 QUARTER, LAYER, FAULT = "first 2 of 8 steps", "layer 0 is in dense_layers", "out of memory"
@@ -127,8 +128,21 @@ class TestErrors:
         cell = pixels(run_picture(plain))[NOT_CALLED] == 0 and 35 * 17
         assert found[largest] >= 6 * cell and found[quarter] >= 6 * cell
         assert abs(found[largest] - found[quarter]) <= 2 * 14
-        # Dense calls have none: 8 of layer 0, 2 x 5 of first steps, 3 x 6 of other layers.
-        assert found[NOT_CALLED] == 36 * cell
+        # Dense calls have none: 8 of layer 0, 2 x 5 of first steps, 3 x 6 of other layers. The
+        # mark in the legend is as large as in the list.
+        assert found[NOT_CALLED] == 36 * cell + 14 * 14
+
+    def test_a_few_large_ones_leave_the_rest_its_shades(self):
+        assert scale_of_errors([0.01] * 98 + [0.5, 0.6]) == pytest.approx(0.02)
+        assert scale_of_errors(sorted(n / 100 for n in range(100))) == 0.99
+        assert scale_of_errors([0.0] * 99 + [0.3]) == 0.3
+        assert scale_of_errors([0.4]) == 0.4 and scale_of_errors([]) == 0.0
+        made = self.made(l1=0.02, l2=0.01)
+        places = [at for at, call in enumerate(made.calls) if call.layer == 1 and call.error]
+        made.calls[places[0]] = made.calls[places[0]]._replace(error=0.9)
+        found = pixels(run_picture(made))
+        assert found[error_colour(0.01, 0.04)] >= 6 * 35 * 17
+        assert found[error_colour(0.9, 0.04)] >= 35 * 17
 
     def test_without_any_there_is_no_chart(self):
         assert run_picture(self.made()).height == run_picture(record(layers=6, steps=8)).height
