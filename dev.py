@@ -11,6 +11,10 @@ import argparse
 import signal
 import subprocess
 import sys
+from pathlib import Path
+
+# A Python that is embedded in something does not look beside the script.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from demo.options import add_options, check_options, forwarded
 from devtools.checks import run_checks

@@ -184,7 +184,9 @@ def run_demo(options: argparse.Namespace) -> Path:
     is_real = options.unet is not None
     OUTPUT.mkdir(parents=True, exist_ok=True)
     has_gpu = _has_gpu()
-    with tempfile.TemporaryDirectory(prefix="sparse_video_attention_") as folder:
+    # On Windows a server that has just been stopped may still hold files of it.
+    made = tempfile.TemporaryDirectory(prefix="sparse_video_attention_", ignore_cleanup_errors=True)
+    with made as folder:
         base = Path(folder)
         make_base_directory(
             base,

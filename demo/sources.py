@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from pathlib import Path
 
@@ -29,11 +30,16 @@ MINIATURE_GUIDANCE = 3.0
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
+    """As little of a copy as this machine allows: weights are tens of GB."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        target.symlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
+    # Windows asks a privilege for the first, and one drive for the second.
+    for link in (os.symlink, os.link):
+        try:
+            link(source, target)
+            return
+        except OSError:
+            continue
+    shutil.copyfile(source, target)
 
 
 def weights_of(family: Family, options: argparse.Namespace) -> Weights:

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import venv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,11 +78,13 @@ def _check_python() -> None:
             "run dev.py with a newer one, for example python3.11 dev.py setup",
         )
     # Some Linux distributions ship Python without what venv needs.
-    if importlib.util.find_spec("ensurepip") is None:
-        raise DevError(
-            f"this Python {found} cannot make environments: it has no ensurepip",
-            f"sudo apt-get install python{found}-venv (or your system's package of that name)",
-        )
+    lacking = [part for part in ("venv", "ensurepip") if importlib.util.find_spec(part) is None]
+    if lacking:
+        what = f"sudo apt-get install python{found}-venv (or your system's package of that name)"
+        if os.name == "nt":
+            what = "run dev.py with a Python from python.org; ComfyUI's own has no such parts"
+        without = f"it has no {' and no '.join(lacking)}"
+        raise DevError(f"this Python {found} cannot make environments: {without}", what)
 
 
 def _requirements_digest(comfyui: Path) -> str:
@@ -132,6 +133,8 @@ def set_up(comfyui_option: str | None = None, *, again: str = "python dev.py set
     _check_python()
     pip = Pip(python, _site_packages(folder), again)
     if not pip.works():
+        import venv  # an embedded Python has none, which _check_python says
+
         with Step(f"Making {folder.name}/"):
             venv.EnvBuilder(with_pip=True, clear=folder.exists()).create(folder)
     with Step("Looking at pip") as step:

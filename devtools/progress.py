@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -33,6 +34,8 @@ class Step:
         self._title = title
         self._stream = stream if stream is not None else sys.stdout
         self._redraws = self._stream.isatty()
+        if self._redraws and os.name == "nt":
+            os.system("")  # from here on cmd's console takes escape codes
         self._state: tuple[float | None, str] = (None, "")
         self._started = time.monotonic()
         self._done = threading.Event()

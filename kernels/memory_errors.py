@@ -8,8 +8,12 @@ import torch
 
 from .triton_install import cannot_build
 
-# Triton, cuBLAS and hipBLAS raise RuntimeErrors of their own.
-_SAYINGS = ("out of memory", "blas_status_alloc_failed")
+# Triton, cuBLAS and hipBLAS raise RuntimeErrors of their own; so does PyTorch on a CPU, in other
+# words on Windows than elsewhere.
+_SAYINGS = (
+    *("out of memory", "blas_status_alloc_failed"),
+    *("allocator: can't allocate memory", "allocator: not enough memory"),
+)
 # One type under two names; the shorter came with torch 2.5.
 _ERRORS = (torch.cuda.OutOfMemoryError, MemoryError)
 # How Triton's errors about a kernel's source begin.

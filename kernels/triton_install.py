@@ -34,6 +34,8 @@ FITTING = {
 }
 
 
+# What ends a word in a Windows shell.
+_PARTED = re.compile(r"[ &()^;,=]")
 _C_COMPILER = re.compile(r"(.*-)?(gcc|g\+\+|cc|clang|cl|tcc)(-[0-9.]+)?", re.IGNORECASE)
 
 
@@ -156,8 +158,15 @@ def command() -> str:
         if "+rocm" in installed_version("torch"):
             return "reinstall PyTorch for ROCm, which includes Triton"
         return pip_install("triton")
+    return windows_command()
+
+
+def windows_command() -> str:
+    """The same on Windows."""
     if Path(sys.executable).parent.name == "python_embeded":
         return rf"python_embeded\python.exe -m {pip_install('triton-windows')}"
     # Which Python a bare "python" is depends on where it is typed.
-    parts = [f'"{part}"' if " " in part else part for part in installer()]
-    return " ".join([*parts, _quoted_requirement("triton-windows")])
+    parts = [f'"{part}"' if _PARTED.search(part) else part for part in installer()]
+    typed = " ".join([*parts, _quoted_requirement("triton-windows")])
+    # PowerShell prints what begins with a quoted text, and does not run it.
+    return f"{typed} (in Command Prompt)" if parts[0].startswith('"') else typed

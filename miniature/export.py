@@ -37,7 +37,10 @@ def _device_name() -> str:
 
 def _commit() -> str:
     command = ["git", "rev-parse", "HEAD"]
-    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return "unknown"
     return done.stdout.strip() or "unknown"
 
 

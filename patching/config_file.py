@@ -53,7 +53,7 @@ def find_config_file(
         allowed = " or ".join(suffixes)
         raise ValueError(f"config_file {shown(name)}: allowed are files in {allowed}")
     folder = Path(folder_paths.models_dir) / folder_name
-    if os.path.normpath(path).startswith(os.pardir):
+    if Path(os.path.normpath(path)).parts[:1] == (os.pardir,):
         raise ValueError(
             f"config_file {shown(name)}: a name cannot lead out of {folder}; give a full path for "
             "a file elsewhere"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..kernels import BlockPlan
 from ..kernels.registry import KernelCall
+from ..kernels.triton_install import windows_command
 from .constraints import Constraints
 from .library import Library, LibraryUnusable
 from .plan_blocks import block_lists, once_per_plan
@@ -101,7 +102,7 @@ BACKEND = SparseBackend(
     library=Library(
         package="torch.nn.attention.flex_attention",
         linux="use torch 2.6 or newer with triton",
-        windows="use torch 2.6 or newer and pip install triton-windows",
+        windows=f"use torch 2.6 or newer and run: {windows_command()}",
     ),
     load=load,
     block_size=lambda call: (call.plan.block_m, call.plan.block_n),

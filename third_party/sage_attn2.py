@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.triton_install import windows_command
 from .backend import DenseBackend, Loaded, dense_rows, first_output, is_token_major, token_major
 from .constraints import Constraints
 from .library import Library
@@ -81,7 +82,7 @@ BACKEND = DenseBackend(
             "pip install sageattention==1.0.6"
         ),
         windows=(
-            "pip install triton-windows, then a SageAttention 2 wheel from the releases of "
+            f"run: {windows_command()}, then install a SageAttention 2 wheel from the releases of "
             "woct0rdho/SageAttention on GitHub, or, for the slower version 1, "
             "pip install sageattention==1.0.6"
         ),

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..kernels.registry import KernelCall
+from ..kernels.triton_install import windows_command
 from .backend import dense_rows, is_token_major, token_major
 from .constraints import Constraints
 from .library import Library
@@ -60,8 +61,8 @@ BACKEND = SparseBackend(
             "(Triton only, no compiler)"
         ),
         windows=(
-            "pip install triton-windows, clone jt-zhang/Sparse_SageAttention_API from GitHub and "
-            "run `pip install .` in it"
+            f"run: {windows_command()}, then clone jt-zhang/Sparse_SageAttention_API from GitHub "
+            "and run `pip install .` in it"
         ),
     ),
     load=load,

@@ -15,7 +15,7 @@ from ..kernels.capture import is_captured
 from ..kernels.first_output import ALLOWED_ERROR
 from ..kernels.plan import BlockPlan
 from ..kernels.registry import unavailable_reason
-from ..kernels.triton_install import pip_install
+from ..kernels.triton_install import pip_install, windows_command
 from .backend import DenseBackend, Loaded
 from .constraints import Constraints
 from .library import Library
@@ -52,7 +52,7 @@ BACKEND = DenseBackend(
     library=Library(
         package="triton",
         linux=pip_install("triton"),
-        windows=pip_install("triton-windows"),
+        windows=windows_command(),
     ),
     is_sound=near_exact(ALLOWED_ERROR[PRECISION]),
     unfit=lambda: unavailable_reason(KERNEL),

@@ -5,7 +5,6 @@ tests/golden/make_cogvideox.py made the golden files.
 
 import importlib.util
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -275,6 +274,8 @@ def test_a_file_that_is_there_is_kept(run, tmp_path):
 
 
 def test_a_disk_that_is_full_leaves_nothing(refused, tmp_path):
+    import resource
+
     source = published(tmp_path / "model", golden("1_5_t2v")[0])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))

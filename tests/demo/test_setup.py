@@ -52,7 +52,8 @@ def stub_pip(tmp_path, script):
 
 def test_help_needs_nothing_but_the_standard_library():
     said = subprocess.run(
-        [sys.executable, "-S", "-E", str(ROOT / "dev.py"), "demo", "--help"],
+        # -P: as where Python is embedded in something, which does not look beside the script.
+        [sys.executable, "-S", "-E", "-P", str(ROOT / "dev.py"), "demo", "--help"],
         capture_output=True,
         text=True,
     )

@@ -78,3 +78,20 @@ def test_real_weights_keep_the_shipped_settings_and_get_the_prompt(tmp_path):
         assert workflow.value("steps") == shipped.value("steps")
         assert workflow.nodes[workflow.linked_from("positive")]["inputs"]["text"] == "a cat"
         assert workflow.value("vae_name") == "vae.safetensors"
+
+
+@pytest.mark.parametrize("missing", [(), ("symlink",), ("symlink", "link")], ids=str)
+def test_weights_are_linked_where_the_machine_has_links(tmp_path, monkeypatch, missing):
+    """Windows has the first for those with a privilege only, the second within one drive."""
+
+    def refuses(*paths):
+        raise OSError("a required privilege is not held by the client")
+
+    for name in missing:
+        monkeypatch.setattr(sources.os, name, refuses)
+    source, target = tmp_path / "weights", tmp_path / "models" / "unet" / "weights"
+    source.write_bytes(b"tens of GB")
+    sources._link_or_copy(source, target)
+    assert target.read_bytes() == b"tens of GB"
+    assert target.is_symlink() == (not missing)
+    assert target.samefile(source) == (len(missing) < 2)

@@ -189,6 +189,15 @@ def test_a_gpu_without_triton_is_told_so(device, named, said):
     "error",
     [
         lambda n: torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {n}.00 MiB."),
+        # PyTorch's on a CPU: Windows, and elsewhere.
+        lambda n: RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you "
+            f"tried to allocate {n} bytes."
+        ),
+        lambda n: RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
+            f"memory: you tried to allocate {n} bytes. Error code 12 (Cannot allocate memory)"
+        ),
         lambda n: RuntimeError(f"Triton Error [CUDA]: out of memory ({n})"),
         lambda n: RuntimeError(f"CUBLAS_STATUS_ALLOC_FAILED when calling {n}"),
     ],

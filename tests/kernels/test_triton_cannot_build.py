@@ -65,4 +65,4 @@ def test_the_compiler_that_triton_really_lacks_is_recognised(tmp_path):
             capture_output=True,
             text=True,
         )
-        assert run.stdout.startswith("Triton cannot build what it needs"), run.stderr
+        assert "Triton cannot build what it needs" in run.stdout, run.stderr

@@ -90,8 +90,22 @@ def test_a_triton_for_another_pytorch_is_told_with_the_right_one(machine, monkey
     _, said = what_to_install(*machine("Windows", "2.8.0+cu129", "3.6.0.post26", "triton.py"))
     assert said.endswith(
         r'fails, run: "C:\My tools\venv\Scripts\python.exe" -m pip install '
-        '"triton-windows>=3.4,<3.5"'
+        '"triton-windows>=3.4,<3.5" (in Command Prompt)'
     )
+
+
+@pytest.mark.parametrize(
+    ("folder", "typed"),
+    [
+        (r"C:\AI&ML", r'"C:\AI&ML\python.exe" -m pip install "triton-windows" (in Command Prompt)'),
+        (r"C:\Py(3)", r'"C:\Py(3)\python.exe" -m pip install "triton-windows" (in Command Prompt)'),
+        (r"C:\Python311", r'C:\Python311\python.exe -m pip install "triton-windows"'),
+    ],
+)
+def test_a_path_that_a_windows_shell_would_part_is_quoted(machine, monkeypatch, folder, typed):
+    machine("Windows", "2.99.0")
+    monkeypatch.setattr(sys, "executable", rf"{folder}\python.exe")
+    assert command() == typed
 
 
 def test_the_portable_builds_python_is_named(machine, monkeypatch):
