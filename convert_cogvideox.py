@@ -4,8 +4,9 @@ ComfyUI names the same weights otherwise, and no loader of it takes the publishe
 
     python convert_cogvideox.py CogVideoX1.5-5B models/diffusion_models/cogvideox1.5_5b.safetensors
 
-Any Python does. Weights are renamed, not changed: their bytes are copied from file to file, so that
-11 GB of them need no memory, which most releases of safetensors would.
+Python 3.8 or newer does, without any package. Weights are renamed, not changed: their bytes are
+copied from file to file, so that 11 GB of them need no memory, which most releases of safetensors
+would.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import operator
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +25,8 @@ from typing import Any, NamedTuple
 FOLDER = "transformer"
 WHOLE = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WHOLE}.index.json"
+# In the name of one of several files that make up a model.
+PART = re.compile(r"-\d+-of-0*(\d+)\.safetensors$")
 # A weight that every CogVideoX has.
 FIRST = "transformer_blocks.0.norm1.linear.weight"
 # Names in diffusers' CogVideoXTransformer3DModel, and in ComfyUI's.
@@ -87,12 +92,19 @@ def weight_files(source: Path) -> list[Path]:
     Args:
         source: a published folder, its folder of the transformer, or a file.
     """
+    if source.name == INDEX:
+        source = source.parent
     if source.is_file():
+        part = PART.search(source.name)
+        if part is not None and int(part[1]) > 1:
+            raise NotConvertible(f"{source}: it is one of {part[1]} parts; name their folder")
         return [source]
     if not source.is_dir():
         raise NotConvertible(f"{source}: there is no such folder or file")
     folder = source / FOLDER if (source / FOLDER).is_dir() else source
-    files = sorted(folder.glob("*.safetensors"))
+    # Macs leave files on network drives whose names begin with a dot.
+    found = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    files = sorted(path for path in found if path.suffix.lower() == ".safetensors")
     if (folder / INDEX).is_file():
         try:
             named = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
@@ -106,7 +118,10 @@ def weight_files(source: Path) -> list[Path]:
     if missing:
         raise NotConvertible(f"{folder}: {', '.join(missing)} is missing; download it again")
     if not files:
-        raise NotConvertible(f"{folder}: no .safetensors file; convert the transformer's folder")
+        raise NotConvertible(
+            f"{folder}: no .safetensors file; name the transformer's folder, or the one that has "
+            "it (in Hugging Face's cache the one in snapshots)"
+        )
     return files
 
 
@@ -127,11 +142,13 @@ def read_header(path: Path) -> dict[str, Stored]:
         header.pop("__metadata__", None)
         weights, data = {}, 8 + length
         for name, x in header.items():
-            begin, end = x["data_offsets"]
+            begin, end = map(operator.index, x["data_offsets"])
+            if not 0 <= begin <= end:
+                raise ValueError(f"no place of {name}")
             weights[name] = Stored(path, data + begin, data + end, x["dtype"], x["shape"])
-        if max(weight.end for weight in weights.values()) != size:
+        if not weights or max(weight.end for weight in weights.values()) != size:
             raise ValueError("bytes are missing")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise NotConvertible(
             f"{path}: not a whole .safetensors file ({error}); download it again"
         ) from error
@@ -148,7 +165,7 @@ def read_headers(files: list[Path]) -> dict[str, Stored]:
                 f"{name} is in {weights[name].path.name} and in {path.name}: name one file, or "
                 "keep those of one model in the folder"
             )
-        weights |= more
+        weights.update(more)
     return weights
 
 
@@ -223,16 +240,33 @@ def write(weights: dict[str, Stored], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.part")
     try:
-        with partial.open("wb") as file:
+        file = partial.open("xb")
+    except FileExistsError:
+        raise NotConvertible(
+            f"{partial}: is there already; another conversion is under way, or one was cut off: "
+            "then remove it"
+        ) from None
+    print(f"writing {at / 1e9:.1f} GB", flush=True)
+    try:
+        with file:
             file.write(len(text).to_bytes(8, "little") + text)
             for weight in weights.values():
                 _copy(weight, file)
         os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    except BaseException:
+        partial.unlink()
+        raise
+
+
+def _stop(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def main() -> None:
+    # A terminal that is closed, and a request to end.
+    for name in ("SIGHUP", "SIGTERM"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _stop)
     for stream in (sys.stdout, sys.stderr):
         # A Windows console may lack letters of a path.
         if isinstance(stream, io.TextIOWrapper):

@@ -34,8 +34,8 @@ FITTING = {
 }
 
 
-# What ends a word in a Windows shell.
-_PARTED = re.compile(r"[ &()^;,=]")
+# What is one word to both of Windows' shells as it is.
+_ONE_WORD = re.compile(r"[\w:\\./~+-]+")
 _C_COMPILER = re.compile(r"(.*-)?(gcc|g\+\+|cc|clang|cl|tcc)(-[0-9.]+)?", re.IGNORECASE)
 
 
@@ -166,7 +166,7 @@ def windows_command() -> str:
     if Path(sys.executable).parent.name == "python_embeded":
         return rf"python_embeded\python.exe -m {pip_install('triton-windows')}"
     # Which Python a bare "python" is depends on where it is typed.
-    parts = [f'"{part}"' if _PARTED.search(part) else part for part in installer()]
+    parts = [f'"{part}"' if not _ONE_WORD.fullmatch(part) else part for part in installer()]
     typed = " ".join([*parts, _quoted_requirement("triton-windows")])
     # PowerShell prints what begins with a quoted text, and does not run it.
     return f"{typed} (in Command Prompt)" if parts[0].startswith('"') else typed

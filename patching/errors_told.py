@@ -53,7 +53,8 @@ def errors_told(calls: list[CallRecord]) -> str:
     if measured < len(sparse):
         remarks.append(f"of {measured} of {len(sparse)} sparse calls")
     if len(errors) < measured:
-        remarks.append(f"NaN or infinite in {measured - len(errors)} calls")
+        missing = measured - len(errors)
+        remarks.append(f"NaN or infinite in {missing} call{'s' * (missing > 1)}")
     mean = f"{sum(errors) / len(errors):.3f}" if errors else "unknown"
     told = f"error against full attention {mean}"
     return f"{told} ({'; '.join(remarks)})" if remarks else told

@@ -38,6 +38,22 @@ def test_a_file_elsewhere_counts_as_changed_when_it_is_edited_after_its_first_ru
     assert fingerprint(PatchPSA) not in (before, edited)
 
 
+def test_two_dots_begin_a_name_and_lead_nowhere(comfyui, tmp_path, monkeypatch, models):
+    import folder_paths
+    from sparse_video_attention.nodes.psa import PatchPSA
+
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
+    folder = tmp_path / "psa" / "..mine"
+    folder.mkdir(parents=True)
+    for name in ("..presets.yaml", "..mine/presets.yaml"):
+        (tmp_path / "psa" / name).write_text(yaml.safe_dump(OWN))
+        PatchPSA.execute(models("wan"), preset="Mine/own", config_file=name)
+    (tmp_path / "outside.yaml").write_text(yaml.safe_dump(OWN))
+    for name in ("../outside.yaml", "..mine/../../outside.yaml"):
+        with pytest.raises(ValueError, match="a name cannot lead out of"):
+            PatchPSA.execute(models("wan"), preset="Mine/own", config_file=name)
+
+
 def test_a_file_of_another_node_is_no_change(comfyui, presets, models):
     from sparse_video_attention.nodes.backend import SetAttentionBackend
     from sparse_video_attention.nodes.psa import PatchPSA

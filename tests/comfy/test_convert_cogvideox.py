@@ -5,6 +5,8 @@ tests/golden/make_cogvideox.py made the golden files.
 
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +39,7 @@ def published(folder, weights):
     (folder / "transformer").mkdir(parents=True)
     for file in files:
         held = {name: weights[name].contiguous() for name in names if where[name] == file}
-        save_file(held, folder / "transformer" / file)
+        save_file(held, folder / "transformer" / file, metadata={"format": "pt"})
     (folder / "transformer" / INDEX).write_text(json.dumps({"weight_map": where}))
     return folder
 
@@ -49,7 +51,10 @@ def script():
     # Where it looks for its annotations.
     sys.modules["convert_cogvideox"] = module
     spec.loader.exec_module(module)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield module
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     del sys.modules["convert_cogvideox"]
 
 
@@ -75,7 +80,7 @@ def refused(run, tmp_path):
     def refused(source):
         target = tmp_path / "out" / "model.safetensors"
         printed, why = run(source, target)
-        assert not printed
+        assert "wrote" not in printed
         assert not target.parent.exists() or not list(target.parent.iterdir())
         (line,) = why.splitlines()
         assert line.startswith("nothing was written: ")
@@ -109,19 +114,22 @@ def error_in_comfyui(path, call, scale=None):
 def test_a_published_folder_computes_in_comfyui_as_in_diffusers(comfyui, tmp_path, kind):
     weights, call = golden(kind)
     source = published(tmp_path / "CogVideoX1.5-5B 模型", weights)
-    target = tmp_path / "models" / "cogvideox1.5.safetensors"
+    target = tmp_path / "models" / "视频1.5.safetensors"
     # An interpreter without any package, and a console without most letters.
     command = [sys.executable, "-S", "-X", "utf8=0", str(SCRIPT), str(source), str(target)]
     result = subprocess.run(
         command, capture_output=True, text=True, env={"PYTHONIOENCODING": "cp1252"}
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout == f"wrote {target} ({len(weights)} weights)\n"
+    shown = str(target).replace("视频", r"\u89c6\u9891")
+    assert result.stdout == f"writing 0.0 GB\nwrote {shown} ({len(weights)} weights)\n"
     assert [path.name for path in target.parent.iterdir()] == [target.name]
     # As any file of this person's, and aligned.
     (tmp_path / "plain").touch()
     assert target.stat().st_mode == (tmp_path / "plain").stat().st_mode
     assert int.from_bytes(target.read_bytes()[:8], "little") % 8 == 0
+    with safe_open(target, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
     assert error_in_comfyui(target, call) < 1e-6
 
 
@@ -219,20 +227,27 @@ def test_a_weight_that_comfyui_has_not_is_named(refused, tmp_path, name):
     assert f"{name} is no weight of a CogVideoX" in refused(source)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "pointer", "header", "no offsets"])
+HEADERS = {
+    "no offsets": b'{"a": {"dtype": "F16", "shape": [1]}}',
+    "backwards": b'{"a": {"dtype": "F16", "shape": [1], "data_offsets": [2, 0]}}',
+    "fractions": b'{"a": {"dtype": "F16", "shape": [1], "data_offsets": [0.0, 2.0]}}',
+    "deep": b"[" * 100_000,
+    "nothing": b"{}",
+}
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "pointer", "header", *HEADERS])
 def test_files_that_are_not_whole(refused, tmp_path, damage):
     source = tmp_path / "model.safetensors"
     save_file(golden("1_5_t2v")[0], source)
-    header = b'{"a": {"dtype": "F16", "shape": [1]}}'
-    source.write_bytes(
-        {
-            "cut": source.read_bytes()[:-2],
-            "empty": b"",
-            "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4f2a\nsize 12\n",
-            "header": (20).to_bytes(8, "little") + b"\xff" * 40,
-            "no offsets": len(header).to_bytes(8, "little") + header,
-        }[damage]
-    )
+    made = {name: len(x).to_bytes(8, "little") + x + bytes(2) for name, x in HEADERS.items()}
+    made |= {
+        "cut": source.read_bytes()[:-2],
+        "empty": b"",
+        "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4f2a\nsize 12\n",
+        "header": (20).to_bytes(8, "little") + b"\xff" * 40,
+    }
+    source.write_bytes(made[damage])
     assert f"{source}: not a whole .safetensors file" in refused(source)
 
 
@@ -247,6 +262,23 @@ def test_folders_that_are_not_whole(refused, tmp_path):
     assert "there is no such folder or file" in refused(tmp_path / "other")
     (tmp_path / "empty").mkdir()
     assert "no .safetensors file" in refused(tmp_path / "empty")
+
+
+def test_whatever_of_the_published_files_is_named(run, refused, tmp_path):
+    """The index stands for its folder; a part for nothing."""
+    folder = published(tmp_path / "model", golden("1_5_t2v")[0]) / "transformer"
+    assert "it is one of 2 parts; name their folder" in refused(
+        folder / "model-00001-of-00002.safetensors"
+    )
+    assert run(folder / INDEX, tmp_path / "one.safetensors")[1] is None
+    (folder / INDEX).unlink()
+    # As a Mac leaves them on a network drive.
+    (folder / "._model-00001-of-00002.safetensors").write_bytes(b"Mac OS X")
+    second = folder / "model-00002-of-00002.safetensors"
+    second.rename(second.with_suffix(".SAFETENSORS"))
+    assert run(folder, tmp_path / "two.safetensors")[1] is None
+    one, two = ((tmp_path / f"{name}.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
 
 
 def test_files_of_two_models_in_a_folder(run, refused, tmp_path):
@@ -283,6 +315,36 @@ def test_a_disk_that_is_full_leaves_nothing(refused, tmp_path):
         assert "File too large" in refused(source)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_another_conversion_s_file_is_left_alone(run, tmp_path):
+    folder = published(tmp_path / "model", golden("1_5_t2v")[0])
+    theirs = tmp_path / "target.safetensors.part"
+    theirs.write_text("half")
+    _, why = run(folder, tmp_path / "target.safetensors")
+    assert f"{theirs}: is there already; another conversion is under way" in why
+    assert theirs.read_text() == "half"
+
+
+def test_a_source_that_shrinks_is_no_success(script, refused, tmp_path, monkeypatch):
+    folder = published(tmp_path / "model", golden("1_5_t2v")[0])
+    (cut,) = (folder / "transformer").glob("*-00002-of-*")
+    convert = script.convert
+
+    def shrinking(weights):
+        cut.write_bytes(cut.read_bytes()[:-100])
+        return convert(weights)
+
+    monkeypatch.setattr(script, "convert", shrinking)
+    assert f"{cut}: it became shorter while it was read" in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_asked_to_end_it_leaves_nothing(script, refused, tmp_path, monkeypatch, name):
+    source = published(tmp_path / "model", golden("1_5_t2v")[0])
+    number = getattr(signal, name)
+    monkeypatch.setattr(script, "_copy", lambda *given: os.kill(os.getpid(), number))
+    assert refused(source) == "nothing was written: stopped"
 
 
 def test_stopped_half_way_leaves_nothing(script, refused, tmp_path, monkeypatch):

@@ -37,8 +37,8 @@ def _run(cards: Sequence[str], command: Sequence[str], **more: str) -> subproces
             timeout=SECONDS,
         )
     except subprocess.TimeoutExpired as error:
-        printed = (error.stdout or b"")[-SHOWN:]
-        raise ProcessFailed(f"not done after {SECONDS} s:\n{printed!r}") from error
+        printed = (error.stdout or b"")[-SHOWN:].decode(errors="replace")
+        raise ProcessFailed(f"not done after {SECONDS} s:\n{printed}") from error
 
 
 def run_module(cards: Sequence[str], module: str, *arguments: str) -> str:

@@ -29,8 +29,13 @@ def test_this_process_has_no_stand_in():
 
 
 def test_a_program_that_fails_says_why():
-    with pytest.raises(processes.ProcessFailed, match="No module named 'benchmarks.nothing'"):
-        processes.run_module(["sm_90"], "benchmarks.nothing")
+    with pytest.raises(processes.ProcessFailed, match="No module named 'demo.nothing'"):
+        processes.run_module(["sm_90"], "demo.nothing")
+
+
+def test_a_benchmark_leaves_a_card_s_own_results_alone():
+    with pytest.raises(processes.ProcessFailed, match="name a folder with --out"):
+        processes.run_module(["sm_90"], "benchmarks.attention")
 
 
 def test_tests_that_fail_or_are_skipped_say_why(tmp_path):

@@ -84,6 +84,19 @@ def test_a_call_waits_for_nothing(node, family, guided, models, triton_is_fastes
     assert undue(found.end, AT_THE_END + Counter(clocks)) == []
 
 
+def test_weighted_means_in_plain_pytorch_wait_for_nothing():
+    """The part of a call without Triton that is made anew every time."""
+    from sparse_video_attention.kernels.weighted_means import in_whole_blocks, weighted_means
+
+    from .waits import WAITS
+
+    k, v, queries = (torch.randn(1, 2, n, 16, device="cuda") for n in (150, 150, 5))
+    whole = [in_whole_blocks(x, 64) for x in (k, v)]
+    with WAITS.kept() as waits:
+        keys, _ = weighted_means(*whole, queries, 64, 0.25, tokens=150)
+    assert waits == [] and keys.shape == (1, 2, 5, 3, 16)
+
+
 @pytest.mark.parametrize("family", ["wan", "cogvideox"])
 def test_a_measured_call_waits_for_nothing(family, models, triton_is_fastest):
     from .sampling import patched, sample, undue
@@ -94,9 +107,12 @@ def test_a_measured_call_waits_for_nothing(family, models, triton_is_fastest):
         sample(model, 2, guided=True)
         found = sample(model, STEPS, guided=True)
     record = run_history(model).latest
-    assert all(call.error < 1 for call in record.calls if call.reason is None)
-    for waits in found.steps:
-        assert undue(waits, PER_RUN + PER_FORWARD) == []
+    sparse = [call for call in record.calls if call.reason is None]
+    assert sparse and {call.ran for call in sparse} == {"triton"}
+    assert all(call.error < 1 for call in sparse)
+    first, *others = found.steps
+    assert undue(first, PER_RUN + PER_FORWARD) == []
+    assert [undue(waits, PER_FORWARD) for waits in others] == [[]] * len(others)
     # Errors and densities are read together.
     clocks = {("event.synchronize", "patching/timing.py", "seconds"): len(record.calls)}
     assert undue(found.end, AT_THE_END + Counter(clocks)) == []

@@ -52,8 +52,8 @@ def stub_pip(tmp_path, script):
 
 def test_help_needs_nothing_but_the_standard_library():
     said = subprocess.run(
-        # -P: as where Python is embedded in something, which does not look beside the script.
-        [sys.executable, "-S", "-E", "-P", str(ROOT / "dev.py"), "demo", "--help"],
+        # -I: as where Python is embedded in something, which does not look beside the script.
+        [sys.executable, "-S", "-I", str(ROOT / "dev.py"), "demo", "--help"],
         capture_output=True,
         text=True,
     )

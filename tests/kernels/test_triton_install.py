@@ -99,6 +99,10 @@ def test_a_triton_for_another_pytorch_is_told_with_the_right_one(machine, monkey
     [
         (r"C:\AI&ML", r'"C:\AI&ML\python.exe" -m pip install "triton-windows" (in Command Prompt)'),
         (r"C:\Py(3)", r'"C:\Py(3)\python.exe" -m pip install "triton-windows" (in Command Prompt)'),
+        (
+            r"C:\O'Brien",
+            r'"C:\O' "'" r'Brien\python.exe" -m pip install "triton-windows" (in Command Prompt)',
+        ),
         (r"C:\Python311", r'C:\Python311\python.exe -m pip install "triton-windows"'),
     ],
 )
