@@ -253,9 +253,8 @@ def write(weights: dict[str, Stored], target: Path) -> None:
             for weight in weights.values():
                 _copy(weight, file)
         os.replace(partial, target)
-    except BaseException:
-        partial.unlink()
-        raise
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _stop(number: int, frame: object) -> None:

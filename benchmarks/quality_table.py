@@ -95,6 +95,8 @@ def quality(result: Result) -> str:
         "setting does not say so, a quarter of the steps and layer 0 are dense (Sparge at its "
         "defaults: one step)."
     )
+    if any("error" in row for row in rows):
+        said += " Where errors of calls were measured too, that is part of the time."
     if said_of_blocks(result):
         said += (
             f" Blocks are 1/{result['block_scale']} as large as the nodes', so that a frame holds "

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.capture import is_captured
 from .log import one_line
 from .recorded_memory import outside_recorded_memory
 
@@ -67,8 +66,3 @@ def measured(error: Callable[[], Tensor] | None, forward: ForwardState) -> Tenso
         forward.run.measures_error = False
         forward.say((f"{NODE} stopped, as a call could not be measured: {one_line(fault)}",))
         return None
-
-
-def can_be_measured(device: torch.device) -> bool:
-    """Whether a call's error would be that call's: a captured graph has one for all its replays."""
-    return not is_captured(device)

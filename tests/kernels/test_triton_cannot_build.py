@@ -65,4 +65,6 @@ def test_the_compiler_that_triton_really_lacks_is_recognised(tmp_path):
             capture_output=True,
             text=True,
         )
-        assert "Triton cannot build what it needs" in run.stdout, run.stderr
+        # triton-windows prints lines of its own before.
+        said = run.stdout.splitlines()[-1:]
+        assert said and said[0].startswith("Triton cannot build what it needs"), run.stderr

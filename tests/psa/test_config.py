@@ -138,7 +138,7 @@ def test_the_same_file_of_other_editors_is_read(how, tmp_path):
 
 
 def test_says_when_a_file_cannot_be_read(tmp_path):
-    with pytest.raises(ValueError, match=r"absent.yaml cannot be read: \w"):
+    with pytest.raises(ValueError, match="absent.yaml cannot be read: No such file"):
         load_presets(tmp_path / "absent.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"S: \xe9\xe8")
     with pytest.raises(ValueError, match="latin.yaml cannot be read: it is not UTF-8"):
