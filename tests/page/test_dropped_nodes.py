@@ -3,6 +3,8 @@
 import pytest
 from playwright.sync_api import expect
 
+from .comfy_page import SETTLED_MS
+
 MODERN = "Comfy.VueNodes.Enabled"
 # By DESIGN.md: value when dropped, in the order shown.
 RADIAL = {"dense_layers": "0", "dense_timesteps": -1, "block_size": 128, "decay_factor": 0.2}
@@ -49,6 +51,8 @@ EACH_NODE = pytest.mark.parametrize("node", DROPPED)
 def test_a_node_has_its_defaults_and_its_advanced_inputs(node, page):
     plain, advanced = DROPPED[node]
     page.drop(node)
+    # Until it is drawn; without, the picture is of the node before.
+    page.tab.wait_for_timeout(SETTLED_MS)
     page.photograph(f"dropped_{node}")
     shown = page.widgets(node)
     assert plain | advanced == {name: shown[name]["value"] for name in plain | advanced}
