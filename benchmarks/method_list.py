@@ -73,11 +73,11 @@ def _methods(model_family: str) -> Iterator[Method]:
     # What the weights of its means take.
     plain = replace(SPARGE_POLICY, skipped_blocks="pool")
     yield Method(f"sparge group means 0.2{POOLED}", plain)
-    # Smaller blocks are closer at the same topk; what do they take?
-    for block_m, block_n in ((128, 32), (64, 32)):
+    # Smaller blocks are as close at a lower topk; what do they take?
+    for topk, block_m, block_n in ((0.12, 64, 32), (0.2, 128, 32)):
         shape = {"block_m": block_m, "block_n": block_n, "halves_in_small_frames": False}
-        finer = replace(SPARGE_POLICY, **shape)
-        yield Method(f"sparge group means 0.2 weighted pool {block_m}x{block_n}", finer)
+        finer = replace(SPARGE_POLICY, topk=topk, **shape)
+        yield Method(f"sparge group means {topk:g} weighted pool {block_m}x{block_n}", finer)
     yield Method("sparge Gilbert", SpargePolicy(block_order="Gilbert"))
     yield Method("sparge raster pool", SpargePolicy(skipped_blocks="pool"))
     gilbert = SpargePolicy(block_order="Gilbert", skipped_blocks="pool")

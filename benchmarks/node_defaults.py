@@ -13,7 +13,8 @@ from sparse_video_attention.radial_attn import RadialPolicy
 from sparse_video_attention.sparge import SpargePolicy
 
 NODES = ("radial", "psa", "sparge")
-# Of PatchSpargeAttention's defaults, where there is no MODEL at hand.
+# Of PatchSpargeAttention's defaults, where there is no MODEL at hand; without the smaller blocks
+# that a GPU times besides.
 SPARGE_POLICY = SpargePolicy(
     topk=0.2,
     block_order="Gilbert",

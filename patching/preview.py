@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,7 +21,14 @@ from .page import image_tensor, text_picture
 from .preview_picture import plan_picture
 from .report import UNPATCHED
 from .run import noise_bounds
-from .settings import SETTINGS_KEY, AttentionSettings, SparseChoice, StaticPolicy, advice_of
+from .settings import (
+    SETTINGS_KEY,
+    AttentionSettings,
+    SparseChoice,
+    StaticPolicy,
+    advice_of,
+    as_close_of,
+)
 from .vace import has_vace_blocks
 
 # What ComfyUI's text encoders of these models give at least.
@@ -91,7 +99,10 @@ def attention_preview(model: Any, samples: dict[str, Any], steps: int) -> Previe
         net, family, choice, layout.num_tokens, text_tokens, plan, sparse_steps / steps, most
     )
     density = f"Density of sparse calls: {least}{plan.density():.3f} ({meaning})."
-    sentences = [*head, density, *_where_guided(net, choice, layout), steps_text, gain.text]
+    sentences = [
+        *(*head, density, *_timed_too(choice, layout, model.load_device)),
+        *(*_where_guided(net, choice, layout), steps_text, gain.text),
+    ]
     advice = advice_of(choice.policy, layout, plan if choice.policy.is_static else None)
     sentences += [] if advice is None else [f"Note: {advice}."]
     in_frames = choice.policy.is_static and choice.policy.order(layout) is None
@@ -99,6 +110,17 @@ def attention_preview(model: Any, samples: dict[str, Any], steps: int) -> Previe
     # Where all steps or layers are dense there is no sparse call.
     kept = plan.density() if gain.speedup > 1 else 1.0
     return Preview(picture, kept, gain.speedup, "\n".join(sentences))
+
+
+def _timed_too(choice: SparseChoice, layout: TokenLayout, device: torch.device) -> tuple[str, ...]:
+    """What may serve instead, where that is timed."""
+    found = as_close_of(choice.policy, layout)
+    if found is None or choice.kernel != "auto" or device.type == "cpu":
+        return ()
+    policy, does = found
+    known = _too_large(replace(choice, policy=policy), layout) or policy.forecast(layout)
+    density = "" if isinstance(known, str) else f" at a density of {known[0].density():.3f}"
+    return (f"Timed on this GPU and used if faster: {does}, as close{density}.",)
 
 
 def _where_guided(net: Any, choice: SparseChoice, layout: TokenLayout) -> tuple[str, ...]:

@@ -33,7 +33,9 @@ class AttentionSite(enum.Enum):
 class SparsePolicy(Protocol):
     """Turns (q, k, layout) into a BlockPlan. Frozen and hashable: it is part of cache keys.
 
-    It may also have `advice(layout) -> str | None`: what else a person might choose for a layout.
+    It may also have `advice(layout) -> str | None`: what else a person might choose for a layout;
+    and `as_close(layout) -> tuple[SparsePolicy, str] | None`: another policy in the same order,
+    which stays as close to full attention and serves where it is faster, and what it does.
     """
 
     @property
@@ -98,6 +100,12 @@ def advice_of(
         return f"{policy.name} keeps every block at {layout} tokens, which gains nothing"
     advice = getattr(policy, "advice", None)
     return None if advice is None else advice(layout)
+
+
+def as_close_of(policy: SparsePolicy, layout: TokenLayout) -> tuple[SparsePolicy, str] | None:
+    """A policy that may serve instead, and what it does otherwise, or None."""
+    as_close = getattr(policy, "as_close", None)
+    return None if as_close is None else as_close(layout)
 
 
 @dataclass(frozen=True)

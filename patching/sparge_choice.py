@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..sparge import SpargeCheckpoint, SpargePolicy, load_checkpoint
-from ..sparge.policy import BLOCK_ORDERS, BLOCK_SCORES, PUBLISHED_BLOCKS
+from ..sparge.block_sizes import HALVES, PUBLISHED_BLOCKS
+from ..sparge.policy import BLOCK_ORDERS, BLOCK_SCORES
 from ..third_party import spas_sage_attn
 from .choice import make_choice
 from .install import describe_model
@@ -22,7 +23,7 @@ AUTO = "auto"
 # Other people's kernels run the blocks that they were written for; this pack's run any.
 LIBRARIES = ("flash_attn4", "spas_sage_attn", "sparse_sageattn")
 # By name: query and key tokens per block.
-BLOCK_SHAPES = {"128x64": PUBLISHED_BLOCKS, "128x32": (128, 32), "64x32": (64, 32)}
+BLOCK_SHAPES = {"128x64": PUBLISHED_BLOCKS, "128x32": (128, 32), "64x32": HALVES}
 
 
 def register_folder() -> None:
@@ -146,7 +147,8 @@ def sparge_choice(
     Args:
         cdfthreshd: 0 to keep by topk.
         block_order, block_scores: of SpargePolicy, or "auto".
-        block_shape: one of BLOCK_SHAPES, or "auto": as published, halved in small frames.
+        block_shape: one of BLOCK_SHAPES, or "auto": as published, halved in small frames and,
+            with a lower topk, where that was timed to be faster.
         shared: the other inputs of make_choice.
 
     Raises:
@@ -170,6 +172,8 @@ def sparge_choice(
         # Thresholds are sums of the published scores' softmax.
         by_count = checkpoint is None and not cdfthreshd
         block_scores = "group means" if by_count else "block means"
+    # Thresholds were tuned in blocks of one size.
+    may_halve = block_shape == AUTO and kernel not in LIBRARIES and checkpoint is None
     policy = SpargePolicy(
         topk=topk,
         simthreshd1=simthreshd1,
@@ -181,10 +185,8 @@ def sparge_choice(
         checkpoint=checkpoint,
         block_m=block_m,
         block_n=block_n,
-        # Thresholds were tuned in blocks of one size.
-        halves_in_small_frames=block_shape == AUTO
-        and kernel not in LIBRARIES
-        and checkpoint is None,
+        halves_in_small_frames=may_halve,
+        halves_if_faster=may_halve,
     )
     return make_choice(
         model,

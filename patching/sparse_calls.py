@@ -14,6 +14,7 @@ from ..kernels.fallback import KernelFallback, KernelRun
 from .attention_call import AttentionCall
 from .measured_error import relative_error, shift_of
 from .recorded_memory import outside_recorded_memory
+from .settings import as_close_of
 from .speed import Asked, Fastest
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def run_sparse(
     q, k, v = prepared(call.q), prepared(call.k), prepared(call.v)
     scale = call.scale if call.scale is not None else q.shape[-1] ** -0.5
     if plan is None:
-        plan = choice.policy.plan(q, k, forward.tokens.layout, layer=layer, scale=scale)
+        policy = fastest.policy or choice.policy
+        plan = policy.plan(q, k, forward.tokens.layout, layer=layer, scale=scale)
         density: float | Tensor = plan.density_tensor()
     else:
         density = plan.density()
@@ -113,6 +115,7 @@ def to_compare(
     # An override of another pack may keep count of its calls, frames keep more or less, and a
     # policy of somebody's own may not say.
     steady = getattr(choice.policy, "density_is_fixed", False)
+    layout, may_be_other = forward.tokens.layout, plan is None and choice.kernel == "auto"
     return Asked(
         sparse,
         dense,
@@ -121,4 +124,5 @@ def to_compare(
         dense_is_a_rival=steady
         and is_last
         and not forward.tokens.is_one_frame(call.q_len, call.k_len),
+        instead=as_close_of(choice.policy, layout) if may_be_other else None,
     )

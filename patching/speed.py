@@ -1,7 +1,8 @@
 """What is fastest for a kind of call on this GPU: timed once, since nobody has timed every GPU.
 
 The kernels that may run a method's plan are held against each other in the model's own precision
-and in int8, and against dense attention as it would run here, by whatever library. By their data
+and in int8, against those of a policy that is as close to full attention if there is one, and
+against dense attention as it would run here, by whatever library. By their data
 sheets cards for people (RTX 30, 40, 50) multiply int8 four times as fast as 16 bits, and an H100
 twice; what a kernel makes of it depends on the card. Dense attention may win where a library of 8
 bits runs it, where a method keeps much, and where plain PyTorch has to run a plan: that copies the
@@ -22,8 +23,16 @@ from torch import Tensor
 from ..kernels.fallback import KernelRun
 from ..kernels.memory_errors import OUT_OF_MEMORY
 from .log import log, one_line
+from .settings import SparsePolicy
 from .timed_once import Finding, TimedOnce
-from .timed_ways import GAIN, Stopwatches, TimedWay, faster_in_8_bits, fastest_exact
+from .timed_ways import (
+    GAIN,
+    INSTEAD_GAIN,
+    Stopwatches,
+    TimedWay,
+    faster_in_8_bits,
+    fastest_exact,
+)
 
 DENSE_IS_FASTER = "dense attention is faster here"
 
@@ -36,6 +45,7 @@ class Fastest(NamedTuple):
         dense_reason: why such calls are dense, None where they are sparse.
         notes: what there is to say in every run.
         hints: what there is to do about calls that are dense.
+        policy: whose plans are faster and as close; None for the one that was chosen.
     """
 
     kernel: str = "auto"
@@ -43,6 +53,7 @@ class Fastest(NamedTuple):
     dense_reason: str | None = None
     notes: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
+    policy: SparsePolicy | None = None
 
 
 class Asked(NamedTuple):
@@ -54,6 +65,7 @@ class Asked(NamedTuple):
         tokens: of the call.
         may_be_dense: the person did not ask for a kernel by name.
         dense_is_a_rival: of any kernel, not only of plain PyTorch.
+        instead: another policy, as close to full attention, and what it does.
     """
 
     sparse: Callable[[Fastest], KernelRun]
@@ -61,6 +73,7 @@ class Asked(NamedTuple):
     tokens: int
     may_be_dense: bool
     dense_is_a_rival: bool
+    instead: tuple[SparsePolicy, str] | None = None
 
 
 class SpeedCheck:
@@ -90,17 +103,58 @@ def _compare(asked: Asked) -> Finding[Fastest] | None:
     except Exception as error:  # the call itself will tell what is the matter
         log.debug(f"nothing was timed: {one_line(error)}")
         return None
-    own, rivals = (first.kernel, first.precision), first.rivals
-    hints = tuple(note for note in first.notes if OUT_OF_MEMORY not in note)
-    del first  # its output is as large as q
-    # Copies of the keys make plain PyTorch slow at almost any density.
-    with_dense = asked.may_be_dense and (asked.dense_is_a_rival or own[0] == "torch")
-    watches, ways = Stopwatches(), list(dict.fromkeys([own, *rivals]))
-    if not with_dense and len(ways) == 1:
+    # Copies of the keys make plain PyTorch slow at almost any density, and slower by the block.
+    in_torch = first.kernel == "torch"
+    with_dense = asked.may_be_dense and (asked.dense_is_a_rival or in_torch)
+    instead = None if in_torch else asked.instead
+    if not with_dense and instead is None and len(_ways(first)) == 1:
         return Finding(Fastest())
+    hints = tuple(note for note in first.notes if OUT_OF_MEMORY not in note)
+    ways = _ways(first)
+    del first  # its output is as large as q
+    watches = Stopwatches()
+    sparse = _time_kernels(asked, None, ways, watches)
+    if not sparse:
+        return Finding(Fastest(), lacked_memory=watches.lacked_memory)
+    other = [] if instead is None else _time_instead(asked, *instead)
+    dense = watches.time("dense", "native", asked.dense) if with_dense else None
+    told = f"calls of {asked.tokens} tokens were timed once: "
+    told += ", ".join(str(way) for way in (*sparse, dense) if way)
+    found, best = _fastest(sparse)
+    if instead is not None and other:
+        policy, does = instead
+        other_found, other_best = _fastest(other)
+        told += f"; {does}, which is as close: {', '.join(str(way) for way in other)}"
+        if other_best.ms * INSTEAD_GAIN <= best.ms:
+            found, best = other_found._replace(policy=policy), other_best
+            told += ", used"
+    if dense is not None and dense.ms * GAIN <= best.ms:
+        found = Fastest(dense_reason=_why_dense(dense, best), hints=hints)
+    return Finding(found._replace(notes=(told,)), told, watches.lacked_memory)
+
+
+def _ways(ran: KernelRun) -> list[tuple[str, str]]:
+    """(kernel, precision) that may serve calls like one that ran, its own first."""
+    return list(dict.fromkeys([(ran.kernel, ran.precision), *ran.rivals]))
+
+
+def _time_instead(asked: Asked, policy: SparsePolicy, does: str) -> list[TimedWay]:
+    """As _time_kernels, of a policy that could serve. For want of memory it only loses."""
+    try:
+        ways = _ways(asked.sparse(Fastest(policy=policy)))
+    except Exception as error:
+        log.info(f"{does} was not timed: {one_line(error)}")
+        return []
+    return _time_kernels(asked, policy, ways, Stopwatches())
+
+
+def _time_kernels(
+    asked: Asked, policy: SparsePolicy | None, ways: list[tuple[str, str]], watches: Stopwatches
+) -> list[TimedWay]:
+    """Those that could be timed, the first of ways first; none if that one could not."""
 
     def run(way: tuple[str, str]) -> Tensor | None:
-        ran = asked.sparse(Fastest(*way))
+        ran = asked.sparse(Fastest(*way, policy=policy))
         if (ran.kernel, ran.precision) == way:
             return ran.out
         notes = "; ".join(ran.notes)
@@ -108,21 +162,12 @@ def _compare(asked: Asked) -> Finding[Fastest] | None:
         log.info(f"kernel {way[0]} {way[1]} was not timed: {notes}")
         return None
 
-    timed_own, *timed = [watches.time(*way, functools.partial(run, way)) for way in ways]
-    dense = watches.time("dense", "native", asked.dense) if with_dense else None
-    if timed_own is None:
-        return Finding(Fastest(), lacked_memory=watches.lacked_memory)
-    sparse = [timed_own, *(way for way in timed if way is not None)]
-    times = ", ".join(str(way) for way in (*sparse, dense) if way)
-    told = f"calls of {asked.tokens} tokens were timed once: {times}"
-    found = _fastest(sparse, dense)._replace(notes=(told,))
-    if found.dense_reason is not None:
-        found = found._replace(hints=hints)
-    return Finding(found, told, watches.lacked_memory)
+    first, *others = [watches.time(*way, functools.partial(run, way)) for way in ways]
+    return [] if first is None else [first, *(way for way in others if way is not None)]
 
 
-def _fastest(sparse: list[TimedWay], dense: TimedWay | None) -> Fastest:
-    """sparse: the way that "auto" took first."""
+def _fastest(sparse: list[TimedWay]) -> tuple[Fastest, TimedWay]:
+    """What "auto" means, and its time. sparse: the way that "auto" took first."""
     best = sparse[0]
     exact = [way for way in sparse if way.precision == "native"]
     # Without one in the model's own precision there is nothing to hold 8 bits against.
@@ -130,10 +175,10 @@ def _fastest(sparse: list[TimedWay], dense: TimedWay | None) -> Fastest:
         reference = fastest_exact(exact)
         in_8_bits = [way for way in sparse if way.precision != "native"]
         best = faster_in_8_bits(in_8_bits, reference, reference)
-    if dense is not None and dense.ms * GAIN <= best.ms:
-        how = "in plain PyTorch" if best.name == "torch" else f"by {best.full_name}"
-        return Fastest(
-            dense_reason=f"{DENSE_IS_FASTER}: {dense.ms:.1f} ms a call, "
-            f"{best.ms:.1f} ms sparse {how}"
-        )
-    return Fastest() if best is sparse[0] else Fastest(best.name, best.precision)
+    found = Fastest() if best is sparse[0] else Fastest(best.name, best.precision)
+    return found, best
+
+
+def _why_dense(dense: TimedWay, best: TimedWay) -> str:
+    how = "in plain PyTorch" if best.name == "torch" else f"by {best.full_name}"
+    return f"{DENSE_IS_FASTER}: {dense.ms:.1f} ms a call, {best.ms:.1f} ms sparse {how}"

@@ -13,6 +13,7 @@ from ..kernels.orders import mirrored_in_turn, video_order
 from ..kernels.plan import BLOCK_SIZES
 from ..kernels.skipped import SKIPPED_BLOCKS, pooling_reason_of, remainder, said_of_skipped
 from ..kernels.twins import Twins
+from .block_sizes import PUBLISHED_BLOCKS, SMALL_FRAME, advice_for_frames, as_close_in_halves
 from .checkpoint import SpargeCheckpoint
 from .dynamic_map import block_map
 from .group_scores import GROUPS
@@ -20,13 +21,6 @@ from .thresholds import topk_counts
 
 BLOCK_ORDERS = ("raster", "Gilbert")
 BLOCK_SCORES = ("block means", "group means")
-PUBLISHED_BLOCKS = (128, 64)
-# In frames of so many tokens and fewer, which are those below all usual sizes (1350), a block of
-# 128 x 64 is a large part of a frame. Halves of it each way are as close in frames of 960 as whole
-# ones in those of 1920 (docs/measurements.md).
-SMALL_FRAME, HALVES = 1300, (64, 32)
-# Halves are large in frames of so many tokens and fewer: CLOSER is 11 and 18 dB closer than 0.2.
-SMALLEST_FRAME, CLOSER = 480, 0.5
 
 
 @dataclass(frozen=True)
@@ -51,6 +45,7 @@ class SpargePolicy:
         block_m, block_n: tokens per query block and per key block.
         halves_in_small_frames: both are halved in frames of SMALL_FRAME tokens and fewer. Not where
             blocks are scored or dropped as published.
+        halves_if_faster: in larger frames halves, with a lower topk, are another choice (as_close).
         groups: queries and keys of a group.
         alternate_orders: in Gilbert order, denoising steps take turns with the mirrored one. Not
             with attention_sink, whose first block would be another one, nor with a checkpoint,
@@ -71,6 +66,7 @@ class SpargePolicy:
     block_m: int = PUBLISHED_BLOCKS[0]
     block_n: int = PUBLISHED_BLOCKS[1]
     halves_in_small_frames: bool = False
+    halves_if_faster: bool = False
     groups: tuple[int, int] = GROUPS
     alternate_orders: bool = True
     twins: Twins = field(default_factory=Twins, repr=False, compare=False)
@@ -91,7 +87,12 @@ class SpargePolicy:
             if type(choice) not in (int, str) or choice not in allowed:
                 choices = ", ".join(str(option) for option in allowed)
                 raise ValueError(f"{name} must be one of {choices}; got {choice!r}")
-        for name in ("attention_sink", "halves_in_small_frames", "alternate_orders"):
+        for name in (
+            "attention_sink",
+            "halves_in_small_frames",
+            "halves_if_faster",
+            "alternate_orders",
+        ):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false; got {value!r}")
         self._check_groups()
@@ -108,7 +109,7 @@ class SpargePolicy:
 
     def _check_groups(self) -> None:
         """Groups are parts of the smallest blocks there may be."""
-        parts = 2 if self.halves_in_small_frames else 1
+        parts = 2 if self.halves_in_small_frames or self.halves_if_faster else 1
         if self.block_scores == BLOCK_SCORES[0]:
             return
         for block, group in zip((self.block_m, self.block_n), self.groups, strict=True):
@@ -162,23 +163,23 @@ class SpargePolicy:
 
     def blocks(self, layout: TokenLayout) -> tuple[int, int]:
         """Tokens per query block and per key block."""
-        as_published = self.block_scores == BLOCK_SCORES[0] or self.skipped_blocks == "drop"
-        halves = self.halves_in_small_frames and not as_published
+        halves = self.halves_in_small_frames and not self.goes_as_published
         if halves and self.frame_tokens(layout) <= SMALL_FRAME:
             return self.block_m // 2, self.block_n // 2
         return self.block_m, self.block_n
 
+    @property
+    def goes_as_published(self) -> bool:
+        """Whether blocks are scored or dropped as published, for which whole ones are right."""
+        return self.block_scores == BLOCK_SCORES[0] or self.skipped_blocks == "drop"
+
+    def as_close(self, layout: TokenLayout) -> tuple[SpargePolicy, str] | None:
+        """Another policy, as close to full attention, and what it does; None if there is none."""
+        return as_close_in_halves(self, layout) if self.halves_if_faster else None
+
     def advice(self, layout: TokenLayout) -> str | None:
         """What there is to know of such a layout, for the log and the preview; or None."""
-        frame, (block_m, block_n) = self.frame_tokens(layout), self.blocks(layout)
-        halves = (block_m, block_n) != (self.block_m, self.block_n)
-        said = f"a frame of {frame} tokens is small: "
-        parts = [f"blocks are {block_m}x{block_n}"] if halves else []
-        by_topk = self.density_is_fixed
-        large = block_m * block_n > HALVES[0] * HALVES[1]
-        if by_topk and self.topk < CLOSER and frame <= (SMALL_FRAME if large else SMALLEST_FRAME):
-            parts += [f"topk {CLOSER:g} stays closer to the original"]
-        return said + ", ".join(parts) if parts else None
+        return advice_for_frames(self, layout)
 
     def order(self, layout: TokenLayout) -> Tensor | None:
         """int64 [layout.num_tokens]: attention position -> token, or None to keep the order."""

@@ -46,8 +46,8 @@ OTHER_NAMES += [
     "sparge Gilbert",
     "sparge Gilbert pool",
     "sparge group means 0.2 weighted pool",
+    "sparge group means 0.12 weighted pool 64x32",
     "sparge group means 0.2 weighted pool 128x32",
-    "sparge group means 0.2 weighted pool 64x32",
 ]
 OTHER_NAMES += ["radial 64 pool"]
 CASES = [

@@ -123,8 +123,9 @@ def test_auto_scores_are_of_group_means_but_for_thresholds_of_the_published_scor
         assert scores(**inputs) == scores(**inputs, block_scores="auto") == "block means"
         assert scores(**inputs, block_scores="group means") == "group means"
     # Nor are a checkpoint's for smaller blocks.
-    assert policy().halves_in_small_frames
-    assert not policy(**tuned, block_scores="group means").halves_in_small_frames
+    assert policy().halves_in_small_frames and policy().halves_if_faster
+    found = policy(**tuned, block_scores="group means")
+    assert not found.halves_in_small_frames and not found.halves_if_faster
     for wrong in ("means", "Group means", None, 1):
         with pytest.raises(ValueError) as refusal:
             scores(block_scores=wrong)

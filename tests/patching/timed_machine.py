@@ -59,12 +59,14 @@ class Machine:
 
     def has_kernel(self, *precisions, name="fast", rank=9.0):
         """A kernel of some precisions, "auto" being the first; its times and values go by
-        precision, or by its name if they have that."""
+        precision, or by its name if they have that, and by the plan's blocks if they have those."""
 
         def run(call):
             which = name if name in self.took else call.precision
+            by_blocks = f"{which} {call.plan.block_m}"
+            which = by_blocks if by_blocks in self.took else which
             self._tick(which)
-            value = self.value[which]
+            value = self.value[which.split()[0]]
             if isinstance(value, list):
                 value = value.pop(0) if len(value) > 1 else value[0]
             return self.made(torch.ones_like(call.q) * value)

@@ -240,6 +240,7 @@ def test_published_checkpoint_makes_a_plan_per_layer():
         ("attention_sink", "false"),
         ("attention_sink", 1),
         ("halves_in_small_frames", "no"),
+        ("halves_if_faster", 1),
         ("alternate_orders", 0),
     ],
     ids=str,

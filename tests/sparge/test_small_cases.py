@@ -85,6 +85,7 @@ def test_a_map_needs_two_key_blocks():
     "fields",
     [
         {"block_m": 16, "block_n": 16, "halves_in_small_frames": True},
+        {"block_m": 16, "block_n": 16, "halves_if_faster": True},
         {"block_m": 16, "groups": (64, 8)},
         {"groups": (0, 8)},
         {"groups": ("16", 8)},
