@@ -13,7 +13,7 @@ from sparse_video_attention.kernels import TokenLayout
 from sparse_video_attention.patching.layout import COGVIDEOX, WAN
 from sparse_video_attention.patching.operations import LayerOperations, layer_operations
 from sparse_video_attention.patching.schedule import Schedule
-from sparse_video_attention.patching.settings import SparsePolicy
+from sparse_video_attention.patching.settings import SparsePolicy, as_close_of
 from sparse_video_attention.psa import PsaPolicy, load_presets
 from sparse_video_attention.radial_attn import RadialPolicy
 
@@ -69,6 +69,7 @@ class Node:
     """A node's settings.
 
     Attributes:
+        in_halves: in smaller blocks, as on GPUs that run them faster.
         dense_timesteps, last_dense_timesteps: as in the node; -1 of the first also stands for the
             warm-up of PSA's presets, 15 steps, in place of which up to 30 have a quarter dense.
     """
@@ -77,6 +78,12 @@ class Node:
     policy: SparsePolicy
     dense_timesteps: int
     last_dense_timesteps: int = 0
+    in_halves: bool = False
+
+    def density(self, layout: TokenLayout) -> float:
+        """Of a call."""
+        other = as_close_of(self.policy, layout) if self.in_halves else None
+        return density(self.policy if other is None else other[0], layout)
 
     def dense_steps(self, steps: int) -> int:
         schedule = Schedule(DENSE_LAYERS, self.dense_timesteps, self.last_dense_timesteps)
@@ -99,6 +106,8 @@ def runs() -> Iterator[Run]:
 def nodes(family: str) -> Iterator[Node]:
     """The nodes at their defaults, and what makes them faster."""
     yield Node("Sparge at its defaults", SPARGE_POLICY, 0, -1)
+    halved = replace(SPARGE_POLICY, halves_if_faster=True)
+    yield Node("where smaller blocks are faster", halved, 0, -1, in_halves=True)
     yield Node("`topk` 0.3", replace(SPARGE_POLICY, topk=0.3), 0, -1)
     yield Node("`topk` 0.5", replace(SPARGE_POLICY, topk=0.5), 0, -1)
     yield Node("`topk` 0.3, no dense steps", replace(SPARGE_POLICY, topk=0.3), 0)
@@ -126,7 +135,7 @@ def speedup(run: Run, node: Node) -> float:
     layers, steps = run.model.layers, run.steps
     dense_steps = node.dense_steps(steps)
     sparse = (steps - dense_steps) / steps * (layers - len(DENSE_LAYERS)) / layers
-    return run.layer().speedup(sparse * (1 - density(node.policy, run.layout)))
+    return run.layer().speedup(sparse * (1 - node.density(run.layout)))
 
 
 def counted_table() -> str:

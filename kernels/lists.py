@@ -24,6 +24,14 @@ def _has_triton() -> bool:
     return unavailable_reason("triton") is None
 
 
+def filled_up(levels: Tensor, level: int) -> Tensor:
+    """A copy with that level in place of 0."""
+    skipped = levels == 0
+    if level > torch.iinfo(levels.dtype).max:
+        levels = levels.to(torch.int16)
+    return levels.masked_fill(skipped, level)
+
+
 def segment_counts(levels: Tensor, kept: tuple[int, ...]) -> Tensor:
     """Entries per row and level: [..., N] block levels -> int64 [..., len(kept)]."""
     return torch.stack([(levels == level).sum(-1) for level in kept], dim=-1)
@@ -44,10 +52,12 @@ def packed_lists(levels: Tensor, kept: tuple[int, ...]) -> tuple[Tensor, Tensor]
     return columns.to(torch.int32), bounds.to(torch.int32)
 
 
-def _are_wrong(made: tuple[Tensor, Tensor], levels: Tensor, kept: tuple[int, ...]) -> str | None:
+def _are_wrong(
+    made: tuple[Tensor, Tensor], levels: Tensor, kept: tuple[int, ...], remainder: bool
+) -> str | None:
     """What is wrong with the lists of the first head, by torch's."""
     part, num_k_blocks = levels[:1, :1], levels.shape[-1]
-    want, want_bounds = strided_lists(part, kept, TORCH_ONLY)
+    want, want_bounds = strided_lists(part, kept, remainder, TORCH_ONLY)
     indices, bounds = made[0][: want.numel()], made[1][:1, :1]
     if not torch.equal(bounds, want_bounds):
         return "the bounds of its first lists are wrong"
@@ -58,21 +68,27 @@ def _are_wrong(made: tuple[Tensor, Tensor], levels: Tensor, kept: tuple[int, ...
 
 
 def strided_lists(
-    levels: Tensor, kept: tuple[int, ...], twins: Twins | None = None
+    levels: Tensor, kept: tuple[int, ...], remainder: bool = False, twins: Twins | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Every row in its own num_k_blocks entries; no device sync. Returns as packed_lists."""
+    """Every row in its own num_k_blocks entries; no device sync. Returns as packed_lists.
+
+    Args:
+        remainder: blocks of level 0 are listed too, at the last of kept.
+    """
     if levels.is_cuda and _has_triton():
         made = (twins or _TWINS).run(
             f"{__package__}.triton_lists",
             levels,
             lambda twin: None,
-            lambda twin: twin.strided_lists(levels, kept),
-            lambda made: _are_wrong(made, levels, kept),
-            (levels.shape[-1], levels.dtype, kept),
+            lambda twin: twin.strided_lists(levels, kept, remainder),
+            lambda made: _are_wrong(made, levels, kept, remainder),
+            (levels.shape[-1], levels.dtype, kept, remainder),
         )
         if made is not None:
             return made
     num_k_blocks = levels.shape[-1]
+    if remainder:
+        levels = filled_up(levels, kept[-1])
     counts = segment_counts(levels, kept)
     rows = counts[..., 0].numel()
     row_starts = torch.arange(rows, device=levels.device).mul_(num_k_blocks)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .lists import packed_lists, strided_lists
+from .lists import filled_up, packed_lists, strided_lists
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -154,16 +154,16 @@ class BlockPlan:
                 )
             kept = tuple(level for level in kept if level in present) or kept[:1]
         if pooled_remainder:
-            skipped = levels == 0
-            if block_n > torch.iinfo(levels.dtype).max:
-                levels = levels.to(torch.int16)
-            levels = levels.masked_fill(skipped, block_n)
             kept = tuple(sorted({*kept, block_n}))
         if levels.numel() > MAX_ENTRIES:
             raise ValueError(
                 f"{levels.numel()} block pairs exceed the limit of {MAX_ENTRIES}; use larger blocks"
             )
-        indices, bounds = (packed_lists if packed else strided_lists)(levels, kept)
+        if packed:
+            levels = filled_up(levels, block_n) if pooled_remainder else levels
+            indices, bounds = packed_lists(levels, kept)
+        else:
+            indices, bounds = strided_lists(levels, kept, pooled_remainder)
         plan = cls(block_m, block_n, q_len, k_len, kept, indices, bounds, pool_rows)
         if packed and bool((plan.entries_per_row() == 0).any()):
             raise ValueError("a query block attends to no key block; every row needs at least one")

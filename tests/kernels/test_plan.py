@@ -98,17 +98,21 @@ def test_density_takes_few_launches(levels):
     assert len(counted.operations) <= 3 + len(levels)
 
 
-def test_a_mask_is_read_where_it_is(monkeypatch):
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_mask_is_read_where_it_is(monkeypatch, pooled):
     given = []
     monkeypatch.setattr(lists, "_has_triton", lambda: False)
     monkeypatch.setattr(
         plan_module,
         "strided_lists",
-        lambda levels, kept: given.append(levels) or lists.strided_lists(levels, kept),
+        lambda *call: given.append(call[0]) or lists.strided_lists(*call),
     )
     mask = random_levels(2, 3, 5, 9, choices=(0, 1)).bool()
     before = mask.clone()
-    BlockPlan.from_mask(mask, block_m=64, block_n=32, q_len=320, k_len=288, packed=False)
+    sizes = {"block_m": 64, "block_n": 32, "q_len": 320, "k_len": 288}
+    plan = BlockPlan.from_mask(mask, **sizes, packed=False, pooled_remainder=pooled)
+    packed = BlockPlan.from_mask(mask, **sizes, pooled_remainder=pooled)
+    assert torch.equal(plan.to_levels(), packed.to_levels())
     assert given[0].data_ptr() == mask.data_ptr()
     assert torch.equal(mask, before)
 

@@ -15,18 +15,18 @@ def triton_lists(request):
     if request.param == "interpreted":
         interpreter = request.getfixturevalue("interpreter")
 
-        def lists(levels, kept, **settings):
+        def lists(levels, kept, remainder=False, **settings):
             name = "sparse_video_attention.kernels.triton_lists:strided_lists"
             module = "sparse_video_attention.kernels.triton_lists:"
             values = {module + key: value for key, value in settings.items()}
-            return interpreter.call(name, levels, kept, settings=values)
+            return interpreter.call(name, levels, kept, remainder, settings=values)
 
         return lists
 
-    def lists(levels, kept, **settings):
+    def lists(levels, kept, remainder=False, **settings):
         from sparse_video_attention.kernels import triton_lists
 
-        return tuple(x.cpu() for x in triton_lists.strided_lists(levels.cuda(), kept))
+        return tuple(x.cpu() for x in triton_lists.strided_lists(levels.cuda(), kept, remainder))
 
     return lists
 
@@ -65,10 +65,26 @@ def test_equal_to_torch(triton_lists, levels, kept):
     assert torch.equal(indices, want_indices) and indices.dtype == want_indices.dtype
 
 
-def test_rows_longer_than_a_chunk(triton_lists):
+@pytest.mark.parametrize("remainder", [False, True])
+def test_rows_longer_than_a_chunk(triton_lists, remainder):
     levels = random_levels(1, 1, 2, 40, values=(0, 1, 8))
-    lists = triton_lists(levels, (1, 8), MAX_CHUNK=16)
-    assert all(torch.equal(x, y) for x, y in zip(lists, strided_lists(levels, (1, 8)), strict=True))
+    lists = triton_lists(levels, (1, 8), remainder, MAX_CHUNK=16)
+    want = strided_lists(levels, (1, 8), remainder)
+    assert all(torch.equal(x, y) for x, y in zip(lists, want, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("values", "kept"),
+    [((0, 1), (1, 32)), ((0, 1, 2, 8), (1, 2, 4, 8, 128)), ((0, 1, 3), (1, 256)), ((0,), (16,))],
+    ids=str,
+)
+def test_a_remainder_is_the_blocks_of_no_level(triton_lists, values, kept):
+    """Without a copy of the levels that names it; the last level need not be a number of theirs."""
+    levels = random_levels(2, 2, 3, 37, values=values)
+    named = levels.to(torch.int16).masked_fill_(levels == 0, kept[-1])
+    want = strided_lists(named, kept)
+    for made in (triton_lists(levels, kept, True), strided_lists(levels, kept, True)):
+        assert all(torch.equal(x, y) for x, y in zip(made, want, strict=True))
 
 
 def test_by_hand(triton_lists):
@@ -98,7 +114,7 @@ def test_first_lists_are_held_against_torch(monkeypatch, caplog, off):
     levels = random_levels(1, 2, 4, 6, values=(0, 1))
     truth = strided_lists(levels, (1,))
 
-    def twin(levels, kept):
+    def twin(levels, kept, remainder):
         indices, bounds = (
             part.clone() for part in strided_lists(levels.as_subclass(torch.Tensor), kept)
         )
@@ -124,7 +140,7 @@ def test_where_triton_cannot_compile_torch_makes_the_lists(monkeypatch):
     levels = random_levels(1, 2, 4, 6, values=(0, 1))
     tries = []
 
-    def fail(levels, kept):
+    def fail(levels, kept, remainder):
         tries.append(kept)
         raise RuntimeError("ptxas does not know this GPU")
 

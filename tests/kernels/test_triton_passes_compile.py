@@ -45,8 +45,10 @@ def test_the_passes_over_q_k_v_do_not_spill(tmp_path, levels):
         kernels["statistics"] = source(
             triton_statistics.statistics_kernel, "bf16", {"HEAD_DIM": 128, "VALUES": True}
         )
-        lists = {"LEVELS": 15, "NUM_LEVELS": 4, "CHUNK": triton_lists.MAX_CHUNK}
-        kernels["lists"] = source(triton_lists.lists_kernel, "i8", lists)
+        for remainder in (0, 128):
+            lists = {"LEVELS": 15 + remainder, "NUM_LEVELS": 4 + (remainder > 0)}
+            lists |= {"REMAINDER": remainder, "CHUNK": triton_lists.MAX_CHUNK}
+            kernels[f"lists {remainder}"] = source(triton_lists.lists_kernel, "i8", lists)
     for name, kernel in kernels.items():
         warps = (
             triton_scratch.warps_per_block(128, 128) if name.startswith(("pool", "blocks")) else 4
