@@ -46,7 +46,11 @@ def candidates(
     # A tile of more keys than a block holds several blocks; more than two are not worth a try.
     tiles = [tile for tile in tiles if tile <= 2 * case.blocks[1]]
     tried = [
-        Launch(tile, warps, depth, registers, current.fp16_sums and tile <= FP16_SUMS_KEYS)
+        Launch(
+            *(tile, warps, depth, registers),
+            fp16_sums=current.fp16_sums and tile <= FP16_SUMS_KEYS,
+            halves=current.halves,
+        )
         for tile, (warps, registers), depth in itertools.product(tiles, WARPS_AND_REGISTERS, stages)
     ]
     return list(dict.fromkeys([current, *tried]))
@@ -56,4 +60,6 @@ def as_source(launch: Launch) -> str:
     """As kernels/triton_launch.py spells it."""
     registers = f", {launch.maxnreg}" if launch.maxnreg else ""
     sums = ", fp16_sums=True" if launch.fp16_sums else ""
-    return f"Launch({launch.tile_n}, {launch.num_warps}, {launch.num_stages}{registers}{sums})"
+    halves = ", halves=True" if launch.halves else ""
+    sizes = f"{launch.tile_n}, {launch.num_warps}, {launch.num_stages}"
+    return f"Launch({sizes}{registers}{sums}{halves})"

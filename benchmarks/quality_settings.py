@@ -173,8 +173,9 @@ def _in_fine_blocks(family: str) -> Iterator[Setting]:
         yield Setting("sparge", "sparge plain topk", {"topk": share}, policy=PLAIN)
     for share in (0.1, 0.3, 0.5):
         yield Setting("sparge", "sparge topk last dense", {"topk": share}, LAST_DENSE)
-    for shape in ("128x32", "64x32"):
-        for share in (0.1, 0.2):
+    smaller = {"128x32": (0.1, 0.2), "64x32": (0.06, 0.1, 0.12, 0.18, 0.2, 0.3)}
+    for shape, shares in smaller.items():
+        for share in shares:
             own = {"topk": share, "block_shape": shape}
             yield Setting("sparge", f"sparge {shape} last dense", own, LAST_DENSE)
     choices = (("Gilbert", "drop"), ("Gilbert", "pool"), ("raster", "weighted"))

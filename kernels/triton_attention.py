@@ -72,6 +72,7 @@ def attention_kernel(
     QUANTIZED: tl.constexpr,
     FP8: tl.constexpr,
     FP16_SUMS: tl.constexpr,
+    HALVES: tl.constexpr,
     RESUMED: tl.constexpr,
 ):
     """Grid (query blocks, heads of this launch); first_head counts heads over the whole batch.
@@ -89,6 +90,7 @@ def attention_kernel(
     FP16_SUMS (with QUANTIZED, not with FP8): see softmax_step; level 1 of the values is StoredV,
         fp16 [heads of this launch, num_k_blocks * BLOCK_N, HEAD_DIM], and so is ScratchV; VScale
         as with FP8.
+    HALVES: the two halves of the channels are multiplied by themselves; see triton_launch.Launch.
     RESUMED (with neither): Out holds the attention to other keys, and LogSums, fp32 [heads of the
         whole batch, q_len], log2 of the sums of their weights (-inf: none); one softmax of both.
     LEVELS: the sum of the plan's levels, which are powers of two. scale: times log2(e).
@@ -106,7 +108,6 @@ def attention_kernel(
     num_k_blocks = tl.cdiv(k_len, BLOCK_N)
 
     q_rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, HEAD_DIM)
     in_q = (q_rows < q_len)[:, None]
     if QUANTIZED:
         Q += local_head * stride_qh
@@ -122,9 +123,11 @@ def attention_kernel(
     KScale += local_head * num_k_blocks * scale_rows
     Bounds += b * stride_bounds_b + h * stride_bounds_h + block_m * stride_bounds_m
 
-    acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    WIDTH: tl.constexpr = HEAD_DIM // 2 if HALVES else HEAD_DIM
+    acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
+    more_acc = tl.zeros([BLOCK_M, WIDTH], tl.float32) if HALVES else row_sum
     SHIFT: tl.constexpr = NARROW_SHIFT if FP8 or FP16_SUMS else 0.0
     for REST in tl.static_range(2):
         k_row = 0
@@ -159,23 +162,25 @@ def attention_kernel(
                     Bounds, Indices, position, num_k_blocks, k_len, BLOCK_N
                 )
                 if REST == 0:
-                    acc, row_max, row_sum = visit_full_tiles(
+                    acc, more_acc, row_max, row_sum = visit_full_tiles(
                         query, level_k, level_v, level_scale,
                         row_stride_k, row_stride_v, Indices, first, last - ragged,
-                        acc, row_max, row_sum, scale, LOG_LEVEL, BLOCK_N, TILE_N, HEAD_DIM,
-                        SHIFT, QUANTIZED, FP8 and LOG_LEVEL == 0, FP16_SUMS,
+                        acc, more_acc, row_max, row_sum, scale, LOG_LEVEL, BLOCK_N, TILE_N,
+                        HEAD_DIM, SHIFT, QUANTIZED, FP8 and LOG_LEVEL == 0, FP16_SUMS, HALVES,
                     )  # fmt: skip
                 else:
-                    acc, row_max, row_sum = visit_rest(
+                    acc, more_acc, row_max, row_sum = visit_rest(
                         query, level_k, level_v, level_scale,
                         row_stride_k, row_stride_v, Indices, first, last, ragged,
                         num_k_blocks, k_len,
-                        acc, row_max, row_sum, scale, LOG_LEVEL, BLOCK_N, TILE_N, HEAD_DIM,
-                        SHIFT, QUANTIZED, FP8 and LOG_LEVEL == 0, FP16_SUMS,
+                        acc, more_acc, row_max, row_sum, scale, LOG_LEVEL, BLOCK_N, TILE_N,
+                        HEAD_DIM, SHIFT, QUANTIZED, FP8 and LOG_LEVEL == 0, FP16_SUMS, HALVES,
                     )  # fmt: skip
                 position += 1
 
-    out = tile_at(Out + b * stride_ob + h * stride_oh, q_rows, stride_on, HEAD_DIM)
+    out = tile_at(Out + b * stride_ob + h * stride_oh, q_rows, stride_on, WIDTH)
+    rescale = row_sum
+    other_sum = row_sum
     if RESUMED:
         # Only now: held any longer, it would take registers from the loops.
         log_sums = LogSums + head.to(tl.int64) * q_len + q_rows
@@ -185,12 +190,28 @@ def attention_kernel(
         new_max = tl.where(new_max == float("-inf"), 0.0, new_max)
         rescale = tl.math.exp2(row_max - new_max)
         other_sum = tl.math.exp2(other_max - new_max)
+        row_sum = row_sum * rescale + other_sum
+    VScale += local_head * HEAD_DIM + tl.arange(0, WIDTH)
+    _finish(acc, out, in_q, row_sum, VScale, rescale, other_sum, FP8 or FP16_SUMS, RESUMED)
+    if HALVES:
+        _finish(
+            more_acc, out + WIDTH, in_q, row_sum, VScale + WIDTH, rescale, other_sum,
+            FP8 or FP16_SUMS, RESUMED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    acc, out, in_q, row_sum, value_scale, rescale, other_sum,
+    SCALED: tl.constexpr, RESUMED: tl.constexpr,
+):  # fmt: skip
+    """Write some channels. RESUMED: acc is multiplied by rescale, and other_sum times what is there
+    is added; row_sum is of both. SCALED: times value_scale."""
+    if RESUMED:
         other = tl.load(out, mask=in_q, other=0.0).to(tl.float32)
         acc = acc * rescale[:, None] + other * other_sum[:, None]
-        row_sum = row_sum * rescale + other_sum
-
     # A row without entries is 0, not 0 / 0; a NaN stays one.
     acc = tl.where(row_sum[:, None] != 0, acc / row_sum[:, None], 0.0)
-    if FP8 or FP16_SUMS:
-        acc *= tl.load(VScale + local_head * HEAD_DIM + dims)[None, :]
-    tl.store(out, acc.to(Out.dtype.element_ty), mask=in_q)
+    if SCALED:
+        acc *= tl.load(value_scale)[None, :]
+    tl.store(out, acc.to(out.dtype.element_ty), mask=in_q)

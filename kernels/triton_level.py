@@ -68,6 +68,7 @@ def visit_full_tiles(
     first,
     last,
     acc,
+    more_acc,
     row_max,
     row_sum,
     scale,
@@ -79,9 +80,11 @@ def visit_full_tiles(
     QUANTIZED: tl.constexpr,
     FP8_VALUES: tl.constexpr,
     FP16_SUMS: tl.constexpr,
+    HALVES: tl.constexpr,
 ):
     """Visit the entries from first to before last of one level that fill whole tiles."""
     ROWS: tl.constexpr = BLOCK_N >> LOG_LEVEL
+    WIDTH: tl.constexpr = HEAD_DIM // 2 if HALVES else HEAD_DIM
     # The scale of a tile's keys is one number where the tile lies in one block.
     KEY_SCALES: tl.constexpr = ROWS < TILE_N
     # Elsewhere it is read once per block and spread: one read per key is a third of the loop.
@@ -107,21 +110,25 @@ def visit_full_tiles(
             rows = block * ROWS + lanes % ROWS
         keys = tl.load(tile_at(K, rows, stride_kn, HEAD_DIM))
         if FP8_VALUES:
-            values = tl.load(_transposed_tile_at(V, rows, stride_vn, ROWS, TILE_N, HEAD_DIM))
+            at = _transposed_tile_at(V, rows, stride_vn, ROWS, TILE_N, WIDTH)
+            more_at = at + WIDTH * stride_vn
         else:
-            values = tl.load(tile_at(V, rows, stride_vn, HEAD_DIM))
+            at = tile_at(V, rows, stride_vn, WIDTH)
+            more_at = at + WIDTH
+        values = tl.load(at)
+        more_values = tl.load(more_at) if HALVES else values
         key_scale = 1.0
         if SPREAD:
             spread = tl.broadcast_to(tl.load(KScale + scaled)[:, None], [PARTS, ROWS])
             key_scale = tl.reshape(spread, [TILE_N])
         elif QUANTIZED:
             key_scale = tl.load(KScale + block)
-        acc, row_max, row_sum = softmax_step(
-            query, keys, values, acc, row_max, row_sum, scale, key_scale, LOG_LEVEL,
-            SHIFT, False, QUANTIZED, KEY_SCALES, FP8_VALUES, FP16_SUMS,
+        acc, more_acc, row_max, row_sum = softmax_step(
+            query, keys, values, more_values, acc, more_acc, row_max, row_sum, scale, key_scale,
+            LOG_LEVEL, SHIFT, False, QUANTIZED, KEY_SCALES, FP8_VALUES, FP16_SUMS, HALVES,
         )  # fmt: skip
         block, scaled = next_block, next_scaled
-    return acc, row_max, row_sum
+    return acc, more_acc, row_max, row_sum
 
 
 @triton.jit
@@ -139,6 +146,7 @@ def visit_rest(
     num_k_blocks,
     k_len,
     acc,
+    more_acc,
     row_max,
     row_sum,
     scale,
@@ -150,9 +158,11 @@ def visit_rest(
     QUANTIZED: tl.constexpr,
     FP8_VALUES: tl.constexpr,
     FP16_SUMS: tl.constexpr,
+    HALVES: tl.constexpr,
 ):
     """Visit what visit_full_tiles left of one level: a part of a tile, the ragged block."""
     ROWS: tl.constexpr = BLOCK_N >> LOG_LEVEL
+    WIDTH: tl.constexpr = HEAD_DIM // 2 if HALVES else HEAD_DIM
     lanes = tl.arange(0, TILE_N)
     if ROWS >= TILE_N:
         first = last - ragged
@@ -169,16 +179,21 @@ def visit_rest(
         rows = block * ROWS + row
         keys = tl.load(tile_at(K, rows, stride_kn, HEAD_DIM), mask=live[:, None], other=0.0)
         if FP8_VALUES:
-            at = _transposed_tile_at(V, rows, stride_vn, ROWS, TILE_N, HEAD_DIM)
+            at = _transposed_tile_at(V, rows, stride_vn, ROWS, TILE_N, WIDTH)
             # Tokens are in another order, so not `live`; what the block lacks is stored as 0.
-            values = tl.load(at, mask=(entry < last)[None, :], other=0.0)
+            stored = (entry < last)[None, :]
+            more_at = at + WIDTH * stride_vn
         else:
-            values = tl.load(tile_at(V, rows, stride_vn, HEAD_DIM), mask=live[:, None], other=0.0)
+            at = tile_at(V, rows, stride_vn, WIDTH)
+            stored = live[:, None]
+            more_at = at + WIDTH
+        values = tl.load(at, mask=stored, other=0.0)
+        more_values = tl.load(more_at, mask=stored, other=0.0) if HALVES else values
         key_scale = 1.0
         if QUANTIZED:
             key_scale = tl.load(KScale + block, mask=live, other=0.0)
-        acc, row_max, row_sum = softmax_step(
-            query, keys, values, acc, row_max, row_sum, scale, key_scale, bias,
-            SHIFT, True, QUANTIZED, True, FP8_VALUES, FP16_SUMS,
+        acc, more_acc, row_max, row_sum = softmax_step(
+            query, keys, values, more_values, acc, more_acc, row_max, row_sum, scale, key_scale,
+            bias, SHIFT, True, QUANTIZED, True, FP8_VALUES, FP16_SUMS, HALVES,
         )  # fmt: skip
-    return acc, row_max, row_sum
+    return acc, more_acc, row_max, row_sum

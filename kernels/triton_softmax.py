@@ -34,11 +34,28 @@ def _in_fp8_order(weights):
 
 
 @triton.jit
+def _weighed(weights, values, acc, rescale, FP8_VALUES: tl.constexpr, FP16_SUMS: tl.constexpr):
+    """acc * rescale + weights times values, as softmax_step has them."""
+    if FP8_VALUES:
+        # Tensor cores add fp8 products with about 14 bits: only within a tile, then in fp32.
+        partial = tl.dot(_in_fp8_order(weights.to(values.dtype)), tl.trans(values))
+        acc = tl.math.fma(acc, tl.broadcast_to(rescale[:, None], acc.shape), partial)
+    elif FP16_SUMS:
+        partial = tl.dot(weights.to(values.dtype), values, out_dtype=tl.float16)
+        acc = acc * rescale[:, None] + partial.to(tl.float32)
+    else:
+        acc = tl.dot(weights.to(values.dtype), values, acc * rescale[:, None])
+    return acc
+
+
+@triton.jit
 def softmax_step(
     query,
     keys,
     values,
+    more_values,
     acc,
+    more_acc,
     row_max,
     row_sum,
     scale,
@@ -50,10 +67,13 @@ def softmax_step(
     KEY_SCALES: tl.constexpr,
     FP8_VALUES: tl.constexpr,
     FP16_SUMS: tl.constexpr,
+    HALVES: tl.constexpr,
 ):
-    """Returns acc, row_max and row_sum with one tile more. Logits are in units of log2.
+    """Returns acc, more_acc, row_max and row_sum with one tile more. Logits are in units of log2.
 
     query [M, D], keys [N, D]; values [N, D], or with FP8_VALUES [D, N] of fp8, tokens in fp8_order.
+    HALVES: values and acc [M, D] have the first half of the channels, more_values and more_acc the
+        other; else those are not looked at.
     scale: of the products; with QUANTIZED one per row, and key_scale on top: one number, or one
         per key with KEY_SCALES.
     bias: added to the logits; a number, or with MASKED one per key (-inf: no such key).
@@ -89,13 +109,7 @@ def softmax_step(
         weights = tl.math.exp2(products * column - taken_off[:, None])
     rescale = tl.math.exp2(row_max - new_max)
     row_sum = row_sum * rescale + tl.sum(weights, 1)
-    if FP8_VALUES:
-        # Tensor cores add fp8 products with about 14 bits: only within a tile, then in fp32.
-        partial = tl.dot(_in_fp8_order(weights.to(values.dtype)), tl.trans(values))
-        acc = tl.math.fma(acc, tl.broadcast_to(rescale[:, None], acc.shape), partial)
-    elif FP16_SUMS:
-        partial = tl.dot(weights.to(values.dtype), values, out_dtype=tl.float16)
-        acc = acc * rescale[:, None] + partial.to(tl.float32)
-    else:
-        acc = tl.dot(weights.to(values.dtype), values, acc * rescale[:, None])
-    return acc, new_max, row_sum
+    acc = _weighed(weights, values, acc, rescale, FP8_VALUES, FP16_SUMS)
+    if HALVES:
+        more_acc = _weighed(weights, more_values, more_acc, rescale, FP8_VALUES, FP16_SUMS)
+    return acc, more_acc, new_max, row_sum

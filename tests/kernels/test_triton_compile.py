@@ -263,12 +263,14 @@ def test_what_an_architecture_does_not_offer(arch, precision):
 @pytest.mark.parametrize(
     "arch, head_dim, precision, programs",
     [
-        (80, 128, "native", 3),
+        (80, 128, "native", 2),
+        (80, 128, "int8", 2),
         (86, 128, "native", 2),
         (86, 128, "int8", 2),
         (90, 64, "native", 3),
         (90, 128, "native", 2),
         (90, 128, "int8", 2),
+        (89, 128, "fp8", 2),
         (120, 128, "native", 2),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from sparse_video_attention.kernels import BlockPlan
 from sparse_video_attention.kernels.reference import reference_attention
+from sparse_video_attention.kernels.triton_launch import Launch
 
 
 def relative_error(got, want):
@@ -48,6 +49,7 @@ def level_1(q, k, v, plan, levels, scale):
     return out, logits.logsumexp(-1).flatten(0, 1) / math.log(2)
 
 
+WHOLE = Launch(64, 4, 1)
 HEAD_BY_HEAD = "sparse_video_attention.kernels.triton_scratch:SCRATCH_BYTES"
 # batch, heads, q_len, k_len, head_dim, block_m, block_n, plan extents
 CASES = {
@@ -58,19 +60,22 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("halves", [False, True], ids=["whole", "halves"])
 @pytest.mark.parametrize("group", [None, 1], ids=["all-heads-at-once", "head-by-head"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_is_one_softmax_over_both_parts(interpreter, case, group):
+def test_is_one_softmax_over_both_parts(interpreter, case, group, halves):
     q, k, v, plan, levels = random_case(*case)
     scale = 0.2
     out, log_sums = level_1(q, k, v, plan, levels, scale)
     assert case[2] <= case[5] or log_sums.isneginf().any()
     rest = replace(plan, levels=plan.levels[1:], bounds=plan.bounds[..., 1:])
-    limits = (
-        {} if group is None else {"sparse_video_attention.kernels.triton_scratch:SCRATCH_BYTES": 1}
-    )
+    settings = {"sparse_video_attention.kernels.triton_launch:INTERPRETER": WHOLE}
+    if halves:
+        settings = dict.fromkeys(settings, replace(WHOLE, halves=True))
+    if group is not None:
+        settings[HEAD_BY_HEAD] = 1
     got = interpreter.call(
-        "resumed:resumed", q, k, v, rest, scale, out.float(), log_sums.float(), settings=limits
+        "resumed:resumed", q, k, v, rest, scale, out.float(), log_sums.float(), settings=settings
     )
     want = reference_attention(q, k, v, plan, scale=scale)
     assert relative_error(out, want) > 0.1, "the second part is worth nothing"
