@@ -21,6 +21,11 @@ _LAST = "dense_timesteps=0 last_dense_timesteps=-1"
 README_ROWS = (
     ("Dense, the whole model in bf16", FLOOR, STEPS),
     ("Sparge at its defaults", "sparge at its defaults", 1),
+    (
+        "Sparge, where smaller blocks are faster",
+        f"sparge topk=0.12 block_shape=64x32 {_LAST}",
+        1,
+    ),
     *((f"Sparge, `topk` {share}", f"sparge topk={share} {_LAST}", 1) for share in (0.1, 0.3, 0.5)),
     (
         "Sparge as published",
