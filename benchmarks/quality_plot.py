@@ -26,7 +26,8 @@ def can_be_drawn(result: dict[str, Any]) -> bool:
 
 
 def draw(result: dict[str, Any], path: Path) -> Path:
-    """Draw a result as quality.py writes it; bars are the spread over seeds and prompts.
+    """Draw a result as quality.py writes it; bars are the spread over seeds and prompts, and lines
+    join what was measured on the same videos.
 
     Returns:
         the path it was written to.
@@ -39,7 +40,7 @@ def draw(result: dict[str, Any], path: Path) -> Path:
     for summary in summaries:
         panels.setdefault((summary.family, summary.size), []).append(summary)
     floors = [s for s in summarise(result["rows"]) if s.method == "dense"]
-    figure = Figure(figsize=(7.6, 0.8 + 4.8 * max(1, len(panels))), layout="constrained")
+    figure = Figure(figsize=(9.6, 0.8 + 4.8 * max(1, len(panels))), layout="constrained")
     FigureCanvasAgg(figure)
     header = result["header"]
     figure.suptitle(f"{header['device']}, torch {header['torch']}, {header['date']}")
@@ -55,7 +56,8 @@ def draw(result: dict[str, Any], path: Path) -> Path:
         axes.set_xlabel("density of sparse calls")
         axes.set_ylabel("PSNR against dense, dB")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, ncols=2)
+        # Beside it: anywhere inside are points.
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(path, dpi=110)
     return path
 
@@ -70,6 +72,8 @@ def _draw_panel(axes: Any, group: list[Summary]) -> None:
         density, psnr, spread = zip(*points, strict=True)
         # Around the same point of another curve.
         is_default = curve.endswith(DEFAULTS)
+        of_like_videos = len({s.videos for s in group if s.curve == curve}) == 1
+        joined = of_like_videos and not is_default and not curve.endswith(UNLIKE)
         axes.errorbar(
             density,
             psnr,
@@ -78,7 +82,7 @@ def _draw_panel(axes: Any, group: list[Summary]) -> None:
             marker=MARKERS[method],
             markersize=10 if is_default else 5,
             fillstyle="none" if is_default else "full",
-            linestyle="none" if is_default or curve.endswith(UNLIKE) else "-",
+            linestyle="-" if joined else "none",
             linewidth=1,
             capsize=2,
             label=curve,
