@@ -13,6 +13,9 @@ from .triton_statistics import magnitude
 # of which a lane has 256: the fewest that spill, in what is about a hundredth of a call.
 MEAN_QUERIES, WARPS = 32, 4
 RDNA_MEAN_QUERIES, RDNA_WARPS = 16, 8
+# Hopper's products are of four warps and 64 rows at least. With fewer queries it takes the older
+# instructions, and passes weights from warp to warp: six times as many barriers a query.
+HOPPER, HOPPER_MEAN_QUERIES = 90, 64
 # Up to so many numbers keys (in two layouts) and values of a block fit into shared memory together.
 ONE_PART = 64 * 128
 # Of scale times a mean query's squared length.
@@ -146,4 +149,5 @@ def launch_for(arch: int | str, block_n: int, head_dim: int) -> dict[str, int]:
     if isinstance(arch, str) and arch.startswith(("gfx11", "gfx12")):
         return {"QUERIES": RDNA_MEAN_QUERIES, "PARTS": 1, **warps(RDNA_WARPS)}
     parts = 1 if block_n * head_dim <= ONE_PART else 2
-    return {"QUERIES": MEAN_QUERIES, "PARTS": parts, **warps(WARPS)}
+    queries = HOPPER_MEAN_QUERIES if arch == HOPPER and parts == 1 else MEAN_QUERIES
+    return {"QUERIES": queries, "PARTS": parts, **warps(WARPS)}

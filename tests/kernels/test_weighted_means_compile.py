@@ -47,6 +47,19 @@ def test_the_means_fit_the_multiprocessor(tmp_path, arch, head_dim, block_n):
         assert "mma" in compiled.asm["ptx"], "not on the tensor cores"
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("block_n", [32, 64])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_on_hopper_they_are_made_by_its_own_products(tmp_path, head_dim, block_n, quantized):
+    kernel, options = weighted_source(90, head_dim, block_n, quantized=quantized, scaled=quantized)
+    compiled = compile_for_nvidia(kernel, 90, **options)
+    (code,) = product_loops(compiled, tmp_path)
+    assert any(one.startswith("HGMMA") for one in code)
+    # Between products and sums over a row, and where results are written.
+    if IS_RELEASE_OF_SETTINGS:
+        assert sum(one.startswith("BAR") for one in code) <= 14
+
+
 @pytest.mark.parametrize("block_n", [32, 64])
 @pytest.mark.parametrize(
     ("arch", "warp_size"), [("gfx90a", 64), ("gfx942", 64), ("gfx1100", 32), ("gfx1201", 32)]
