@@ -16,7 +16,9 @@ def script():
     # Where it looks for its annotations.
     sys.modules["convert_cogvideox"] = module
     spec.loader.exec_module(module)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # Windows has but the first.
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    handlers = {number: signal.getsignal(number) for number in numbers}
     yield module
     for number, handler in handlers.items():
         signal.signal(number, handler)
