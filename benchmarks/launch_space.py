@@ -45,13 +45,17 @@ def candidates(
     """The settings to try, the table's own first."""
     # A tile of more keys than a block holds several blocks; more than two are not worth a try.
     tiles = [tile for tile in tiles if tile <= 2 * case.blocks[1]]
+    # Only then Triton parts products among warps by their columns.
+    wide = case.head_dim > case.blocks[0]
     tried = [
         Launch(
             *(tile, warps, depth, registers),
             fp16_sums=current.fp16_sums and tile <= FP16_SUMS_KEYS,
-            halves=current.halves,
+            split_values=split,
         )
-        for tile, (warps, registers), depth in itertools.product(tiles, WARPS_AND_REGISTERS, stages)
+        for tile, (warps, registers), depth, split in itertools.product(
+            tiles, WARPS_AND_REGISTERS, stages, (False, True) if wide else (False,)
+        )
     ]
     return list(dict.fromkeys([current, *tried]))
 
@@ -60,6 +64,6 @@ def as_source(launch: Launch) -> str:
     """As kernels/triton_launch.py spells it."""
     registers = f", {launch.maxnreg}" if launch.maxnreg else ""
     sums = ", fp16_sums=True" if launch.fp16_sums else ""
-    halves = ", halves=True" if launch.halves else ""
+    split = ", split_values=True" if launch.split_values else ""
     sizes = f"{launch.tile_n}, {launch.num_warps}, {launch.num_stages}"
-    return f"Launch({sizes}{registers}{sums}{halves})"
+    return f"Launch({sizes}{registers}{sums}{split})"

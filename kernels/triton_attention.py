@@ -72,7 +72,7 @@ def attention_kernel(
     QUANTIZED: tl.constexpr,
     FP8: tl.constexpr,
     FP16_SUMS: tl.constexpr,
-    HALVES: tl.constexpr,
+    SPLIT: tl.constexpr,
     RESUMED: tl.constexpr,
 ):
     """Grid (query blocks, heads of this launch); first_head counts heads over the whole batch.
@@ -90,7 +90,7 @@ def attention_kernel(
     FP16_SUMS (with QUANTIZED, not with FP8): see softmax_step; level 1 of the values is StoredV,
         fp16 [heads of this launch, num_k_blocks * BLOCK_N, HEAD_DIM], and so is ScratchV; VScale
         as with FP8.
-    HALVES: the two halves of the channels are multiplied by themselves; see triton_launch.Launch.
+    SPLIT: the two halves of the channels are multiplied by themselves; see triton_launch.Launch.
     RESUMED (with neither): Out holds the attention to other keys, and LogSums, fp32 [heads of the
         whole batch, q_len], log2 of the sums of their weights (-inf: none); one softmax of both.
     LEVELS: the sum of the plan's levels, which are powers of two. scale: times log2(e).
@@ -123,11 +123,11 @@ def attention_kernel(
     KScale += local_head * num_k_blocks * scale_rows
     Bounds += b * stride_bounds_b + h * stride_bounds_h + block_m * stride_bounds_m
 
-    WIDTH: tl.constexpr = HEAD_DIM // 2 if HALVES else HEAD_DIM
+    WIDTH: tl.constexpr = HEAD_DIM // 2 if SPLIT else HEAD_DIM
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    more_acc = tl.zeros([BLOCK_M, WIDTH], tl.float32) if HALVES else row_sum
+    more_acc = tl.zeros([BLOCK_M, WIDTH], tl.float32) if SPLIT else row_sum
     SHIFT: tl.constexpr = NARROW_SHIFT if FP8 or FP16_SUMS else 0.0
     for REST in tl.static_range(2):
         k_row = 0
@@ -166,7 +166,7 @@ def attention_kernel(
                         query, level_k, level_v, level_scale,
                         row_stride_k, row_stride_v, Indices, first, last - ragged,
                         acc, more_acc, row_max, row_sum, scale, LOG_LEVEL, BLOCK_N, TILE_N,
-                        HEAD_DIM, SHIFT, QUANTIZED, FP8 and LOG_LEVEL == 0, FP16_SUMS, HALVES,
+                        HEAD_DIM, SHIFT, QUANTIZED, FP8 and LOG_LEVEL == 0, FP16_SUMS, SPLIT,
                     )  # fmt: skip
                 else:
                     acc, more_acc, row_max, row_sum = visit_rest(
@@ -174,7 +174,7 @@ def attention_kernel(
                         row_stride_k, row_stride_v, Indices, first, last, ragged,
                         num_k_blocks, k_len,
                         acc, more_acc, row_max, row_sum, scale, LOG_LEVEL, BLOCK_N, TILE_N,
-                        HEAD_DIM, SHIFT, QUANTIZED, FP8 and LOG_LEVEL == 0, FP16_SUMS, HALVES,
+                        HEAD_DIM, SHIFT, QUANTIZED, FP8 and LOG_LEVEL == 0, FP16_SUMS, SPLIT,
                     )  # fmt: skip
                 position += 1
 
@@ -193,7 +193,7 @@ def attention_kernel(
         row_sum = row_sum * rescale + other_sum
     VScale += local_head * HEAD_DIM + tl.arange(0, WIDTH)
     _finish(acc, out, in_q, row_sum, VScale, rescale, other_sum, FP8 or FP16_SUMS, RESUMED)
-    if HALVES:
+    if SPLIT:
         _finish(
             more_acc, out + WIDTH, in_q, row_sum, VScale + WIDTH, rescale, other_sum,
             FP8 or FP16_SUMS, RESUMED,

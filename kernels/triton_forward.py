@@ -107,7 +107,7 @@ def _attend(
         QUANTIZED=scratch.quantized,
         FP8=scratch.fp8,
         FP16_SUMS=scratch.fp16_sums,
-        HALVES=launch.halves,
+        SPLIT=launch.split_values,
         RESUMED=log_sums is not None,
         **options(launch),
     )

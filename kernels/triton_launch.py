@@ -24,11 +24,11 @@ class Launch:
 
     fp16_sums: weights times values, as fp16, add up in fp16 within a tile. For at most
         FP16_SUMS_KEYS keys, and for int8.
-    halves: weights are multiplied with one half of the values' channels and then with the other.
-        Where a product is wider than high, as of 64 queries and 128 channels, Triton parts it among
-        warps by its columns, but by its rows that of queries and keys: all weights would then go
-        from warp to warp, with seven more barriers a tile and half as many instructions again. Not
-        where four warps are one unit, as on sm_90 and sm_100.
+    split_values: weights are multiplied with one half of the values' channels, then with the
+        other. Where a product is wider than high, as of 64 queries and 128 channels, Triton parts
+        it among warps by its columns, but by its rows that of queries and keys: all weights would
+        then go from warp to warp, with nine barriers a tile in place of two, and a fifth to two
+        thirds more instructions. Not where four warps are one unit, as on sm_90 and sm_100.
     """
 
     tile_n: int
@@ -36,7 +36,7 @@ class Launch:
     num_stages: int
     maxnreg: int = 0
     fp16_sums: bool = False
-    halves: bool = False
+    split_values: bool = False
 
     def __post_init__(self) -> None:
         if self.fp16_sums and self.tile_n > FP16_SUMS_KEYS:
@@ -100,14 +100,14 @@ NVIDIA: dict[int, Settings] = {
 # For query blocks of 64 rows, where the settings above with four warps would leave memory for one
 # program at a time.
 _PEOPLES_64: Settings = {
-    (128, "native"): Launch(32, 4, 3, halves=True),
-    (128, "int8"): Launch(32, 4, 3, fp16_sums=True, halves=True),
-    (128, "fp8"): Launch(32, 4, 3, halves=True),
+    (128, "native"): Launch(32, 4, 3, split_values=True),
+    (128, "int8"): Launch(32, 4, 3, fp16_sums=True, split_values=True),
+    (128, "fp8"): Launch(32, 4, 3, split_values=True),
 }
 NVIDIA_64: dict[int, Settings] = {
     80: {
-        (128, "native"): Launch(64, 4, 3, halves=True),
-        (128, "int8"): Launch(64, 4, 3, halves=True),
+        (128, "native"): Launch(32, 4, 3, split_values=True),
+        (128, "int8"): Launch(32, 4, 3, split_values=True),
     },
     86: _PEOPLES_64,
     90: {(128, "int8"): Launch(64, 4, 3)},

@@ -80,11 +80,11 @@ def visit_full_tiles(
     QUANTIZED: tl.constexpr,
     FP8_VALUES: tl.constexpr,
     FP16_SUMS: tl.constexpr,
-    HALVES: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """Visit the entries from first to before last of one level that fill whole tiles."""
     ROWS: tl.constexpr = BLOCK_N >> LOG_LEVEL
-    WIDTH: tl.constexpr = HEAD_DIM // 2 if HALVES else HEAD_DIM
+    WIDTH: tl.constexpr = HEAD_DIM // 2 if SPLIT else HEAD_DIM
     # The scale of a tile's keys is one number where the tile lies in one block.
     KEY_SCALES: tl.constexpr = ROWS < TILE_N
     # Elsewhere it is read once per block and spread: one read per key is a third of the loop.
@@ -116,7 +116,7 @@ def visit_full_tiles(
             at = tile_at(V, rows, stride_vn, WIDTH)
             more_at = at + WIDTH
         values = tl.load(at)
-        more_values = tl.load(more_at) if HALVES else values
+        more_values = tl.load(more_at) if SPLIT else values
         key_scale = 1.0
         if SPREAD:
             spread = tl.broadcast_to(tl.load(KScale + scaled)[:, None], [PARTS, ROWS])
@@ -125,7 +125,7 @@ def visit_full_tiles(
             key_scale = tl.load(KScale + block)
         acc, more_acc, row_max, row_sum = softmax_step(
             query, keys, values, more_values, acc, more_acc, row_max, row_sum, scale, key_scale,
-            LOG_LEVEL, SHIFT, False, QUANTIZED, KEY_SCALES, FP8_VALUES, FP16_SUMS, HALVES,
+            LOG_LEVEL, SHIFT, False, QUANTIZED, KEY_SCALES, FP8_VALUES, FP16_SUMS, SPLIT,
         )  # fmt: skip
         block, scaled = next_block, next_scaled
     return acc, more_acc, row_max, row_sum
@@ -158,11 +158,11 @@ def visit_rest(
     QUANTIZED: tl.constexpr,
     FP8_VALUES: tl.constexpr,
     FP16_SUMS: tl.constexpr,
-    HALVES: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """Visit what visit_full_tiles left of one level: a part of a tile, the ragged block."""
     ROWS: tl.constexpr = BLOCK_N >> LOG_LEVEL
-    WIDTH: tl.constexpr = HEAD_DIM // 2 if HALVES else HEAD_DIM
+    WIDTH: tl.constexpr = HEAD_DIM // 2 if SPLIT else HEAD_DIM
     lanes = tl.arange(0, TILE_N)
     if ROWS >= TILE_N:
         first = last - ragged
@@ -188,12 +188,12 @@ def visit_rest(
             stored = live[:, None]
             more_at = at + WIDTH
         values = tl.load(at, mask=stored, other=0.0)
-        more_values = tl.load(more_at, mask=stored, other=0.0) if HALVES else values
+        more_values = tl.load(more_at, mask=stored, other=0.0) if SPLIT else values
         key_scale = 1.0
         if QUANTIZED:
             key_scale = tl.load(KScale + block, mask=live, other=0.0)
         acc, more_acc, row_max, row_sum = softmax_step(
             query, keys, values, more_values, acc, more_acc, row_max, row_sum, scale, key_scale,
-            bias, SHIFT, True, QUANTIZED, True, FP8_VALUES, FP16_SUMS, HALVES,
+            bias, SHIFT, True, QUANTIZED, True, FP8_VALUES, FP16_SUMS, SPLIT,
         )  # fmt: skip
     return acc, more_acc, row_max, row_sum

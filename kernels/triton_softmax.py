@@ -67,12 +67,12 @@ def softmax_step(
     KEY_SCALES: tl.constexpr,
     FP8_VALUES: tl.constexpr,
     FP16_SUMS: tl.constexpr,
-    HALVES: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """Returns acc, more_acc, row_max and row_sum with one tile more. Logits are in units of log2.
 
     query [M, D], keys [N, D]; values [N, D], or with FP8_VALUES [D, N] of fp8, tokens in fp8_order.
-    HALVES: values and acc [M, D] have the first half of the channels, more_values and more_acc the
+    SPLIT: values and acc [M, D] have the first half of the channels, more_values and more_acc the
         other; else those are not looked at.
     scale: of the products; with QUANTIZED one per row, and key_scale on top: one number, or one
         per key with KEY_SCALES.
@@ -110,6 +110,6 @@ def softmax_step(
     rescale = tl.math.exp2(row_max - new_max)
     row_sum = row_sum * rescale + tl.sum(weights, 1)
     acc = _weighed(weights, values, acc, rescale, FP8_VALUES, FP16_SUMS)
-    if HALVES:
+    if SPLIT:
         more_acc = _weighed(weights, more_values, more_acc, rescale, FP8_VALUES, FP16_SUMS)
     return acc, more_acc, new_max, row_sum

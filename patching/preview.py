@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import BlockPlan, TokenLayout
+from ..kernels.registry import unavailable_reason
 from .forward import layout_reason
 from .frame_calls import frame_plans
 from .install import describe_model
@@ -115,12 +116,14 @@ def attention_preview(model: Any, samples: dict[str, Any], steps: int) -> Previe
 def _timed_too(choice: SparseChoice, layout: TokenLayout, device: torch.device) -> tuple[str, ...]:
     """What may serve instead, where that is timed."""
     found = as_close_of(choice.policy, layout)
-    if found is None or choice.kernel != "auto" or device.type == "cpu":
+    # Where plain PyTorch has to run it, no other blocks are timed.
+    is_timed = device.type != "cpu" and unavailable_reason("triton") is None
+    if found is None or choice.kernel != "auto" or not is_timed:
         return ()
     policy, does = found
     known = _too_large(replace(choice, policy=policy), layout) or policy.forecast(layout)
     density = "" if isinstance(known, str) else f" at a density of {known[0].density():.3f}"
-    return (f"Timed on this GPU and used if faster: {does}, as close{density}.",)
+    return (f"Timed on this GPU, and used where faster: {does}, as close{density}.",)
 
 
 def _where_guided(net: Any, choice: SparseChoice, layout: TokenLayout) -> tuple[str, ...]:

@@ -46,6 +46,7 @@ class Fastest(NamedTuple):
         notes: what there is to say in every run.
         hints: what there is to do about calls that are dense.
         policy: whose plans are faster and as close; None for the one that was chosen.
+        otherwise: what holds if that policy's calls fail.
     """
 
     kernel: str = "auto"
@@ -54,6 +55,7 @@ class Fastest(NamedTuple):
     notes: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
     policy: SparsePolicy | None = None
+    otherwise: Fastest | None = None
 
 
 class Asked(NamedTuple):
@@ -65,7 +67,7 @@ class Asked(NamedTuple):
         tokens: of the call.
         may_be_dense: the person did not ask for a kernel by name.
         dense_is_a_rival: of any kernel, not only of plain PyTorch.
-        instead: another policy, as close to full attention, and what it does.
+        instead: () -> another policy, as close to full attention, and what it does; or None.
     """
 
     sparse: Callable[[Fastest], KernelRun]
@@ -73,7 +75,7 @@ class Asked(NamedTuple):
     tokens: int
     may_be_dense: bool
     dense_is_a_rival: bool
-    instead: tuple[SparsePolicy, str] | None = None
+    instead: Callable[[], tuple[SparsePolicy, str] | None] = lambda: None
 
 
 class SpeedCheck:
@@ -96,6 +98,12 @@ class SpeedCheck:
         calls = f"sparse calls of {asked.tokens} tokens"
         return self._once.find(key, lambda: _compare(asked), in_vain, calls)
 
+    def give_up(self, key: Hashable, fastest: Fastest, why: str) -> Fastest:
+        """What holds for calls of a kind from now on, since another policy's failed."""
+        otherwise = fastest.otherwise or Fastest()
+        told = (*otherwise.notes, f"the other blocks are given up: {why}")
+        return self._once.replace(key, otherwise._replace(notes=told))
+
 
 def _compare(asked: Asked) -> Finding[Fastest] | None:
     try:
@@ -106,7 +114,7 @@ def _compare(asked: Asked) -> Finding[Fastest] | None:
     # Copies of the keys make plain PyTorch slow at almost any density, and slower by the block.
     in_torch = first.kernel == "torch"
     with_dense = asked.may_be_dense and (asked.dense_is_a_rival or in_torch)
-    instead = None if in_torch else asked.instead
+    instead = None if in_torch else _instead(asked)
     if not with_dense and instead is None and len(_ways(first)) == 1:
         return Finding(Fastest())
     hints = tuple(note for note in first.notes if OUT_OF_MEMORY not in note)
@@ -126,11 +134,21 @@ def _compare(asked: Asked) -> Finding[Fastest] | None:
         other_found, other_best = _fastest(other)
         told += f"; {does}, which is as close: {', '.join(str(way) for way in other)}"
         if other_best.ms * INSTEAD_GAIN <= best.ms:
-            found, best = other_found._replace(policy=policy), other_best
-            told += ", used"
+            whole = found._replace(notes=(told,))
+            found, best = other_found._replace(policy=policy, otherwise=whole), other_best
     if dense is not None and dense.ms * GAIN <= best.ms:
         found = Fastest(dense_reason=_why_dense(dense, best), hints=hints)
+    told += ", used" if found.policy is not None else ""
     return Finding(found._replace(notes=(told,)), told, watches.lacked_memory)
+
+
+def _instead(asked: Asked) -> tuple[SparsePolicy, str] | None:
+    """What another policy of somebody's own may raise says nothing about this one."""
+    try:
+        return asked.instead()
+    except Exception as error:
+        log.warning(f"another policy was not timed: {one_line(error)}")
+        return None
 
 
 def _ways(ran: KernelRun) -> list[tuple[str, str]]:
@@ -142,6 +160,8 @@ def _time_instead(asked: Asked, policy: SparsePolicy, does: str) -> list[TimedWa
     """As _time_kernels, of a policy that could serve. For want of memory it only loses."""
     try:
         ways = _ways(asked.sparse(Fastest(policy=policy)))
+        if ways[0][0] == "torch":
+            raise RuntimeError("plain PyTorch would run it")
     except Exception as error:
         log.info(f"{does} was not timed: {one_line(error)}")
         return []

@@ -53,6 +53,12 @@ class TimedOnce(Generic[T]):
         """What was found for calls of a kind, None if none was timed."""
         return self._found.get(key)
 
+    def replace(self, key: Hashable, what: T) -> T:
+        """Keep something else of calls of a kind from now on; returns it."""
+        with self._timing:
+            self._found[key] = what
+        return what
+
     @outside_recorded_memory
     def find(
         self,

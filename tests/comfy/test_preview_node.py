@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from sparse_video_attention.patching import preview as preview_module
 from sparse_video_attention.patching import run_history
 from sparse_video_attention.patching.page import SPARSE
 from sparse_video_attention.patching.preview_picture import FRAME, OUTSIDE
@@ -99,19 +100,24 @@ def test_what_is_too_large_to_draw_is_said(models, preview, monkeypatch):
     assert "41472 x 41472 blocks are too many to draw" in text and "steps stay dense" in text
 
 
-def test_what_a_gpu_times_besides_is_said(models, preview):
-    """And nothing on a CPU, where nothing is timed, or beside a kernel by name."""
-    said = "Timed on this GPU and used if faster: blocks 64x32 at topk 0.12, as close at a density"
+def test_what_a_gpu_times_besides_is_said(models, preview, monkeypatch):
+    """And nothing on a CPU, where nothing is timed, without Triton, or beside a kernel by name."""
+    said = "Timed on this GPU, and used where faster: blocks 64x32 at topk 0.12, as close"
+    why_not = {"triton": None}
+    monkeypatch.setattr(f"{preview_module.__name__}.unavailable_reason", why_not.get)
     for device, inputs, is_timed in (
         ("cpu", {}, False),
         ("cuda", {}, True),
         ("cuda", {"kernel": "torch"}, False),
         ("cuda", {"block_shape": "128x64"}, False),
+        ("cuda", {"block_order": "raster"}, False),
+        ("no triton", {}, False),
     ):
+        why_not["triton"] = "not installed" if device == "no triton" else None
         model = patch(models("wan"), "PatchSpargeAttention", **inputs)
-        model.load_device = torch.device(device, 0) if device == "cuda" else model.load_device
+        model.load_device = torch.device("cpu" if device == "cpu" else "cuda")
         text = preview(model, WAN_480P)[3]
-        assert (f"{said} of 0.149." in text) == is_timed == ("Timed on" in text)
+        assert (f"{said} at a density of 0.149." in text) == is_timed == ("Timed on" in text)
     model = patch(models("wan"), "PatchRadialAttention")
     model.load_device = torch.device("cuda", 0)
     assert "Timed on" not in preview(model, WAN_480P)[3]

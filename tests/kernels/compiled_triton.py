@@ -68,7 +68,7 @@ def attention_source(
         "LEVELS": sum(levels), "WEIGHTED": weighted, "BLOCK_M": block_m, "BLOCK_N": block_n,
         "TILE_N": launch.tile_n, "HEAD_DIM": head_dim,
         "QUANTIZED": quantized, "FP8": precision == "fp8", "RESUMED": resumed,
-        "FP16_SUMS": launch.fp16_sums, "HALVES": launch.halves,
+        "FP16_SUMS": launch.fp16_sums, "SPLIT": launch.split_values,
         "stride_kn": TOKEN_STRIDE[head_dim], "stride_vn": TOKEN_STRIDE[head_dim],
     }  # fmt: skip
     return source(triton_attention.attention_kernel, dtype, constexprs, pointers)

@@ -60,18 +60,18 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("halves", [False, True], ids=["whole", "halves"])
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
 @pytest.mark.parametrize("group", [None, 1], ids=["all-heads-at-once", "head-by-head"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_is_one_softmax_over_both_parts(interpreter, case, group, halves):
+def test_is_one_softmax_over_both_parts(interpreter, case, group, split):
     q, k, v, plan, levels = random_case(*case)
     scale = 0.2
     out, log_sums = level_1(q, k, v, plan, levels, scale)
     assert case[2] <= case[5] or log_sums.isneginf().any()
     rest = replace(plan, levels=plan.levels[1:], bounds=plan.bounds[..., 1:])
     settings = {"sparse_video_attention.kernels.triton_launch:INTERPRETER": WHOLE}
-    if halves:
-        settings = dict.fromkeys(settings, replace(WHOLE, halves=True))
+    if split:
+        settings = dict.fromkeys(settings, replace(WHOLE, split_values=True))
     if group is not None:
         settings[HEAD_BY_HEAD] = 1
     got = interpreter.call(

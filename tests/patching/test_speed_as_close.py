@@ -4,17 +4,21 @@ import pytest
 import torch
 from sparse_video_attention.kernels import BlockPlan
 
-from .timed_machine import INT8, a_policy
+from .timed_machine import FIXED, INT8, a_policy
 
 NO_MEMORY = torch.OutOfMemoryError("no memory left")
 
 
 def in_halves(runs, fails=None, **has):
-    """A policy in blocks of 64 that has one in blocks of 32, whose plans cover all."""
+    """A policy in blocks of 64 that has one in blocks of 32, whose plans cover all.
+
+    fails: raised instead of a plan; or a list of what is to be raised, one by one, None for none.
+    """
 
     def plan(q, k, layout, **kwargs):
-        if fails is not None:
-            raise fails
+        failure = (fails.pop(0) if fails else None) if isinstance(fails, list) else fails
+        if failure is not None:
+            raise failure
         tokens = layout.num_tokens
         mask = torch.ones(tokens // 32, tokens // 32, dtype=torch.bool)
         return BlockPlan.from_mask(mask, block_m=32, block_n=32, q_len=tokens, k_len=tokens)
@@ -68,7 +72,9 @@ def test_dense_attention_is_held_against_the_faster_one(runs, machine):
     assert runs.call(policy=in_halves(runs, density_is_fixed=True)) == "fast"
     machine.took["dense"] = 0.015
     policy = in_halves(runs, density_is_fixed=True)
+    runs.next_run()
     assert runs.call(policy=policy) == "dense"
+    assert "as close: fast 20.0 ms" in runs.line() and "used" not in runs.line()
     assert "dense attention is faster here: 15.0 ms a call, 20.0 ms sparse by fast" in runs.line()
 
 
@@ -91,7 +97,72 @@ def test_one_whose_kernel_fails_loses(runs, machine, monkeypatch, fails):
     assert seen[-1] == "int8" and "broken" not in runs.line()
 
 
-def test_beside_a_kernel_by_name_and_in_plain_pytorch_nothing_else_is_tried(runs, machine):
+@pytest.mark.parametrize(
+    ("fails", "why"),
+    [(NO_MEMORY, "ran out of memory"), (ValueError("no such plan"), "ValueError: no such plan")],
+    ids=["memory", "fault"],
+)
+def test_what_was_chosen_serves_where_the_other_fails_later(runs, machine, monkeypatch, fails, why):
+    """At once, and from then on, int8 too, if that was the fastest."""
+    machine.has_kernel("native", "int8")
+    machine.took |= {"native 32": 0.005, "int8 32": 0.004}
+    # The first run of a way, and three times both.
+    policy = in_halves(runs, fails=[None] * 8 + [fails])
+    seen = sparse_calls(machine, monkeypatch)
+    assert runs.call(policy=policy) == "fast int8" and seen[-1] == "int8 32"
+    assert runs.call(policy=policy) == "fast int8" and seen[-1] == "int8"
+    runs.next_run()
+    assert runs.call(policy=policy) == "fast int8" and seen[-1] == "int8"
+    line = runs.line()
+    assert f"the other blocks are given up: {why}" in line and "used" not in line
+    assert "timed once: fast 30.0 ms, fast int8 12.0 ms" in line
+
+
+def test_other_blocks_that_only_plain_pytorch_can_run_any_more_are_given_up(
+    runs, machine, monkeypatch
+):
+    machine.has_kernel("native")
+    machine.took["native 32"] = [0.005] * 5 + [NO_MEMORY]
+    seen = sparse_calls(machine, monkeypatch)
+    policy = in_halves(runs)
+    assert [runs.call(policy=policy) for _ in range(3)] == ["fast"] * 3
+    # The first call, the one that lacked memory, and what that fell back to.
+    assert seen[-5:] == ["native 32", "native 32", "torch", "native", "native"]
+    assert "given up: kernel fast ran out of memory" in runs.line()
+
+
+def test_what_only_plain_pytorch_could_run_is_not_timed(runs, machine, monkeypatch):
+    """Neither where it runs the policy chosen, nor where it would run the other."""
+    machine.took["torch 32"] = 0.001
+    seen = sparse_calls(machine, monkeypatch)
+    assert runs.call(policy=in_halves(runs)) == "torch"
+    assert "torch" in seen and "blocks of 32" not in runs.line()
+    machine.has_kernel("native")
+    machine.took["native 32"] = RuntimeError("broken")
+    assert runs.call(128, policy=in_halves(runs)) == "fast" and seen[-1] == "native"
+    # To know who would run it, it ran once.
+    assert seen.count("torch 32") == 1 and "blocks of 32" not in runs.line()
+
+
+def test_another_policy_that_cannot_be_asked_for_is_none(runs, machine, caplog):
+    machine.has_kernel("native", "int8")
+
+    def as_close(layout):
+        raise KeyError("layout")
+
+    policy = a_policy(as_close=staticmethod(as_close))
+    assert runs.call(policy=policy) == "fast int8"
+    assert "another policy was not timed: KeyError" in caplog.text
+
+
+def test_beside_a_static_plan_nothing_else_is_tried(runs, machine, monkeypatch):
+    machine.has_kernel("native")
+    machine.took["native 32"] = 0.001
+    monkeypatch.setattr(FIXED, "as_close", in_halves(runs).as_close, raising=False)
+    assert runs.call() == "fast" and "blocks of 32" not in runs.line()
+
+
+def test_beside_a_kernel_by_name_nothing_else_is_tried(runs, machine):
     machine.has_kernel("native")
     machine.took["native 32"] = 0.001
     asked = []

@@ -42,10 +42,14 @@ class Machine:
 
     def _slowed(self, kernel, name):
         def run(call):
-            self._tick(name)
+            self._tick(self._by_blocks(name, call))
             return kernel.run(call)
 
         return Kernel(**{**vars(kernel), "run": run})
+
+    def _by_blocks(self, name, call):
+        by_blocks = f"{name} {call.plan.block_m}"
+        return by_blocks if by_blocks in self.took else name
 
     def _tick(self, name):
         first = name not in self.ran
@@ -63,10 +67,8 @@ class Machine:
 
         def run(call):
             which = name if name in self.took else call.precision
-            by_blocks = f"{which} {call.plan.block_m}"
-            which = by_blocks if by_blocks in self.took else which
-            self._tick(which)
-            value = self.value[which.split()[0]]
+            self._tick(self._by_blocks(which, call))
+            value = self.value[which]
             if isinstance(value, list):
                 value = value.pop(0) if len(value) > 1 else value[0]
             return self.made(torch.ones_like(call.q) * value)

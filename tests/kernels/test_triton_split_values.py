@@ -47,7 +47,7 @@ def random_case(case, seed=0):
 def test_is_the_definition(triton_attention, how, case):
     q, k, v, plan = random_case(case)
     precision = "int8" if how == "fp16 sums" else how
-    launch = Launch(case[-1], 4, 1, fp16_sums=how == "fp16 sums", halves=True)
+    launch = Launch(case[-1], 4, 1, fp16_sums=how == "fp16 sums", split_values=True)
     out = triton_attention(q, k, v, plan, precision=precision, settings={INTERPRETER: launch})
     want = reference_attention(q, k, v, plan)
     tolerance = max(TOLERANCE[how], triton_attention.tolerance[torch.float32])
@@ -66,12 +66,12 @@ def table():
                 yield arch, precision, launch
 
 
-def test_where_four_warps_are_one_unit_nothing_is_halved():
-    halved = {(arch, precision) for arch, precision, launch in table() if launch.halves}
+def test_where_four_warps_are_one_unit_nothing_is_split():
+    split = {(arch, precision) for arch, precision, launch in table() if launch.split_values}
     expected = {(arch, precision) for arch in (80, 86, 89, 120) for precision in ("native", "int8")}
-    assert halved == expected | {(89, "fp8"), (120, "fp8")}
+    assert split == expected | {(89, "fp8"), (120, "fp8")}
     assert not any(
-        triton_launch.launch_for(arch, head_dim, "native", block_m).halves
+        triton_launch.launch_for(arch, head_dim, "native", block_m).split_values
         for arch in (80, 86, 89, 90, 100, 120, "gfx942", "gfx1100", "cpu")
         for head_dim, block_m in ((128, 128), (64, 128), (64, 64))
     )
@@ -87,7 +87,7 @@ def test_where_four_warps_are_one_unit_nothing_is_halved():
     [
         pytest.param(*case, id=f"sm_{case[0]}-{case[1]}")
         for case in table()
-        if case[2].halves and case[0] != 86  # the settings of 89
+        if case[2].split_values and case[0] != 86  # the settings of 89
     ],
 )
 def test_weights_stay_in_their_warp(tmp_path, arch, precision, launch, levels):
@@ -108,4 +108,4 @@ def test_weights_stay_in_their_warp(tmp_path, arch, precision, launch, levels):
     assert compiled.programs_at_a_time(arch, registers, made.metadata.shared, launch) >= 2
     if compiled.IS_RELEASE_OF_SETTINGS:
         assert all(sum(one.startswith("BAR") for one in code) == 2 for code in loops)
-        assert stack <= (64 if arch == 80 else 0)
+        assert stack == 0
