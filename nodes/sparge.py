@@ -141,10 +141,11 @@ class PatchSpargeAttention(io.ComfyNode):
                     **ADVANCED,
                     tooltip=(
                         "Tokens of a block, queries x keys. Smaller blocks are closer to full "
-                        "attention at the same topk. auto is 128x64, as published, and 64x32 in "
-                        "small pictures; with topk 0.1 to 0.3 a GPU also times 64x32 at six tenths "
-                        "of topk, which is as close, and uses it where it is faster. Not where "
-                        "blocks are scored or dropped as published."
+                        "attention at the same topk. auto is 128x64, as published. Unless blocks "
+                        "are scored or dropped as published it is 64x32 in small pictures; and "
+                        "with topk 0.1 to 0.3 and other inputs at their defaults a GPU also times "
+                        "64x32 at six tenths of topk, which is as close, and uses it where it is "
+                        "faster."
                     ),
                 ),
             ],
