@@ -21,8 +21,11 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 _TINY, _LEAST = tl.constexpr(TINY), tl.constexpr(LEAST)
 # Rows of a tile of both kernels; key groups of a tile of the first, key blocks of the second.
 ROWS = TILE_GROUPS
-SUMS = Launch(64, 8, 3)
-SCORES = Launch(64, 8, 3)
+# With a quarter of the rows a warp has them to itself, and two programs at least share a
+# multiprocessor: one's exponentials beside the other's products.
+SUMS = Launch(32, 4, 3)
+SCORES = Launch(32, 4, 3)
+HOPPER, HOPPER_SUMS = 90, Launch(64, 8, 3)  # two programs too, in fewer instructions
 RDNA_ROWS, RDNA_SUMS, RDNA_SCORES = 64, Launch(32, 8, 1), Launch(32, 8, 1)
 # CDNA's 64 KiB do not hold a third buffer at head dim 128, which older Tritons keep.
 CDNA = Launch(64, 8, 2)
@@ -132,7 +135,7 @@ def tiles_for(arch: int | str) -> tuple[int, Launch, Launch]:
         return RDNA_ROWS, RDNA_SUMS, RDNA_SCORES
     if isinstance(arch, str) and arch.startswith("gfx9"):
         return ROWS, CDNA, CDNA
-    return ROWS, SUMS, SCORES
+    return ROWS, HOPPER_SUMS if arch == HOPPER else SUMS, SCORES
 
 
 def refuses(queries: Tensor, per_q_block: int) -> str | None:
