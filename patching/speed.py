@@ -128,16 +128,15 @@ def _compare(asked: Asked) -> Finding[Fastest] | None:
     dense = watches.time("dense", "native", asked.dense) if with_dense else None
     told = f"calls of {asked.tokens} tokens were timed once: "
     told += ", ".join(str(way) for way in (*sparse, dense) if way)
-    found, best = _fastest(sparse)
+    own, best = _fastest(sparse)
+    found = _or_dense(own, best, dense, hints)
     if instead is not None and other:
         policy, does = instead
-        other_found, other_best = _fastest(other)
+        theirs, their_best = _fastest(other)
         told += f"; {does}, which is as close: {', '.join(str(way) for way in other)}"
-        if other_best.ms * INSTEAD_GAIN <= best.ms:
-            whole = found._replace(notes=(told,))
-            found, best = other_found._replace(policy=policy, otherwise=whole), other_best
-    if dense is not None and dense.ms * GAIN <= best.ms:
-        found = Fastest(dense_reason=_why_dense(dense, best), hints=hints)
+        if their_best.ms * INSTEAD_GAIN <= best.ms:
+            theirs = theirs._replace(policy=policy, otherwise=found._replace(notes=(told,)))
+            found = _or_dense(theirs, their_best, dense, hints)
     told += ", used" if found.policy is not None else ""
     return Finding(found._replace(notes=(told,)), told, watches.lacked_memory)
 
@@ -199,6 +198,12 @@ def _fastest(sparse: list[TimedWay]) -> tuple[Fastest, TimedWay]:
     return found, best
 
 
-def _why_dense(dense: TimedWay, best: TimedWay) -> str:
+def _or_dense(
+    found: Fastest, best: TimedWay, dense: TimedWay | None, hints: tuple[str, ...]
+) -> Fastest:
+    """found, whose time is best's, or dense attention where that is clearly faster."""
+    if dense is None or dense.ms * GAIN > best.ms:
+        return found
     how = "in plain PyTorch" if best.name == "torch" else f"by {best.full_name}"
-    return f"{DENSE_IS_FASTER}: {dense.ms:.1f} ms a call, {best.ms:.1f} ms sparse {how}"
+    times = f"{dense.ms:.1f} ms a call, {best.ms:.1f} ms sparse {how}"
+    return Fastest(dense_reason=f"{DENSE_IS_FASTER}: {times}", hints=hints)

@@ -118,6 +118,15 @@ def test_what_was_chosen_serves_where_the_other_fails_later(runs, machine, monke
     assert "timed once: fast 30.0 ms, fast int8 12.0 ms" in line
 
 
+def test_where_dense_attention_is_faster_than_what_was_chosen_it_serves_then(runs, machine):
+    machine.has_kernel("native")
+    machine.took |= {"native 32": 0.005, "dense": 0.020}
+    policy = in_halves(runs, fails=[None] * 5 + [NO_MEMORY], density_is_fixed=True)
+    # The call that failed was to be sparse.
+    assert [runs.call(policy=policy) for _ in range(4)] == ["fast", "fast", "dense", "dense"]
+    assert "dense attention is faster here: 20.0 ms a call, 30.0 ms sparse" in runs.line()
+
+
 def test_other_blocks_that_only_plain_pytorch_can_run_any_more_are_given_up(
     runs, machine, monkeypatch
 ):
