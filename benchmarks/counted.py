@@ -106,8 +106,7 @@ def runs() -> Iterator[Run]:
 def nodes(family: str) -> Iterator[Node]:
     """The nodes at their defaults, and what makes them faster."""
     yield Node("Sparge at its defaults", SPARGE_POLICY, 0, -1)
-    halved = replace(SPARGE_POLICY, halves_if_faster=True)
-    yield Node("where smaller blocks are faster", halved, 0, -1, in_halves=True)
+    yield Node("where smaller blocks are faster", SPARGE_POLICY, 0, -1, in_halves=True)
     yield Node("`topk` 0.3", replace(SPARGE_POLICY, topk=0.3), 0, -1)
     yield Node("`topk` 0.5", replace(SPARGE_POLICY, topk=0.5), 0, -1)
     yield Node("`topk` 0.3, no dense steps", replace(SPARGE_POLICY, topk=0.3), 0)

@@ -23,7 +23,7 @@ BISECTIONS = 10
 # Ends the name of a method whose skipped blocks are pooled, the default of all nodes.
 POOLED = " pool"
 HOPPER = "hopper"
-# With the policy of the node's defaults.
+# With the policy of the node's defaults, in whole blocks: halves have a row of their own.
 SPARGE_DEFAULT = f"sparge group means 0.2 weighted{POOLED}"
 
 
@@ -64,19 +64,20 @@ def methods(model_family: str, precisions: Iterable[str] = ("auto",)) -> Iterato
 def _methods(model_family: str) -> Iterator[Method]:
     # The most telling first, for runs that are cut short.
     yield Method("radial pool", RadialPolicy())
-    yield Method(SPARGE_DEFAULT, SPARGE_POLICY)
+    whole = replace(SPARGE_POLICY, halves_if_faster=False)
+    yield Method(SPARGE_DEFAULT, whole)
     yield Method("radial", RadialPolicy(skipped_blocks="drop"))
     yield Method("sparge raster", SpargePolicy())
     for label, preset in _presets(model_family):
         pooling = PsaPolicy.from_preset(preset, skipped_blocks="pool", label=label)
         yield Method(f"psa {label}{POOLED}", pooling)
     # What the weights of its means take.
-    plain = replace(SPARGE_POLICY, skipped_blocks="pool")
+    plain = replace(whole, skipped_blocks="pool")
     yield Method(f"sparge group means 0.2{POOLED}", plain)
     # Smaller blocks are as close at a lower topk; what do they take?
     for topk, block_m, block_n in ((0.12, 64, 32), (0.2, 128, 32)):
         shape = {"block_m": block_m, "block_n": block_n, "halves_in_small_frames": False}
-        finer = replace(SPARGE_POLICY, topk=topk, **shape)
+        finer = replace(whole, topk=topk, **shape)
         yield Method(f"sparge group means {topk:g} weighted pool {block_m}x{block_n}", finer)
     yield Method("sparge Gilbert", SpargePolicy(block_order="Gilbert"))
     yield Method("sparge raster pool", SpargePolicy(skipped_blocks="pool"))

@@ -13,14 +13,14 @@ from sparse_video_attention.radial_attn import RadialPolicy
 from sparse_video_attention.sparge import SpargePolicy
 
 NODES = ("radial", "psa", "sparge")
-# Of PatchSpargeAttention's defaults, where there is no MODEL at hand; without the smaller blocks
-# that a GPU times besides.
+# Of PatchSpargeAttention's defaults, where there is no MODEL at hand.
 SPARGE_POLICY = SpargePolicy(
     topk=0.2,
     block_order="Gilbert",
     skipped_blocks="weighted",
     block_scores="group means",
     halves_in_small_frames=True,
+    halves_if_faster=True,
 )
 
 # PSA's presets that are closest to dense attention for their density (docs/measurements.md).

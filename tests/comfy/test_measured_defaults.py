@@ -1,6 +1,9 @@
 """What benchmarks call a node's defaults is what the node does."""
 
+from dataclasses import replace
+
 import pytest
+from sparse_video_attention.kernels import TokenLayout
 
 from benchmarks.counted import DENSE_LAYERS, nodes
 from benchmarks.method_list import SPARGE_DEFAULT, methods
@@ -33,8 +36,13 @@ def test_counted_speeds_are_of_the_defaults(comfyui, models, node):
 
 
 def test_the_timed_sparge_is_the_node_s(comfyui, models):
-    (timed,) = [m.policy for m in methods("Wan") if m.name == SPARGE_DEFAULT]
-    assert timed == default_choice(models("wan"), "sparge").policy
+    """In whole blocks and in halves, of which a run has what is faster."""
+    timed = {method.name: method.policy for method in methods("Wan")}
+    default = default_choice(models("wan"), "sparge").policy
+    assert timed[SPARGE_DEFAULT] == replace(default, halves_if_faster=False)
+    halves, _ = default.as_close(TokenLayout(21, 30, 52))
+    in_halves = timed["sparge group means 0.12 weighted pool 64x32"]
+    assert in_halves == halves
 
 
 def test_settings_of_sparge_have_a_quarter_of_the_steps_dense_but_for_its_defaults(comfyui, models):
