@@ -27,8 +27,8 @@ class Launch:
     split_values: weights are multiplied with one half of the values' channels, then with the
         other. Where a product is wider than high, as of 64 queries and 128 channels, Triton parts
         it among warps by its columns, but by its rows that of queries and keys: all weights would
-        then go from warp to warp, with nine barriers a tile in place of two, and a fifth to two
-        thirds more instructions. Not where four warps are one unit, as on sm_90 and sm_100.
+        then go from warp to warp, with nine barriers a tile in place of two, and two fifths to
+        two thirds more instructions. Not where four warps are one unit, as on sm_90 and sm_100.
     """
 
     tile_n: int

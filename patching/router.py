@@ -25,7 +25,7 @@ from .replaced import named
 from .run import RUN_KEY, RunState, in_vain_of
 from .settings import FASTEST, SETTINGS_KEY, AttentionSettings, AttentionSite
 from .shared import Shared
-from .sparse_calls import run_as_found, to_compare
+from .sparse_calls import run_sparse, to_compare
 from .speed import Fastest, SpeedCheck
 from .timed_ways import can_be_timed, machine_of
 from .timing import Stopwatch
@@ -133,8 +133,11 @@ class AttentionRouter(Shared):
         if reason is None:
             assert layer is not None
             try:
-                give_up = functools.partial(self.speed.give_up, key, fastest)
-                sparse = run_as_found(self.kernels, call, forward, layer, plan, fastest, give_up)
+                attend = functools.partial(
+                    run_sparse, self.kernels, call, forward, layer, plan,
+                    measures_error=forward.measures_error,
+                )  # fmt: skip
+                sparse = self.speed.run(key, fastest, attend)
             except Exception as error:  # a sampling run must not end for this
                 reason = forward.failures.add(kind, error)
             if reason is not None:

@@ -12,7 +12,6 @@ from ..kernels import BlockPlan
 from ..kernels.capture import is_captured
 from ..kernels.fallback import KernelFallback, KernelRun
 from .attention_call import AttentionCall
-from .log import one_line
 from .measured_error import relative_error, shift_of
 from .recorded_memory import outside_recorded_memory
 from .settings import SparsePolicy, as_close_of
@@ -90,39 +89,6 @@ def run_sparse(
     if order is not None:
         out = order.restore(out.transpose(1, 2)).transpose(1, 2)
     return SparseCall(ran._replace(out=call.as_asked(out)), density, error)
-
-
-def run_as_found(
-    kernels: KernelFallback,
-    call: AttentionCall,
-    forward: ForwardState,
-    layer: int,
-    plan: BlockPlan | None,
-    fastest: Fastest,
-    give_up: Callable[[str], Fastest],
-) -> SparseCall:
-    """run_sparse with the policy that was found to be faster, or, where that fails, as chosen.
-
-    Args:
-        give_up: (why) -> what holds from then on.
-    """
-
-    def run(way: Fastest) -> SparseCall:
-        return run_sparse(kernels, call, forward, layer, plan, way, forward.measures_error)
-
-    if fastest.policy is None:
-        return run(fastest)
-    # It may need more than what was chosen: memory, say, or a kernel for its shape.
-    try:
-        sparse = run(fastest)
-    except Exception as error:
-        why = one_line(error)
-    else:
-        if sparse.ran.kernel != "torch":
-            return sparse
-        why = "; ".join(sparse.ran.notes) or "plain PyTorch ran them"
-        del sparse  # its output is as large as q
-    return run(give_up(why))
 
 
 def to_compare(

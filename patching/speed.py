@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
@@ -33,6 +33,9 @@ from .timed_ways import (
     faster_in_8_bits,
     fastest_exact,
 )
+
+if TYPE_CHECKING:
+    from .sparse_calls import SparseCall
 
 DENSE_IS_FASTER = "dense attention is faster here"
 
@@ -98,11 +101,30 @@ class SpeedCheck:
         calls = f"sparse calls of {asked.tokens} tokens"
         return self._once.find(key, lambda: _compare(asked), in_vain, calls)
 
-    def give_up(self, key: Hashable, fastest: Fastest, why: str) -> Fastest:
-        """What holds for calls of a kind from now on, since another policy's failed."""
+    def run(
+        self, key: Hashable, fastest: Fastest, run: Callable[[Fastest], SparseCall]
+    ) -> SparseCall:
+        """Run a call as was found for its kind; where another policy's fails, as chosen from now
+        on.
+
+        Raises:
+            Exception: what run raises with the policy that was chosen.
+        """
+        if fastest.policy is None:
+            return run(fastest)
+        # It may need more than what was chosen: memory, say, or a kernel for its shape.
+        try:
+            sparse = run(fastest)
+        except Exception as error:
+            why = one_line(error)
+        else:
+            if sparse.ran.kernel != "torch":
+                return sparse
+            why = "; ".join(sparse.ran.notes) or "plain PyTorch ran them"
+            del sparse  # its output is as large as q
         otherwise = fastest.otherwise or Fastest()
         told = (*otherwise.notes, f"the other blocks are given up: {why}")
-        return self._once.replace(key, otherwise._replace(notes=told))
+        return run(self._once.replace(key, otherwise._replace(notes=told)))
 
 
 def _compare(asked: Asked) -> Finding[Fastest] | None:

@@ -40,8 +40,8 @@ def as_close_in_halves(
         policy.density_is_fixed
         and least <= policy.topk <= most
         and policy.block_order == "Gilbert"
+        and policy.block_scores == "group means"
         and policy.skipped_blocks == "weighted"
-        and not policy.goes_as_published
         and not policy.attention_sink
     )
     if not is_measured or policy.blocks(layout) != PUBLISHED_BLOCKS:

@@ -163,15 +163,11 @@ class SpargePolicy:
 
     def blocks(self, layout: TokenLayout) -> tuple[int, int]:
         """Tokens per query block and per key block."""
-        halves = self.halves_in_small_frames and not self.goes_as_published
+        as_published = self.block_scores == BLOCK_SCORES[0] or self.skipped_blocks == "drop"
+        halves = self.halves_in_small_frames and not as_published
         if halves and self.frame_tokens(layout) <= SMALL_FRAME:
             return self.block_m // 2, self.block_n // 2
         return self.block_m, self.block_n
-
-    @property
-    def goes_as_published(self) -> bool:
-        """Whether blocks are scored or dropped as published, for which whole ones are right."""
-        return self.block_scores == BLOCK_SCORES[0] or self.skipped_blocks == "drop"
 
     def as_close(self, layout: TokenLayout) -> tuple[SpargePolicy, str] | None:
         """Another policy, as close to full attention, and what it does; None if there is none."""

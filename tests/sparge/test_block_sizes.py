@@ -5,32 +5,24 @@ from dataclasses import replace
 import pytest
 import torch
 from sparse_video_attention.kernels import TokenLayout, block_sparse_attention
-from sparse_video_attention.sparge import SpargePolicy
 
+from benchmarks.node_defaults import SPARGE_POLICY
 from benchmarks.structured import structured_inputs
 
 LAYOUT = TokenLayout(21, 30, 52)
-POLICY = SpargePolicy(
-    topk=0.2,
-    block_order="Gilbert",
-    block_scores="group means",
-    skipped_blocks="weighted",
-    halves_in_small_frames=True,
-    halves_if_faster=True,
-)
 
 
 @pytest.mark.parametrize(("topk", "share"), [(0.1, 0.06), (0.2, 0.12), (0.25, 0.15), (0.3, 0.18)])
 def test_in_halves_six_tenths_of_the_blocks_are_kept(topk, share):
-    halves, does = replace(POLICY, topk=topk).as_close(LAYOUT)
+    halves, does = replace(SPARGE_POLICY, topk=topk).as_close(LAYOUT)
     assert does == f"blocks 64x32 at topk {share:g}"
     assert (halves.topk, halves.blocks(LAYOUT)) == (share, (64, 32))
     # All else stays, the order that tokens are brought into among it.
     named = replace(
-        POLICY, topk=share, block_m=64, block_n=32, halves_in_small_frames=False,
+        SPARGE_POLICY, topk=share, block_m=64, block_n=32, halves_in_small_frames=False,
         halves_if_faster=False,
     )  # fmt: skip
-    assert halves == named and halves.twins is not POLICY.twins
+    assert halves == named and halves.twins is not SPARGE_POLICY.twins
     assert halves.as_close(LAYOUT) is None
 
 
@@ -54,15 +46,15 @@ def test_in_halves_six_tenths_of_the_blocks_are_kept(topk, share):
     ids=str,
 )
 def test_where_that_was_not_measured_there_is_no_other_choice(fields):
-    policy = replace(POLICY, **fields)
+    policy = replace(SPARGE_POLICY, **fields)
     if "block_m" in fields:
         policy = replace(policy, groups=(16, 8))
     assert policy.as_close(LAYOUT) is None
 
 
 def test_in_small_frames_blocks_are_halves_already():
-    assert POLICY.as_close(TokenLayout(9, 32, 40)) is None
-    assert POLICY.as_close(TokenLayout(9, 27, 50)) is not None
+    assert SPARGE_POLICY.as_close(TokenLayout(9, 32, 40)) is None
+    assert SPARGE_POLICY.as_close(TokenLayout(9, 27, 50)) is not None
 
 
 @pytest.mark.parametrize("topk", [0.1, 0.2, 0.3])
@@ -70,7 +62,7 @@ def test_they_are_as_close_for_less_work(topk):
     """On inputs structured like video, 33 frames of WAN at 832x480."""
     layout = TokenLayout(9, 30, 52)
     inputs = structured_inputs(layout, heads=4, head_dim=64, seed=1)
-    whole = replace(POLICY, topk=topk)
+    whole = replace(SPARGE_POLICY, topk=topk)
     order = whole.order(layout)
     q, k, v = (x[:, :, order] for x in inputs.heads_first())
     some = slice(5, None, 97)
