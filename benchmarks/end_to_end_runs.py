@@ -16,7 +16,7 @@ from sparse_video_attention.patching import (
 )
 from sparse_video_attention.patching.call_record import dense_layer_reason
 from sparse_video_attention.patching.record import RunRecord
-from sparse_video_attention.patching.speed import DENSE_IS_FASTER
+from sparse_video_attention.patching.speed import DENSE_IS_AS_FAST, DENSE_IS_FASTER
 from sparse_video_attention.third_party import DENSE_BACKENDS
 
 from .end_to_end_row import EndToEndRow
@@ -49,9 +49,10 @@ def _sparse_row(
     sampled: Sampled,
 ) -> EndToEndRow:
     sparse = record.sparse()
-    # Where the nodes leave all calls dense since that is faster, that is what they do.
+    # Where the nodes leave all calls dense since they gain nothing, that is what they do.
     why = {call.reason for call in record.calls if call.reason != dense_layer_reason(call.layer)}
-    is_dense = bool(why) and all(reason and DENSE_IS_FASTER in reason for reason in why)
+    timed = DENSE_IS_FASTER, DENSE_IS_AS_FAST
+    is_dense = bool(why) and all(reason and reason.startswith(timed) for reason in why)
     if not (sparse.calls or is_dense) or not torch.isfinite(sampled.latent).all():
         raise RuntimeError(f"{method}: the run was not sound: {record.summary()}")
     step_s = statistics.median(sampled.step_seconds)

@@ -37,7 +37,9 @@ from .timed_ways import (
 if TYPE_CHECKING:
     from .sparse_calls import SparseCall
 
+# What a reason says, before both times.
 DENSE_IS_FASTER = "dense attention is faster here"
+DENSE_IS_AS_FAST = "dense attention is as fast here"
 
 
 class Fastest(NamedTuple):
@@ -223,9 +225,11 @@ def _fastest(sparse: list[TimedWay]) -> tuple[Fastest, TimedWay]:
 def _or_dense(
     found: Fastest, best: TimedWay, dense: TimedWay | None, hints: tuple[str, ...]
 ) -> Fastest:
-    """found, whose time is best's, or dense attention where that is clearly faster."""
-    if dense is None or dense.ms * GAIN > best.ms:
+    """found, whose time is best's, or dense attention unless that is clearly slower."""
+    # What changes the picture has to gain something.
+    if dense is None or best.ms * GAIN <= dense.ms:
         return found
+    why = DENSE_IS_FASTER if dense.ms * GAIN <= best.ms else DENSE_IS_AS_FAST
     how = "in plain PyTorch" if best.name == "torch" else f"by {best.full_name}"
     times = f"{dense.ms:.1f} ms a call, {best.ms:.1f} ms sparse {how}"
-    return Fastest(dense_reason=f"{DENSE_IS_FASTER}: {times}", hints=hints)
+    return Fastest(dense_reason=f"{why}: {times}", hints=hints)
