@@ -92,11 +92,12 @@ class KernelChoice:
 
 
 def _is_aligned(x: Tensor) -> bool:
-    """Whether all rows start at multiples of 16 bytes."""
+    """Whether all rows start at multiples of 16 bytes, none where another does."""
     if type(x) is not Tensor:  # of a compiler's trace, say, which has no address
         return False
     size = x.element_size()
-    return x.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in x.stride()[:-1])
+    strides = [stride for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
+    return x.data_ptr() % 16 == 0 and all(s > 0 and s * size % 16 == 0 for s in strides)
 
 
 def _shape_key(call: KernelCall, kernel: str) -> Hashable:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .twins import TORCH_ONLY, Twins
 
+# Block pairs that torch lists at once: it holds some 30 bytes for each.
+CHUNK_PAIRS = 2**22
 # Which devices the twin failed on: as lasting as the compiler that is installed.
 _TWINS = Twins()
 
@@ -86,13 +88,25 @@ def strided_lists(
         )
         if made is not None:
             return made
-    num_k_blocks = levels.shape[-1]
+    *rows, num_k_blocks = levels.shape
+    of_rows = levels.reshape(-1, num_k_blocks)
+    indices = torch.empty(of_rows.shape, dtype=torch.int32, device=levels.device)
+    bounds = indices.new_empty(of_rows.shape[0], len(kept) + 1)
+    step = max(1, CHUNK_PAIRS // max(1, num_k_blocks))
+    for first in range(0, of_rows.shape[0], step):
+        some = slice(first, first + step)
+        indices[some], bounds[some] = _lists_of_rows(of_rows[some], kept, remainder)
+        bounds[some] += first * num_k_blocks
+    return indices.flatten(), bounds.reshape(*rows, -1)
+
+
+def _lists_of_rows(levels: Tensor, kept: tuple[int, ...], remainder: bool) -> tuple[Tensor, Tensor]:
+    """strided_lists of [rows, N] block levels; its first entries are [rows, N], int32."""
+    rows, num_k_blocks = levels.shape
     if remainder:
         levels = filled_up(levels, kept[-1])
     counts = segment_counts(levels, kept)
-    rows = counts[..., 0].numel()
-    row_starts = torch.arange(rows, device=levels.device).mul_(num_k_blocks)
-    row_starts = row_starts.reshape(counts.shape[:-1]).unsqueeze(-1)
+    row_starts = torch.arange(rows, device=levels.device).mul_(num_k_blocks).unsqueeze(-1)
     bounds = torch.cat([row_starts, row_starts + counts.cumsum(-1)], dim=-1)
 
     # Blocks that are not listed all write to one spare entry behind the lists.
@@ -101,8 +115,8 @@ def strided_lists(
     for position, level in enumerate(kept):
         listed = levels == level
         rank = listed.cumsum(-1) - 1
-        slots = torch.where(listed, bounds[..., position, None] + rank, slots)
+        slots = torch.where(listed, bounds[:, position, None] + rank, slots)
     columns = torch.arange(num_k_blocks, dtype=torch.int32, device=levels.device)
     indices = torch.zeros(spare + 1, dtype=torch.int32, device=levels.device)
     indices.scatter_(0, slots.flatten(), columns.expand(levels.shape).flatten())
-    return indices[:spare], bounds.to(torch.int32)
+    return indices[:spare].view(rows, num_k_blocks), bounds.to(torch.int32)

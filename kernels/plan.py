@@ -29,6 +29,14 @@ PLAN_BLOCK_SIZES = (4, 8, *BLOCK_SIZES)
 MAX_ENTRIES = 2**31 - 1
 
 
+def check_pairs(pairs: int) -> None:
+    """Raise ValueError for more pairs of blocks, over samples and heads, than lists can have."""
+    if pairs > MAX_ENTRIES:
+        raise ValueError(
+            f"{pairs} block pairs exceed the limit of {MAX_ENTRIES}; use larger blocks"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class BlockPlan:
     """Key-block lists per (batch or 1, head or 1, query block).
@@ -155,10 +163,7 @@ class BlockPlan:
             kept = tuple(level for level in kept if level in present) or kept[:1]
         if pooled_remainder:
             kept = tuple(sorted({*kept, block_n}))
-        if levels.numel() > MAX_ENTRIES:
-            raise ValueError(
-                f"{levels.numel()} block pairs exceed the limit of {MAX_ENTRIES}; use larger blocks"
-            )
+        check_pairs(levels.numel())
         if packed:
             levels = filled_up(levels, block_n) if pooled_remainder else levels
             indices, bounds = packed_lists(levels, kept)

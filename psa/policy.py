@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels import BlockPlan, TokenLayout
 from ..kernels.autocast import without_autocast
 from ..kernels.orders import mirrored_in_turn, video_order
-from ..kernels.plan import PYRAMID_LEVELS
+from ..kernels.plan import PYRAMID_LEVELS, check_pairs
 from ..kernels.skipped import SKIPPED_BLOCKS, pooling_reason_of, remainder, said_of_skipped
 from ..kernels.twins import Twins
 from .importance import token_importance
@@ -151,13 +151,15 @@ class PsaPolicy:
         blocks than 1 / upper bound), its most important block is kept at level 1.
 
         Raises:
-            ValueError: q or k does not have the layout's tokens.
+            ValueError: q or k does not have the layout's tokens, or there are too many blocks.
         """
         if not q.shape[2] == k.shape[2] == layout.num_tokens:
             raise ValueError(
                 f"the layout {layout} has {layout.num_tokens} tokens; got {q.shape[2]} queries "
                 f"and {k.shape[2]} keys"
             )
+        blocks = -(-layout.num_tokens // self.block_m) * -(-layout.num_tokens // self.block_n)
+        check_pairs(q.shape[0] * q.shape[1] * blocks)  # before anything of that size is made
         # Autocast concatenates no half precision but its own.
         with without_autocast(q.device.type):
             # Not kept in a name: the scores are four bytes a block pair, and the lists as many.

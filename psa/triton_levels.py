@@ -31,9 +31,10 @@ from .levels import (
     topk_segments,
 )
 
-# Entries a row may have: what a program holds in registers.
-MAX_ENTRIES = 8192
+# Entries a row may have: what a program holds in registers, and triton_selection tells apart.
+MAX_ENTRIES = 2**14 - 1
 ENTRIES_PER_WARP = 1024
+MAX_WARPS = 16
 MAX_SLOTS = 5
 # In bits, 1/32 of a value or less: alignment moves a level's end by a few ranks.
 NEARBY = tl.constexpr(2**18)
@@ -163,6 +164,7 @@ def launch_options(width: int, arch: int | str) -> dict[str, int]:
     on compute capability 12 that would spill.
     """
     count = max(1, width // (ENTRIES_PER_WARP if width <= 4 * ENTRIES_PER_WARP else 512))
+    count = min(count, MAX_WARPS)
     is_limited = isinstance(arch, int) and arch < 120 and knows_maxnreg()
     return warps(count) | ({"maxnreg": 128} if is_limited else {})
 

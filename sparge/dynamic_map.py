@@ -114,10 +114,10 @@ def block_map(
     kept = torch.empty(*q_alike.shape, num_k_blocks, dtype=torch.bool, device=q.device)
     counts = None if topk is None else topk_counts(topk, num_k_blocks)
     limit = None if cdfthreshd is None else per_head(cdfthreshd, q.device)
-    rows = max(1, CHUNK_SCORES // (q.shape[0] * heads * num_k_blocks))
+    rows = max(1, CHUNK_SCORES // max(1, q.shape[0] * heads * num_k_blocks))
     if groups is not None:
         tile = max(1, TILE_GROUPS * groups[0] // block_q)
-        rows -= rows % tile if rows > tile else 0  # no tile of the twin's is half empty
+        rows = max(tile, rows - rows % tile)  # no tile of the twin's is half empty
     for first in range(0, num_q_blocks, rows):
         scores = score(first, min(first + rows, num_q_blocks))
         _keep_rows(kept, scores, q_alike, k_alike, first, counts, limit, attention_sink, twins)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels import BlockPlan, TokenLayout
 from ..kernels.orders import mirrored_in_turn, video_order
-from ..kernels.plan import BLOCK_SIZES
+from ..kernels.plan import BLOCK_SIZES, check_pairs
 from ..kernels.skipped import SKIPPED_BLOCKS, pooling_reason_of, remainder, said_of_skipped
 from ..kernels.twins import Twins
 from .block_sizes import PUBLISHED_BLOCKS, SMALL_FRAME, advice_for_frames, as_close_in_halves
@@ -198,13 +198,16 @@ class SpargePolicy:
             layer: index of the attention layer, for a tuned checkpoint.
 
         Raises:
-            ValueError: the checkpoint has no such layer, or another number of heads.
+            ValueError: the checkpoint has no such layer, or another number of heads, or there are
+                too many blocks.
         """
         simthreshd1: float | Tensor = self.simthreshd1
         cdfthreshd: float | Tensor | None = self.cdfthreshd
         if self.checkpoint is not None:
             simthreshd1, cdfthreshd = self._tuned(self.checkpoint, layer, q).unbind()
         block_m, block_n = self.blocks(layout)
+        blocks = -(-layout.num_tokens // block_m) * -(-layout.num_tokens // block_n)
+        check_pairs(q.shape[0] * q.shape[1] * blocks)  # before anything of that size is made
         kept = block_map(
             q,
             k,

@@ -78,7 +78,7 @@ def torch_block_statistics(
     similarity = torch.full(
         (batch, heads, num_blocks), torch.nan, dtype=torch.float32, device=x.device
     )
-    step = max(1, CHUNK_ELEMENTS // (batch * heads * block_size * head_dim))
+    step = max(1, CHUNK_ELEMENTS // max(1, batch * heads * block_size * head_dim))
     for first in range(0, full_blocks, step):
         last = min(first + step, full_blocks)
         tokens_of = x[:, :, first * block_size : last * block_size].float()

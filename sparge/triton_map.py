@@ -40,7 +40,7 @@ def block_statistics_kernel(
     channel = tl.arange(0, HEAD_DIM_PADDED)
     present = (token < num_tokens)[:, None] & (channel < HEAD_DIM)[None, :]
     start = X + (sequence // num_heads) * stride_xb + (sequence % num_heads) * stride_xh
-    offsets = token.to(tl.int64)[:, None] * stride_xn + channel[None, :] * stride_xd
+    offsets = token.to(tl.int64)[:, None] * stride_xn + channel.to(tl.int64)[None, :] * stride_xd
     x = tl.load(start + offsets, mask=present, other=0.0).to(tl.float32)
     if HAS_CENTER:
         center = tl.load(CENTER + sequence * HEAD_DIM + channel, mask=channel < HEAD_DIM, other=0.0)

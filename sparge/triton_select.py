@@ -20,8 +20,8 @@ from ..kernels.triton_selection import (
     ordered_bits,
 )
 
-# Key blocks a row may have: what a program holds in registers.
-MAX_KEY_BLOCKS = 8192
+# Key blocks a row may have: what a program holds in registers, and triton_selection tells apart.
+MAX_KEY_BLOCKS = 2**14 - 1
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 

@@ -20,7 +20,8 @@ def particular(monkeypatch):
     ran = []
 
     def refuses(call):
-        unaligned = any(x.data_ptr() % 16 or x.stride(2) % 4 for x in (call.q, call.k, call.v))
+        tensors = call.q, call.k, call.v
+        unaligned = any(x.data_ptr() % 16 or x.stride(1) < 1 or x.stride(2) % 4 for x in tensors)
         return "it takes aligned rows" if unaligned else None
 
     def run(call):
@@ -42,13 +43,18 @@ def particular(monkeypatch):
     registry.unavailable_reason.cache_clear()
 
 
-def placed(offset, row):
+def placed(offset, row, expanded=False):
     """[1, 2, TOKENS, HEAD_DIM] `offset` values into memory, `row` values from token to token."""
     memory = torch.randn(2 * TOKENS * row + offset, generator=torch.Generator().manual_seed(0))
-    return memory[offset:].as_strided((1, 2, TOKENS, HEAD_DIM), (0, TOKENS * row, row, 1), offset)
+    head = 0 if expanded else TOKENS * row
+    return memory[offset:].as_strided((1, 2, TOKENS, HEAD_DIM), (0, head, row, 1), offset)
 
 
-@pytest.mark.parametrize("other", [{"offset": 1}, {"row": HEAD_DIM + 1}], ids=["address", "stride"])
+@pytest.mark.parametrize(
+    "other",
+    [{"offset": 1}, {"row": HEAD_DIM + 1}, {"expanded": True}],
+    ids=["address", "stride", "expanded"],
+)
 @pytest.mark.parametrize("first", ["aligned", "unaligned"])
 def test_a_kernel_serves_the_calls_it_takes_whichever_comes_first(particular, other, first):
     aligned = {"offset": 0, "row": HEAD_DIM}

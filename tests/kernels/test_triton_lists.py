@@ -66,6 +66,28 @@ def test_equal_to_torch(triton_lists, levels, kept):
 
 
 @pytest.mark.parametrize("remainder", [False, True])
+@pytest.mark.parametrize("pairs", [1, 80, 111, 10**6])
+def test_torch_lists_a_few_rows_at_a_time(storages, monkeypatch, pairs, remainder):
+    """One, two, three and all of them; in rows that are counted by hand."""
+    levels = random_levels(2, 2, 4, 37, values=(0, 1, 8))
+    kept = (1, 8, 32) if remainder else (1, 8)
+    monkeypatch.setattr(lists, "CHUNK_PAIRS", pairs)
+    with storages() as made:
+        indices, bounds = strided_lists(levels, kept, remainder)
+    assert bounds.shape == (2, 2, 4, len(kept) + 1)
+    for row, (its_levels, its_bounds) in enumerate(
+        zip(levels.view(-1, 37).tolist(), bounds.flatten(0, 2).tolist(), strict=True)
+    ):
+        want = [[i for i, x in enumerate(its_levels) if (x or 32) == level] for level in kept]
+        ends = [row * 37 + sum(map(len, want[:n])) for n in range(len(kept) + 1)]
+        assert its_bounds == ends
+        assert indices[ends[0] : ends[-1]].tolist() == sum(want, [])
+    # Its own 4 bytes a pair, and a few rows' 8.
+    at_once = max(37, min(pairs, levels.numel()) // 37 * 37)
+    assert max(made.sizes.values()) <= max(4 * levels.numel(), 8 * at_once)
+
+
+@pytest.mark.parametrize("remainder", [False, True])
 def test_rows_longer_than_a_chunk(triton_lists, remainder):
     levels = random_levels(1, 1, 2, 40, values=(0, 1, 8))
     lists = triton_lists(levels, (1, 8), remainder, MAX_CHUNK=16)

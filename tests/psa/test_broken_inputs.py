@@ -36,3 +36,11 @@ def test_one_such_key_among_those_looked_at_is_kept(name):
     plan = policy.plan(q, k, LAYOUT, layer=0, scale=0.125)
     out = block_sparse_attention(q, k, v, plan, kernel="torch")
     assert out.isnan().any(-1).all()
+
+
+def test_more_blocks_than_lists_can_have_are_refused_before_any_is_scored(storages):
+    q = torch.zeros(1).expand(2, 40, 400_000, 64)
+    policy = PsaPolicy.from_preset(PRESETS["Wan2.1_1.3b/psa_topk"])
+    with storages() as made, pytest.raises(ValueError, match="3125000000 block pairs .* larger"):
+        policy.plan(q, q, TokenLayout(100, 40, 100), layer=0, scale=0.1)
+    assert not made.sizes

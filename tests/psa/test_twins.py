@@ -116,6 +116,14 @@ for ratios, sizes in [
         got, want = triton_levels.levels(rows, ratios, **how), assign_levels(rows, ratios, **how)
         assert torch.equal(got, want), (mode, ratios, (got != want).sum(1))
 
+# The longest rows: a block more needs torch.
+assert triton_levels.refuses(2**14) and triton_levels.refuses(2**14 - 1) is None
+long = torch.cat([heavy(1, 2**14 - 1, 6.0), torch.arange(2.0**14 - 1)[None] % 3])
+for mode in ("topk", "thresholdbound"):
+    how = {"mask_mode": mode, "block_n": 32, "tile_n": 32}
+    got, want = (f(long, pyramid, **how) for f in (triton_levels.levels, assign_levels))
+    assert torch.equal(got, want), mode
+
 # What is no number is nobody's level, or anybody's: never what was in memory.
 odd = torch.rand(4, 40, generator=generator)
 odd[0] = -0.0

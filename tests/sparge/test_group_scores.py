@@ -151,6 +151,7 @@ def test_small_chunks_change_nothing(logits, monkeypatch):
     whole, kept = scores_of(q, k, (128, 64), GROUPS), block_map(q, k, **how)
     monkeypatch.setattr(group_scores, "CHUNK_LOGITS", {"cpu": logits})
     torch.testing.assert_close(scores_of(q, k, (128, 64), GROUPS), whole)
+    monkeypatch.setattr(dynamic_map, "TILE_GROUPS", 8)
     for rows in (1, 2, 4):
         monkeypatch.setattr(dynamic_map, "CHUNK_SCORES", rows * 6 * 13)
         assert torch.equal(block_map(q, k, **how), kept)

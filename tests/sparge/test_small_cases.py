@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sparse_video_attention.kernels import TokenLayout
-from sparse_video_attention.sparge import SpargePolicy, block_map
+from sparse_video_attention.sparge import SpargePolicy, block_map, dynamic_map, group_scores
 from sparse_video_attention.sparge.thresholds import per_head, topk_counts
 
 CPU = torch.device("cpu")
@@ -114,3 +114,29 @@ def test_memory_at_a_time_is_bounded(groups, storages, monkeypatch):
         made.sizes.pop(tensor.untyped_storage().data_ptr(), None)
     means = 0 if groups is None else 2 * 8192 // 8 * 16 * 4
     assert max(made.sizes.values()) <= max(means, 8 * 2**12)
+
+
+@pytest.mark.parametrize(("fit", "at_once"), [(1, 2), (2, 2), (3, 2), (5, 4)])
+def test_rows_are_scored_in_whole_tiles(fit, at_once, monkeypatch):
+    """The twin computes a tile's rows whether it is asked for them or not."""
+    q, k = torch.randn(2, 2, 3, 777, 64, generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr(dynamic_map, "TILE_GROUPS", 16)  # two blocks of 8 groups
+    monkeypatch.setattr(dynamic_map, "CHUNK_SCORES", fit * 6 * 13)
+    asked, rows = [], group_scores.GroupScores.rows
+
+    def noted(self, first, last):
+        asked.append((first, last))
+        return rows(self, first, last)
+
+    monkeypatch.setattr(group_scores.GroupScores, "rows", noted)
+    block_map(q, k, simthreshd1=-1.0, topk=0.4, groups=(16, 8), pooled=True)
+    assert asked == [(first, min(first + at_once, 7)) for first in range(0, 7, at_once)]
+
+
+@pytest.mark.parametrize("block_scores", ["block means", "group means"])
+def test_more_blocks_than_lists_can_have_are_refused_before_any_is_scored(block_scores, storages):
+    q = torch.zeros(1).expand(1, 40, 400_000, 64)
+    policy = SpargePolicy(block_m=64, block_n=32, skipped_blocks="pool", block_scores=block_scores)
+    with storages() as made, pytest.raises(ValueError, match="3125000000 block pairs .* larger"):
+        policy.plan(q, q, TokenLayout(100, 40, 100), layer=0, scale=0.1)
+    assert not made.sizes

@@ -108,9 +108,9 @@ class OnTheCpu(Twins):
         return found
 
 
-# What a map asks the twin for, in chunks of two rows.
+# What a map asks the twin for, in chunks of a tile of two rows.
 q, k = random_qk(2, 2, 600, 700, 64)
-dynamic_map.CHUNK_SCORES = 2 * 4 * 11
+dynamic_map.TILE_GROUPS, dynamic_map.CHUNK_SCORES = 16, 3 * 4 * 11
 for pooled in (True, False):
     twins = OnTheCpu()
     how = {"simthreshd1": -0.1, "topk": 0.3, "groups": (16, 8), "pooled": pooled}

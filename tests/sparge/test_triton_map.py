@@ -19,6 +19,7 @@ import torch
 from sparse_video_attention.kernels.twins import Twins
 from sparse_video_attention.sparge import block_map, dynamic_map, statistics
 from sparse_video_attention.sparge.triton_map import block_statistics
+from sparse_video_attention.sparge import triton_select
 from sparse_video_attention.sparge.triton_select import select
 
 cases = [  # batch, heads, tokens, head_dim, block, dtype, center
@@ -82,6 +83,17 @@ for how in (
     assert torch.equal(found, truth), how
     assert 0.1 < truth[:, :, 0].float().mean() < 0.9, how
 
+# The longest rows, with many equal scores: a block more needs torch.
+assert triton_select.refuses(2**14) and triton_select.refuses(2**14 - 1) is None
+scores = torch.randn(1, 1, 2, 2**14 - 1, generator=gen).mul(4).round()
+alike = torch.ones(1, 1, 2**14 - 1, dtype=torch.bool)
+for how in ({"counts": 3000, "limit": None}, {"counts": None, "limit": 0.7}):
+    kept = torch.zeros(1, 1, 2, 2**14 - 1, dtype=torch.bool)
+    select(scores, alike[..., :2].contiguous(), alike, kept, first_row=0, **how)
+    chosen = dynamic_map._highest_count, dynamic_map._highest_mass
+    want = chosen[how["counts"] is None](scores.clone(), how["counts"] or how["limit"])
+    assert torch.equal(kept, want), how
+
 # Equal scores: as many as asked for, the first of them.
 scores = torch.tensor([[0.0, 1.0, -2.0, 1.0, 0.0, -2.0, 1.0, 0.0, 0.0, -3.0]])[None, None]
 alike = torch.ones(1, 1, 10, dtype=torch.bool)
@@ -142,7 +154,7 @@ def test_compiles_without_spilling(capability, block, head_dim, tmp_path):
 
 
 @pytest.mark.parametrize("by_mass", [False, True], ids=["topk", "cdfthreshd"])
-@pytest.mark.parametrize("width", [512, 2048, 8192], ids=lambda width: f"N{width}")
+@pytest.mark.parametrize("width", [512, 2048, 8192, 16384], ids=lambda width: f"N{width}")
 @pytest.mark.parametrize("capability", [80, 89, 90], ids=["sm80", "sm89", "sm90"])
 def test_selection_compiles_without_spilling(capability, width, by_mass, tmp_path):
     triton = pytest.importorskip("triton")
