@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -11,7 +14,12 @@ class TokenLayout:
 
     Video tokens are frame-major: token = prefix_tokens + (f * height + y) * width + x.
     Prefix and suffix tokens (text, reference frames, poses) have no place in the grid; every
-    policy keeps their rows and columns fully on.
+    policy keeps their rows and columns fully on, but for those of suffix_grids: that is left to it.
+
+    Attributes:
+        suffix_grids: (frames, height, width) of the videos that the suffix begins with, one behind
+            the other and frame-major like the video. Policies that choose blocks by queries and
+            keys choose among theirs, too.
     """
 
     frames: int
@@ -19,6 +27,7 @@ class TokenLayout:
     width: int
     prefix_tokens: int = 0
     suffix_tokens: int = 0
+    suffix_grids: tuple[Grid, ...] = ()
 
     def __post_init__(self) -> None:
         if min(self.frames, self.height, self.width) < 1:
@@ -30,6 +39,10 @@ class TokenLayout:
             raise ValueError(
                 f"prefix_tokens={self.prefix_tokens} and suffix_tokens={self.suffix_tokens} "
                 "must not be negative"
+            )
+        if any(min(grid) < 1 for grid in self.suffix_grids) or self.kept_suffix_tokens < 0:
+            raise ValueError(
+                f"suffix_grids={self.suffix_grids} do not fit in {self.suffix_tokens} suffix_tokens"
             )
 
     @property
@@ -44,8 +57,23 @@ class TokenLayout:
     def num_tokens(self) -> int:
         return self.prefix_tokens + self.video_tokens + self.suffix_tokens
 
+    @property
+    def kept_suffix_tokens(self) -> int:
+        """Those at the end that are in no grid."""
+        return self.suffix_tokens - sum(math.prod(grid) for grid in self.suffix_grids)
+
+    def grids(self) -> list[tuple[int, Grid]]:
+        """(first token, grid) of the video and of every grid behind it."""
+        found, first = [], self.prefix_tokens
+        for grid in ((self.frames, self.height, self.width), *self.suffix_grids):
+            found.append((first, grid))
+            first += math.prod(grid)
+        return found
+
     def __str__(self) -> str:
         grid = f"{self.frames}x{self.height}x{self.width}"
         extra = [f"{self.prefix_tokens} before"] if self.prefix_tokens else []
-        extra += [f"{self.suffix_tokens} after"] if self.suffix_tokens else []
+        after = ["x".join(map(str, grid)) for grid in self.suffix_grids]
+        after += [str(self.kept_suffix_tokens)] if self.kept_suffix_tokens else []
+        extra += [f"{' + '.join(after)} after"] if after else []
         return f"{grid} ({', '.join(extra)})" if extra else grid

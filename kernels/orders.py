@@ -7,6 +7,8 @@ may be reordered before it and put back after it. An order is int64 [tokens], at
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ def tile_order(
 def video_order(
     layout: TokenLayout, method: str, tile_size: tuple[int, int, int] = (2, 8, 8)
 ) -> Tensor | None:
-    """Order of a whole token sequence: prefix and suffix tokens keep their places.
+    """Order of a whole token sequence, within each of its grids: other tokens keep their places.
 
     Args:
         method: "Gilbert" (Hilbert curve through space and time), "STA" (tiles) or "none".
@@ -62,15 +64,15 @@ def video_order(
     """
     if method == "none":
         return None
-    if method == "Gilbert":
-        video = gilbert_order(layout.width, layout.height, layout.frames)
-    elif method == "STA":
-        video = tile_order(layout.frames, layout.height, layout.width, tile_size)
-    else:
+    if method not in ORDER_METHODS:
         raise ValueError(f"a token order is one of {', '.join(ORDER_METHODS)}; got {method!r}")
     order = torch.arange(layout.num_tokens)
-    start = layout.prefix_tokens
-    order[start : start + layout.video_tokens] = start + video
+    for first, (frames, height, width) in layout.grids():
+        if method == "Gilbert":
+            video = gilbert_order(width, height, frames)
+        else:
+            video = tile_order(frames, height, width, tile_size)
+        order[first : first + len(video)] = first + video
     return order
 
 
@@ -84,11 +86,14 @@ def mirrored_order(order: Tensor, layout: TokenLayout) -> Tensor:
         order: int64 [layout.num_tokens], attention position -> token.
 
     Returns:
-        int64 [layout.num_tokens]; tokens outside the video keep their positions.
+        int64 [layout.num_tokens]; tokens outside the grids keep their positions.
     """
-    first, last = layout.prefix_tokens, layout.prefix_tokens + layout.video_tokens - 1
-    # Video tokens are counted frame by frame, row by row: opposite ones add up to the ends.
-    return torch.where((order < first) | (order > last), order, first + last - order)
+    mirrored = order.clone()
+    for first, grid in layout.grids():
+        last = first + math.prod(grid) - 1
+        # Video tokens are counted frame by frame, row by row: opposite ones add up to the ends.
+        mirrored[first : last + 1] = first + last - order[first : last + 1]
+    return mirrored
 
 
 def mirrored_in_turn(

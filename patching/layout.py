@@ -15,9 +15,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..kernels import TokenLayout
+from ..kernels.layout import Grid
 
 WAN, COGVIDEOX = "WAN", "CogVideoX"
 _FAMILY_BY_CLASS = {"WanModel": WAN, "CogVideoXTransformer3DModel": COGVIDEOX}
+
+# Sources and poses of more than this share of the video's tokens are chosen among as it is. Fewer
+# cost little, and all of a reference is what keeps a face.
+_LARGE_SHARE = 0.2
 
 # Where every layer makes one self-attention call, layers can be counted if the host does not say
 # which it is at: CogVideoX everywhere, WAN in older ComfyUIs.
@@ -81,6 +86,13 @@ def may_come_frame_by_frame(diffusion_model: nn.Module) -> bool:
     return _READERS.get(type(diffusion_model).__name__) is _read_animate2
 
 
+def may_have_more_tokens(diffusion_model: nn.Module) -> bool:
+    """Whether it is made for references or poses that conditioning adds to the video's tokens."""
+    reader = _READERS.get(type(diffusion_model).__name__)
+    has_picture = getattr(diffusion_model, "ref_conv", None) is not None
+    return has_picture or reader in (_read_s2v, _read_humo, _read_scail)
+
+
 def supported_families() -> str:
     return " and ".join(sorted(set(_FAMILY_BY_CLASS.values()), reverse=True))
 
@@ -113,11 +125,13 @@ def _wan_tokens(
     *,
     prefix: int = 0,
     suffix: int = 0,
+    videos: Sequence[Grid] = (),
     images: Sequence[Tensor | None] = (),
 ) -> ForwardTokens:
     """WanModel.forward(x, timestep, context, clip_fea, time_dim_concat, transformer_options).
 
     Args:
+        videos: patches of what is behind the video, one after the other, before the suffix.
         images: CLIP features beside clip_fea.
     """
     patch: Sequence[int] = model.patch_size
@@ -126,6 +140,9 @@ def _wan_tokens(
     pictures = _argument(args, kwargs, 4, "time_dim_concat")
     if pictures is not None:
         suffix += _blocks(pictures.shape[2], patch[0]) * height * width
+    behind = sum(map(math.prod, videos))
+    # Pictures stand between the video and the others.
+    chosen = behind > _LARGE_SHARE * frames * height * width and pictures is None
     text = _argument(args, kwargs, 2, "context")
     images = [_argument(args, kwargs, 3, "clip_fea"), *images]
     image_length = sum(image.shape[-2] for image in images if image is not None)
@@ -133,7 +150,14 @@ def _wan_tokens(
     if getattr(model, "img_emb", None) is None:
         image_length = 0
     return ForwardTokens(
-        TokenLayout(frames, height, width, prefix_tokens=prefix, suffix_tokens=suffix),
+        TokenLayout(
+            frames,
+            height,
+            width,
+            prefix_tokens=prefix,
+            suffix_tokens=behind + suffix,
+            suffix_grids=tuple(videos) if chosen else (),
+        ),
         text_length=None if text is None else text.shape[1],
         image_length=image_length or None,
     )
@@ -168,9 +192,9 @@ def _read_wan(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Forwar
 def _read_wan_in_context(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> ForwardTokens:
     """WanModel itself, which appends Bernini's context latents, each of its own size."""
     context = kwargs.get("context_latents") or ()
-    suffix = sum(math.prod(_grid(latent, model.patch_size)) for latent in context)
+    videos = [_grid(latent, model.patch_size) for latent in context]
     prefix = _ref_conv_tokens(model, kwargs)
-    return _wan_tokens(model, args, kwargs, prefix=prefix, suffix=suffix)
+    return _wan_tokens(model, args, kwargs, prefix=prefix, videos=videos)
 
 
 def _read_humo(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> ForwardTokens:
@@ -202,8 +226,8 @@ def _read_scail(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Forw
     """SCAIL 1 and 2: reference frames, the video, then poses, which may be of half size."""
     reference, pose = kwargs.get("reference_latent"), kwargs.get("pose_latents")
     prefix = 0 if reference is None else math.prod(_grid(reference, model.patch_size))
-    suffix = 0 if pose is None else math.prod(_grid(pose, model.patch_size))
-    return _wan_tokens(model, args, kwargs, prefix=prefix, suffix=suffix)
+    videos = [] if pose is None else [_grid(pose, model.patch_size)]
+    return _wan_tokens(model, args, kwargs, prefix=prefix, videos=videos)
 
 
 def _read_wandancer(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> ForwardTokens:

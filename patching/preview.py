@@ -15,7 +15,7 @@ from ..kernels.registry import unavailable_reason
 from .forward import layout_reason
 from .frame_calls import frame_plans
 from .install import describe_model
-from .layout import WAN, may_come_frame_by_frame, read_tokens
+from .layout import WAN, may_come_frame_by_frame, may_have_more_tokens, read_tokens
 from .log import shown
 from .operations import layer_calls, layer_operations
 from .page import image_tensor, text_picture
@@ -102,7 +102,7 @@ def attention_preview(model: Any, samples: dict[str, Any], steps: int) -> Previe
     density = f"Density of sparse calls: {least}{plan.density():.3f} ({meaning})."
     sentences = [
         *(*head, density, *_timed_too(choice, layout, model.load_device)),
-        *(*_where_guided(net, choice, layout), steps_text, gain.text),
+        *(*_where_guided(net, choice, layout), steps_text, gain.text, *_not_counted(net)),
     ]
     advice = advice_of(choice.policy, layout, plan if choice.policy.is_static else None)
     sentences += [] if advice is None else [f"Note: {advice}."]
@@ -111,6 +111,13 @@ def attention_preview(model: Any, samples: dict[str, Any], steps: int) -> Previe
     # Where all steps or layers are dense there is no sparse call.
     kept = plan.density() if gain.speedup > 1 else 1.0
     return Preview(picture, kept, gain.speedup, "\n".join(sentences))
+
+
+def _not_counted(net: Any) -> tuple[str, ...]:
+    """What a forward may have beside the video, which only its conditioning knows."""
+    if not may_have_more_tokens(net):
+        return ()
+    return ("Reference and pose tokens of the conditioning are not counted: they add density.",)
 
 
 def _timed_too(choice: SparseChoice, layout: TokenLayout, device: torch.device) -> tuple[str, ...]:
@@ -193,7 +200,9 @@ def _is_fixed(choice: SparseChoice, layout: TokenLayout) -> bool:
     only a call knows.
     """
     policy = choice.policy
-    kept = layout.prefix_tokens + layout.suffix_tokens or getattr(policy, "attention_sink", False)
+    kept = layout.prefix_tokens + layout.kept_suffix_tokens or getattr(
+        policy, "attention_sink", False
+    )
     return getattr(policy, "density_is_fixed", True) and (policy.is_static or not kept)
 
 

@@ -247,14 +247,14 @@ def keep_best_block(levels: Tensor, importance: Tensor) -> None:
 
 
 def keep_text(levels: Tensor, layout: TokenLayout, *, block_m: int, block_n: int) -> None:
-    """Put every block row and column that holds a token outside the video at level 1, in place.
+    """Put every block row and column that holds a token outside the grids at level 1, in place.
 
     levels: int8 [B, H, M, N].
     """
-    before, after = layout.prefix_tokens, layout.num_tokens - layout.suffix_tokens
+    before, after = layout.prefix_tokens, layout.num_tokens - layout.kept_suffix_tokens
     if before:
         levels[..., : -(-before // block_m), :] = 1
         levels[..., : -(-before // block_n)] = 1
-    if layout.suffix_tokens:
+    if layout.kept_suffix_tokens:
         levels[..., after // block_m :, :] = 1
         levels[..., after // block_n :] = 1

@@ -226,13 +226,13 @@ class SpargePolicy:
         return self._with_text(kept, layout, packed=False)
 
     def _with_text(self, kept: Tensor, layout: TokenLayout, *, packed: bool) -> BlockPlan:
-        """The plan of a block map, with rows and columns of tokens outside the video kept."""
+        """The plan of a block map, with rows and columns of tokens outside the grids kept."""
         tokens, (block_m, block_n) = layout.num_tokens, self.blocks(layout)
         if layout.prefix_tokens:
             kept[:, :, : -(-layout.prefix_tokens // block_m)] = True
             kept[..., : -(-layout.prefix_tokens // block_n)] = True
-        if layout.suffix_tokens:
-            first = tokens - layout.suffix_tokens
+        if layout.kept_suffix_tokens:
+            first = tokens - layout.kept_suffix_tokens
             kept[:, :, first // block_m :] = True
             kept[..., first // block_n :] = True
         return BlockPlan.from_mask(

@@ -92,6 +92,21 @@ def band():
 
 
 @pytest.fixture(scope="session")
+def model_of(comfyui):
+    from .model_variants import VARIANTS
+    from .variant_model import Model
+
+    models = {}
+
+    def load(name):
+        if name not in models:
+            models[name] = Model(comfyui, VARIANTS[name])
+        return models[name]
+
+    return load
+
+
+@pytest.fixture(scope="session")
 def install_band(comfyui):
     """install_band(model, reach=..., **schedule): band attention on a clone of the model."""
 

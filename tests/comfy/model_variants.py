@@ -129,7 +129,14 @@ VARIANTS = {
     ),
     "bernini": wan(
         {"context_latents": [(1, 16, 1, 16, 20), (1, 16, 2, 9, 12)]},
-        TokenLayout(3, 8, 10, suffix_tokens=80 + 2 * 5 * 6),
+        TokenLayout(3, 8, 10, suffix_tokens=140, suffix_grids=((1, 8, 10), (2, 5, 6))),
+    ),
+    "bernini-small-picture": wan(
+        {"context_latents": [(1, 16, 1, 12, 16)]}, TokenLayout(3, 8, 10, suffix_tokens=48)
+    ),
+    "bernini-beside-phantom": wan(
+        {"context_latents": [(1, 16, 2, 16, 20)], "time_dim_concat": (1, 16, 1, 16, 20)},
+        TokenLayout(3, 8, 10, suffix_tokens=240),
     ),
     "vace": wan(
         {"vace_context": (1, 1, 96, 3, 16, 20)},
@@ -201,7 +208,7 @@ VARIANTS = {
     "scail": wan(
         CLIP | {"reference_latent": (1, 20, 1, 16, 20), "pose_latents": (1, 20, 3, 8, 10)},
         # The pose is of half size.
-        TokenLayout(3, 8, 10, prefix_tokens=80, suffix_tokens=3 * 4 * 5),
+        TokenLayout(3, 8, 10, prefix_tokens=80, suffix_tokens=60, suffix_grids=((3, 4, 5),)),
         name="SCAILWanModel",
         x=(1, 20, 3, 16, 20),
         context_keys=(257, TEXT_TOKENS),
@@ -214,7 +221,7 @@ VARIANTS = {
             "ref_mask_latents": (1, 28, 5, 16, 20),
             "sam_latents": (1, 28, 3, 16, 20),
         },
-        TokenLayout(3, 8, 10, prefix_tokens=160, suffix_tokens=240),
+        TokenLayout(3, 8, 10, 160, suffix_tokens=240, suffix_grids=((3, 8, 10),)),
         name="SCAIL2WanModel",
         values={"ref_mask_flag": False},
         x=(1, 20, 3, 16, 20),

@@ -18,18 +18,6 @@ SPARSE, DENSE_LAYER, NOT_THE_VIDEO = None, "layer 0", "over the whole video"
 
 
 @pytest.fixture(scope="module")
-def model_of(comfyui):
-    models = {}
-
-    def load(name):
-        if name not in models:
-            models[name] = Model(comfyui, VARIANTS[name])
-        return models[name]
-
-    return load
-
-
-@pytest.fixture(scope="module")
 def banded(model_of, install_band):
     """banded(name): (output, record, the spy beneath) of a forward with layer 0 dense."""
     runs = {}

@@ -137,10 +137,12 @@ def test_memory_in_another_order_gives_the_same_scores():
 def test_a_batch_of_two_is_two_batches_of_one():
     q, k = qk(2, 2, 333, 451)
     how = {"simthreshd1": -0.1, "topk": 0.4, "groups": GROUPS, "subtract_key_mean": True}
-    alone = [scores_of(q[b : b + 1], k[b : b + 1], (128, 64), GROUPS) for b in range(2)]
-    torch.testing.assert_close(scores_of(q, k, (128, 64), GROUPS), torch.cat(alone))
-    maps = [block_map(q[b : b + 1], k[b : b + 1], **how) for b in range(2)]
-    assert torch.equal(block_map(q, k, **how), torch.cat(maps))
+    samples = [(q[b : b + 1], k[b : b + 1]) for b in range(2)]
+    alone = torch.cat([scores_of(*one, (128, 64), GROUPS) for one in samples])
+    torch.testing.assert_close(scores_of(q, k, (128, 64), GROUPS), alone)
+    assert torch.equal(
+        block_map(q, k, **how), torch.cat([block_map(*one, **how) for one in samples])
+    )
 
 
 @pytest.mark.parametrize("logits", [1, 3000, 30_000])

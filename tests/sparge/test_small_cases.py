@@ -1,5 +1,7 @@
 """Sparge at the edges of what it takes: few blocks, equal scores, thresholds in any memory."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from sparse_video_attention.kernels import TokenLayout
@@ -140,3 +142,15 @@ def test_more_blocks_than_lists_can_have_are_refused_before_any_is_scored(block_
     with storages() as made, pytest.raises(ValueError, match="3125000000 block pairs .* larger"):
         policy.plan(q, q, TokenLayout(100, 40, 100), layer=0, scale=0.1)
     assert not made.sizes
+
+
+@pytest.mark.parametrize("block_scores", ["block means", "group means"])
+def test_a_video_behind_the_video_is_chosen_among_like_more_frames_of_it(block_scores):
+    policy = SpargePolicy(topk=0.1, skipped_blocks="pool", block_scores=block_scores)
+    longer = TokenLayout(6, 20, 25, prefix_tokens=33, suffix_tokens=70)
+    behind = TokenLayout(4, 20, 25, 33, suffix_tokens=1070, suffix_grids=((2, 20, 25),))
+    q, k = random_qk(heads=2, q_len=3103, k_len=3103)
+    plans = [policy.plan(q, k, layout, layer=0, scale=0.2) for layout in (longer, behind)]
+    assert torch.equal(*(plan.to_levels() for plan in plans))
+    all_kept = replace(behind, suffix_grids=())
+    assert plans[1].density() < 0.4 < policy.plan(q, k, all_kept, layer=0, scale=0.2).density()
