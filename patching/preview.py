@@ -102,7 +102,7 @@ def attention_preview(model: Any, samples: dict[str, Any], steps: int) -> Previe
     density = f"Density of sparse calls: {least}{plan.density():.3f} ({meaning})."
     sentences = [
         *(*head, density, *_timed_too(choice, layout, model.load_device)),
-        *(*_where_guided(net, choice, layout), steps_text, gain.text, *_not_counted(net)),
+        *(*_where_guided(net, choice, layout), steps_text, gain.text, *not_counted(net)),
     ]
     advice = advice_of(choice.policy, layout, plan if choice.policy.is_static else None)
     sentences += [] if advice is None else [f"Note: {advice}."]
@@ -113,7 +113,7 @@ def attention_preview(model: Any, samples: dict[str, Any], steps: int) -> Previe
     return Preview(picture, kept, gain.speedup, "\n".join(sentences))
 
 
-def _not_counted(net: Any) -> tuple[str, ...]:
+def not_counted(net: Any) -> tuple[str, ...]:
     """What a forward may have beside the video, which only its conditioning knows."""
     if not may_have_more_tokens(net):
         return ()

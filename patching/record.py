@@ -63,6 +63,7 @@ class RunRecord:
         no_forward: what is said where no forward came to this pack.
         starts_inside: the sampler starts where another one may have stopped.
         goes_on: it does, and adds no noise: another one seems to have stopped there.
+        part: of a schedule that its steps are, as the line says it; empty for all of it.
         attended_by: what may have kept calls from this pack, where it could be seen.
         advice: what a person might choose instead, if anything runs sparse.
         measures_error: sparse calls were to be compared with full attention.
@@ -82,6 +83,7 @@ class RunRecord:
     no_forward: str = NOT_CALLED
     starts_inside: bool = False
     goes_on: bool = False
+    part: str = ""
     attended_by: str | None = None
     advice: list[str] = field(default_factory=list)
     measures_error: bool = False
@@ -239,6 +241,7 @@ class RunRecord:
         sparse = self.sparse()
         if sparse.calls:
             steps = f" on {sparse.steps} of {self.total_steps} steps" if self.total_steps else ""
+            steps += self.part if steps else ""
             ran = (
                 f"{sparse.layers} of {self.num_layers} layers sparse{steps}, density "
                 f"{sparse.density:.3f}, kernel {' + '.join(sparse.kernels)}"

@@ -95,6 +95,24 @@ def test_two_samplers_that_split_a_schedule_count_their_own_steps(
         assert f"{said} ({count}): as it adds no noise, it seems to follow" in notes[1][0]
 
 
+def test_a_line_says_which_part_of_a_schedule_it_is_of(model, install_band, advanced):
+    """Lines of two experts are alike but for that."""
+    runs = [Run(install_band(model, dense_layers=(), dense_timesteps=0)) for _ in range(3)]
+    latent = empty()
+    for start, run in zip((0, 3, 6), runs, strict=True):
+        end, leftover = (start + 3, True) if start < 6 else (10000, False)
+        latent = advanced(
+            run, latent, steps=8, start=start, end=end, first=not start, leftover=leftover
+        )
+    whole = Run(install_band(model, dense_layers=(), dense_timesteps=0))
+    advanced(whole, empty(), steps=8)
+    lines = [run_history(run.model).latest.summary() for run in (*runs, whole)]
+    assert " on 3 of 3 steps (a schedule's first), density" in lines[0]
+    assert " on 3 of 3 steps (amid a schedule), density" in lines[1]
+    assert " on 2 of 2 steps (a schedule's last), density" in lines[2]
+    assert " on 8 of 8 steps, density" in lines[3]
+
+
 def test_a_sampler_that_leaves_no_noise_ends_the_schedule(two_experts, advanced):
     """Whatever its steps are: without leftover noise the last one goes all the way."""
     (run, _) = two_experts(AT_THE_END, {})

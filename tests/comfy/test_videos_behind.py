@@ -7,6 +7,7 @@ import torch
 from sparse_video_attention.kernels import TokenLayout
 from sparse_video_attention.patching import layout as layout_module
 from sparse_video_attention.patching.install import install
+from sparse_video_attention.patching.preview import not_counted
 from sparse_video_attention.patching.schedule import Schedule
 from sparse_video_attention.patching.settings import AttentionSettings, SparseChoice, advice_of
 from sparse_video_attention.psa import PsaPolicy
@@ -103,3 +104,12 @@ def test_radial_attends_to_all_of_them_and_says_so():
     density = SPARGE_POLICY.forecast(layout)[0].density()
     assert density == pytest.approx(SPARGE_POLICY.forecast(TokenLayout(62, 30, 52))[0].density())
     assert density < 0.22
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_preview_says_what_conditioning_may_add(model_of, name):
+    """A plain WanModel may get Bernini's sources, and VACE's and Animate's are frames of it."""
+    made_for_them = name.startswith(("fun-control", "s2v", "humo", "scail"))
+    (said,) = not_counted(model_of(name).net) or (None,)
+    assert (said is not None) == made_for_them
+    assert said is None or said.startswith("Reference and pose tokens of the conditioning are not")
