@@ -185,7 +185,7 @@ def _in_windows(model: Any, video: Tensor) -> tuple[Tensor, tuple[str, ...]]:
     # Newer hosts put one more before every window but the first, along whichever axis.
     more = 1 if getattr(handler, "causal_window_fix", False) else 0
     whole, name = video.shape[axis], AXES[axis]
-    length = min(length + more, whole)
+    length += more
     shape = list(video.shape)
     shape[axis] = length
     said = f"Context windows: the model sees {length} of the video's {whole} {name} at a time"

@@ -197,7 +197,7 @@ def _say(record: RunRecord, choice: SparseChoice | None) -> None:
     # Where a person has set the count it is said only of what hardly is a video of its own.
     unlikely = record.goes_on or (record.starts_inside and schedule.counts_its_own)
     if many and unlikely and record.sparse().calls:
-        own = "warmup_steps" if schedule.fits_warmup else "dense_timesteps"
+        own = "warmup_steps" if choice.policy.name == "psa" else "dense_timesteps"
         count = f"{own} -1" if schedule.counts_its_own else "as its node is set"
         follows = "if it follows another one"
         if record.goes_on:

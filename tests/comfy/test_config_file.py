@@ -62,3 +62,19 @@ def test_a_file_of_another_node_is_no_change(comfyui, presets, models):
     PatchPSA.execute(models("wan"), preset="Mine/own", config_file=str(presets))
     presets.write_text(presets.read_text() + "\n")
     assert fingerprint(SetAttentionBackend) == before
+
+
+def test_a_checkpoint_that_is_replaced_is_read_again(comfyui, tmp_path, monkeypatch):
+    """Which one the file names is not known where the file's name comes from another node."""
+    import folder_paths
+    from sparse_video_attention.nodes.backend import SetAttentionBackend
+
+    names = dict(folder_paths.folder_names_and_paths)
+    names["sparge"] = ([str(tmp_path)], set())
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", names)
+    checkpoint = tmp_path / "tuned.pt"
+    checkpoint.write_bytes(b"one")
+    before = fingerprint(SetAttentionBackend)
+    assert fingerprint(SetAttentionBackend) == before
+    checkpoint.write_bytes(b"another")
+    assert fingerprint(SetAttentionBackend) != before

@@ -157,6 +157,18 @@ def test_a_preset_s_warm_up_that_comes_again_is_said(
     again = f"still 1 of its 4 steps stayed dense at its start ({count})"
     notes = ["; ".join(run_history(each.model).latest.notes) for each in (first, second)]
     assert again not in notes[0] and (again in notes[1]) == said
+    assert ("set warmup_steps to 0 on this sampler's node" in notes[1]) == said
+
+
+def test_dense_steps_of_a_run_without_a_sparse_call_are_no_matter(two_experts, advanced):
+    (run, _) = two_experts({"dense_timesteps": -1}, {})
+    bounds = {"dense_timesteps": -1, "start_percent": 0.99}
+    (dense, _) = two_experts(bounds, {})
+    for each, any_sparse in ((run, True), (dense, False)):
+        advanced(each, empty(), steps=8, start=4, first=False)
+        assert any(each.sparse) == any_sparse
+        notes = "; ".join(run_history(each.model).latest.notes)
+        assert ("stayed dense at its start" in notes) == any_sparse
 
 
 def test_a_preset_without_warm_up_has_none_to_repeat(models, advanced):

@@ -94,3 +94,24 @@ def test_calls_with_a_mask_and_without_are_judged_apart(monkeypatch, masked_firs
     for call in (masked, plain) if masked_first else (plain, masked):
         found = runs.run("broken", call)
         assert ("no kernel" if call is masked else "off by 6") in found
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [(torch.OutOfMemoryError("CUDA out of memory"), True), (ValueError("no such shape"), False)],
+    ids=["memory", "fault"],
+)
+def test_want_of_memory_is_no_verdict_on_a_backend(broken, monkeypatch, error, again):
+    tries = []
+
+    def run(q, k, v, *, scale, mask):
+        tries.append(q)
+        if len(tries) == 1:
+            raise error
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr(dense_calls.DENSE_BACKENDS["broken"], "run", run)
+    runs = DenseCalls()
+    assert isinstance(runs.run("broken", broken), str)
+    assert isinstance(runs.run("broken", broken), torch.Tensor) == again
+    assert len(tries) == 1 + again

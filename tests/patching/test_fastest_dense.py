@@ -165,6 +165,14 @@ def test_a_mask_or_a_scale_is_another_kind_of_call(libraries, ask):
     assert ask(mask=mask.bool()) == "torch_sdpa" and ask(mask=mask) == "flash"
 
 
+def test_a_call_that_forbids_8_bits_is_another_kind_of_call(libraries, ask):
+    libraries.has("eight_bits", 0.010, low=True)
+    refuses = lambda q, k, v, mask, scale, low: None if low else "no"  # noqa: E731
+    libraries.known["eight_bits"].refuses = refuses
+    exact = {"low_precision_attention": False}
+    assert [ask(), ask(**exact), ask(), ask(**exact)] == ["eight_bits", "torch_sdpa"] * 2
+
+
 def test_nothing_is_timed_on_a_cpu(libraries, ask, monkeypatch):
     monkeypatch.setattr(router_module, "can_be_timed", timed_ways.can_be_timed)
     assert [ask() for _ in range(2)] == ["comfyui"] * 2

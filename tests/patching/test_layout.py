@@ -1,19 +1,24 @@
 """Reading token layouts off a forward's arguments: by position or name, whole patches or not."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from sparse_video_attention.kernels import TokenLayout
+from sparse_video_attention.patching.attention_call import classify, read_call
 from sparse_video_attention.patching.layout import (
     COGVIDEOX,
     WAN,
+    ForwardTokens,
+    countable_layers,
     is_readable,
     model_family,
     read_tokens,
     supported_families,
     unreadable_reason,
 )
+from sparse_video_attention.patching.settings import AttentionSite
 
 
 def model_class(name, *bases):
@@ -70,6 +75,34 @@ def test_a_reference_that_no_convolution_reads_adds_no_tokens():
     assert read_tokens(wan(ref_conv=None), (X,), inputs).layout == TokenLayout(5, 8, 10)
     with_one = read_tokens(wan(ref_conv=object()), (X,), inputs)
     assert with_one.layout == TokenLayout(5, 8, 10, prefix_tokens=80)
+
+
+def test_wandancer_too_has_a_reference_in_front_of_the_video():
+    dancer = wan(model_class("WanDancerModel", WanModel), ref_conv=object(), img_emb=object())
+    inputs = {"reference_latent": latent(1, 16, 16, 20), "clip_fea_ref": CLIP}
+    tokens = read_tokens(dancer, (X, None, TEXT, CLIP), inputs)
+    assert tokens.layout == TokenLayout(5, 8, 10, prefix_tokens=80)
+    assert tokens.image_length == 2 * 257
+
+
+@pytest.mark.parametrize("name", ["WanModel", "CameraWanModel", "AnimateWanModel"])
+def test_layers_are_counted_where_each_makes_one_call(name):
+    assert countable_layers(wan(model_class(name), blocks=range(7))) == 7
+
+
+@pytest.mark.parametrize("name", ["VaceWanModel", "WanModel_S2V", "HumoWanModel"])
+def test_layers_are_not_counted_where_others_call_too(name):
+    """Control blocks, audio: the third call is not that of the third layer."""
+    assert countable_layers(wan(model_class(name, WanModel), blocks=range(7))) == 0
+
+
+@pytest.mark.parametrize("context", ["text_length", "image_length"])
+def test_a_video_as_long_as_its_context_cannot_be_told_from_it(context):
+    x = torch.ones(1, 257, 32)
+    call = read_call((x, x, x, 2), {})
+    video = ForwardTokens(TokenLayout(1, 1, 257), text_length=512, image_length=514)
+    assert classify(call, video) is AttentionSite.SELF
+    assert classify(call, replace(video, **{context: 257})) is None
 
 
 @pytest.mark.parametrize(

@@ -81,3 +81,14 @@ def test_who_may_have_kept_calls_is_named():
     assert "in steps 4-10 (a cache or other of Some-Pack took them)" in made.summary()
     stopped = record([], [0], ended_early=True, attended_by="other of Some-Pack")
     assert stopped.summary().endswith("no self-attention call had come yet; the run ended early")
+
+
+def test_dense_layers_of_one_reason_are_told_together():
+    made = RunRecord("radial", "WanModel", 4, 10)
+    calls = [
+        CallRecord(0, layer, "dense", None, f"layer {layer} is in dense_layers", None, 0.4)
+        for layer in (0, 3)
+    ]
+    made.add_forward("9x12x20", calls, 0)
+    made.finish()
+    assert "dense calls: 2 x layers 0, 3 are in dense_layers" in made.summary()

@@ -106,6 +106,13 @@ def test_first_and_last_steps_are_counted_from_both_ends():
     assert dense_steps(Schedule(dense_timesteps=0, last_dense_timesteps=100), 3) == [0, 1, 2]
 
 
+def test_reasons_name_no_more_steps_than_there_are():
+    first = Schedule(dense_timesteps=15)
+    assert first.dense_step_reason(0, 4, None, None) == "first 4 of 4 steps"
+    last = Schedule(dense_timesteps=0, last_dense_timesteps=9)
+    assert last.dense_step_reason(0, 3, None, None) == "last 3 of 3 steps"
+
+
 def test_the_last_step_is_that_of_the_sampler_which_goes_down_to_no_noise():
     schedule = Schedule(dense_timesteps=0, last_dense_timesteps=-1)
     assert dense_steps(schedule, 4) == [3], "nothing is known of another sampler"
