@@ -40,6 +40,8 @@ class TokenLayout:
                 f"prefix_tokens={self.prefix_tokens} and suffix_tokens={self.suffix_tokens} "
                 "must not be negative"
             )
+        # Hashable, whatever they came in: layouts are keys of caches.
+        object.__setattr__(self, "suffix_grids", tuple(map(tuple, self.suffix_grids)))
         if any(min(grid) < 1 for grid in self.suffix_grids) or self.kept_suffix_tokens < 0:
             raise ValueError(
                 f"suffix_grids={self.suffix_grids} do not fit in {self.suffix_tokens} suffix_tokens"

@@ -88,12 +88,13 @@ def mirrored_order(order: Tensor, layout: TokenLayout) -> Tensor:
     Returns:
         int64 [layout.num_tokens]; tokens outside the grids keep their positions.
     """
-    mirrored = order.clone()
+    opposite = torch.arange(layout.num_tokens, device=order.device)
     for first, grid in layout.grids():
-        last = first + math.prod(grid) - 1
         # Video tokens are counted frame by frame, row by row: opposite ones add up to the ends.
-        mirrored[first : last + 1] = first + last - order[first : last + 1]
-    return mirrored
+        opposite[first : first + math.prod(grid)] = opposite[first : first + math.prod(grid)].flip(
+            0
+        )
+    return opposite[order]
 
 
 def mirrored_in_turn(

@@ -7,6 +7,7 @@ the video grid becomes prefix or suffix.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -192,9 +193,13 @@ def _read_wan(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Forwar
 def _read_wan_in_context(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> ForwardTokens:
     """WanModel itself, which appends Bernini's context latents, each of its own size."""
     context = kwargs.get("context_latents") or ()
-    videos = [_grid(latent, model.patch_size) for latent in context]
+    grids = [_grid(latent, model.patch_size) for latent in context]
+    # Sources come first, in one of an image as large as it, then pictures of what is to be in it.
+    video = _grid(_argument(args, kwargs, 0, "x"), model.patch_size)
+    videos = list(itertools.takewhile(lambda grid: grid[0] > 1 or grid == video, grids))
+    suffix = sum(map(math.prod, grids[len(videos) :]))
     prefix = _ref_conv_tokens(model, kwargs)
-    return _wan_tokens(model, args, kwargs, prefix=prefix, videos=videos)
+    return _wan_tokens(model, args, kwargs, prefix=prefix, suffix=suffix, videos=videos)
 
 
 def _read_humo(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> ForwardTokens:

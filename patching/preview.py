@@ -117,7 +117,7 @@ def not_counted(net: Any) -> tuple[str, ...]:
     """What a forward may have beside the video, which only its conditioning knows."""
     if not may_have_more_tokens(net):
         return ()
-    return ("Reference and pose tokens of the conditioning are not counted: they add density.",)
+    return ("Reference and pose tokens of the conditioning are not counted: they add work.",)
 
 
 def _timed_too(choice: SparseChoice, layout: TokenLayout, device: torch.device) -> tuple[str, ...]:

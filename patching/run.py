@@ -19,7 +19,7 @@ from .measured_error import NODE
 from .output_check import NanWatch, OutputCheck
 from .record import RunRecord
 from .replaced import who_attends
-from .sampler_steps import NOISE, SIGMAS, SamplerSteps
+from .sampler_steps import NOISE, SIGMAS, SamplerSteps, part_of_schedule
 from .schedule import NoiseBounds, Schedule
 from .settings import KEPT_ALL, SETTINGS_KEY, AttentionSettings, SparseChoice
 from .shared import Shared
@@ -117,14 +117,6 @@ def noise_bounds(schedule: Schedule, model_patcher: Any) -> NoiseBounds:
 # Of the noise schedule: some schedulers start a full run a little inside (ddim_uniform, with few
 # steps, as far as a second sampler would).
 _START = 0.1
-# By whether a sampler starts inside of a schedule and goes to its end: two experts' lines are alike
-# but for that.
-PARTS = {
-    (False, True): "",
-    (False, False): " (a schedule's first)",
-    (True, False): " (amid a schedule)",
-    (True, True): " (a schedule's last)",
-}
 
 
 def starts_inside(args: tuple[Any, ...], model_patcher: Any) -> bool:
@@ -261,7 +253,7 @@ class OuterSampleWrapper:
             bounds = replace(bounds, reached=goes_to_the_end(args))
             record.starts_inside = starts_inside(args, guider.model_patcher)
             record.goes_on = record.starts_inside and adds_no_noise(args)
-            record.part = PARTS[record.starts_inside, bounds.reached]
+            record.part = part_of_schedule(args, record.starts_inside, bounds.reached)
         watched = 0
         if is_compiled(guider.model_options, guider.model_patcher):
             watched = fewest_calls(network)

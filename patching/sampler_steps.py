@@ -41,6 +41,28 @@ _SINGLE_STEP = {"VOID_DDIM"} | {
 }
 
 
+# By whether a sampler starts inside of a schedule and goes to its end.
+_PARTS = {
+    (False, True): "",
+    (False, False): " (the start of a schedule)",
+    (True, False): " (the middle of a schedule)",
+    (True, True): " (the end of a schedule)",
+}
+
+
+def part_of_schedule(args: tuple[Any, ...], starts_inside: bool, goes_to_the_end: bool) -> str:
+    """What a line says of a sampler's steps: the lines of two experts are alike but for that.
+
+    Args:
+        args: of CFGGuider.outer_sample.
+    """
+    try:
+        falls = bool(args[SIGMAS][-1] < args[SIGMAS][0])
+    except Exception:  # it is no more than a hint
+        return ""
+    return _PARTS[starts_inside, goes_to_the_end] if falls else ""
+
+
 class _Schedule(NamedTuple):
     """Sigmas, and the noise levels that the steps between them start at."""
 

@@ -98,11 +98,6 @@ def advice_of(
     """
     if plan is not None and plan.density() > KEPT_ALL:
         return f"{policy.name} keeps every block at {layout} tokens, which gains nothing"
-    if plan is not None and layout.suffix_grids:
-        return (
-            f"{policy.name} attends in full to the {layout.suffix_tokens} tokens after the video; "
-            "Patch Sparge Attention chooses among them"
-        )
     advice = getattr(policy, "advice", None)
     return None if advice is None else advice(layout)
 

@@ -158,9 +158,12 @@ def _compare(asked: Asked) -> Finding[Fastest] | None:
         policy, does = instead
         theirs, their_best = _fastest(other)
         told += f"; {does}, which is as close: {', '.join(str(way) for way in other)}"
-        if their_best.ms * INSTEAD_GAIN <= best.ms:
-            theirs = theirs._replace(policy=policy, otherwise=found._replace(notes=(told,)))
-            found = _or_dense(theirs, their_best, dense, hints)
+        theirs = theirs._replace(policy=policy, otherwise=found._replace(notes=(told,)))
+        theirs = _or_dense(theirs, their_best, dense, hints)
+        # Where what was chosen gains nothing, they need not be faster by more than others.
+        gains_alone = found.dense_reason is not None and theirs.dense_reason is None
+        if gains_alone or their_best.ms * INSTEAD_GAIN <= best.ms:
+            found = theirs
     told += ", used" if found.policy is not None else ""
     return Finding(found._replace(notes=(told,)), told, watches.lacked_memory)
 

@@ -90,6 +90,15 @@ class RadialPolicy:
             )
         return None
 
+    def advice(self, layout: TokenLayout) -> str | None:
+        """What there is to know of such a layout, for the log and the preview; or None."""
+        if not layout.suffix_grids:
+            return None
+        return (
+            f"radial attends in full to the {layout.suffix_tokens} tokens after the video; Patch "
+            "Sparge Attention chooses among them"
+        )
+
     def order(self, layout: TokenLayout) -> Tensor | None:
         """None: radial attention keeps the frame-major order."""
         return None

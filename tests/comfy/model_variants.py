@@ -128,11 +128,15 @@ VARIANTS = {
         {"time_dim_concat": (1, 16, 2, 16, 20)}, TokenLayout(3, 8, 10, suffix_tokens=160)
     ),
     "bernini": wan(
-        {"context_latents": [(1, 16, 1, 16, 20), (1, 16, 2, 9, 12)]},
-        TokenLayout(3, 8, 10, suffix_tokens=140, suffix_grids=((1, 8, 10), (2, 5, 6))),
+        {"context_latents": [(1, 16, 3, 16, 20), (1, 16, 2, 9, 12), (1, 16, 1, 16, 20)]},
+        TokenLayout(3, 8, 10, suffix_tokens=380, suffix_grids=((3, 8, 10), (2, 5, 6))),
     ),
-    "bernini-small-picture": wan(
-        {"context_latents": [(1, 16, 1, 12, 16)]}, TokenLayout(3, 8, 10, suffix_tokens=48)
+    "bernini-pictures": wan(
+        {"context_latents": [(1, 16, 1, 16, 20), (1, 16, 1, 12, 16)]},
+        TokenLayout(3, 8, 10, suffix_tokens=128),
+    ),
+    "bernini-short-source": wan(
+        {"context_latents": [(1, 16, 2, 8, 12)]}, TokenLayout(3, 8, 10, suffix_tokens=48)
     ),
     "bernini-beside-phantom": wan(
         {"context_latents": [(1, 16, 2, 16, 20)], "time_dim_concat": (1, 16, 1, 16, 20)},

@@ -4,6 +4,7 @@ import pytest
 import torch
 from sparse_video_attention.patching import run_history
 from sparse_video_attention.patching.run import goes_to_the_end, starts_inside
+from sparse_video_attention.patching.sampler_steps import part_of_schedule
 
 from .schedule_runs import LATENT, Run, level
 
@@ -107,10 +108,12 @@ def test_a_line_says_which_part_of_a_schedule_it_is_of(model, install_band, adva
     whole = Run(install_band(model, dense_layers=(), dense_timesteps=0))
     advanced(whole, empty(), steps=8)
     lines = [run_history(run.model).latest.summary() for run in (*runs, whole)]
-    assert " on 3 of 3 steps (a schedule's first), density" in lines[0]
-    assert " on 3 of 3 steps (amid a schedule), density" in lines[1]
-    assert " on 2 of 2 steps (a schedule's last), density" in lines[2]
+    assert " on 3 of 3 steps (the start of a schedule), density" in lines[0]
+    assert " on 3 of 3 steps (the middle of a schedule), density" in lines[1]
+    assert " on 2 of 2 steps (the end of a schedule), density" in lines[2]
     assert " on 8 of 8 steps, density" in lines[3]
+    rising = (None, None, None, torch.tensor([0.0, 0.5, 1.0]))
+    assert part_of_schedule(rising, False, False) == part_of_schedule((), False, False) == ""
 
 
 def test_a_sampler_that_leaves_no_noise_ends_the_schedule(two_experts, advanced):

@@ -46,7 +46,6 @@ def test_bernini_and_scail_have_some():
 @every_one
 def test_their_tokens_are_where_the_layout_says(model_of, name):
     model = model_of(name)
-    first, _ = model.variant.layout.grids()[0]
 
     def queries(**changed):
         with pytest.raises(FirstQueries) as stopped:
@@ -74,7 +73,7 @@ def test_their_tokens_are_where_the_layout_says(model_of, name):
     ],
     ids=["sparge", "psa"],
 )
-def test_everything_kept_is_dense(model_of, name, everything):
+def test_tokens_are_put_back_where_everything_is_kept(model_of, name, everything):
     model = model_of(name)
     out, record = model.run(with_policy(model, everything))
     assert record.sparse().calls == len(model.variant.layers) and record.sparse().density == 1.0
@@ -96,6 +95,7 @@ def test_radial_attends_to_all_of_them_and_says_so():
     layout = TokenLayout(31, 30, 52, suffix_tokens=48360, suffix_grids=((31, 30, 52),))
     policy = RadialPolicy()
     said = advice_of(policy, layout, policy.static_plan(layout, torch.device("cpu")))
+    assert advice_of(policy, TokenLayout(31, 30, 52, suffix_tokens=48)) is None
     assert said == (
         "radial attends in full to the 48360 tokens after the video; Patch Sparge Attention "
         "chooses among them"

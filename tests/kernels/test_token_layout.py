@@ -35,6 +35,19 @@ def test_grids_that_do_not_fit_the_suffix_are_refused(grids):
         TokenLayout(3, 5, 7, suffix_tokens=61, suffix_grids=grids)
 
 
+def test_a_layout_is_a_key_whatever_its_grids_came_in():
+    listed = TokenLayout(3, 5, 7, suffix_tokens=60, suffix_grids=[[3, 4, 5]])
+    same = TokenLayout(3, 5, 7, suffix_tokens=60, suffix_grids=((3, 4, 5),))
+    assert listed == same and hash(listed) == hash(same)
+
+
+def test_any_order_can_be_mirrored():
+    order = torch.randperm(SEVERAL.num_tokens, generator=torch.Generator().manual_seed(0))
+    mirrored = mirrored_order(order, SEVERAL)
+    assert mirrored.sort().values.tolist() == list(range(SEVERAL.num_tokens))
+    assert torch.equal(mirrored_order(mirrored, SEVERAL), order)
+
+
 @pytest.mark.parametrize("method", ["Gilbert", "STA"])
 def test_every_grid_has_the_order_that_it_has_alone(method):
     order = video_order(SEVERAL, method, (2, 2, 2))

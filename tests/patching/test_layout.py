@@ -77,6 +77,24 @@ def test_a_reference_that_no_convolution_reads_adds_no_tokens():
     assert with_one.layout == TokenLayout(5, 8, 10, prefix_tokens=80)
 
 
+@pytest.mark.parametrize(
+    ("frames", "context", "grids", "kept"),
+    [
+        (5, [(5, 16, 20), (1, 16, 20)], ((5, 8, 10),), 80),
+        (5, [(5, 16, 20), (2, 15, 12), (1, 8, 8)], ((5, 8, 10), (2, 8, 6)), 16),
+        (5, [(1, 16, 20)] * 4, (), 320),
+        (5, [(2, 12, 12)], (), 72),
+        (1, [(1, 16, 20), (1, 16, 16)], ((1, 8, 10),), 64),
+        (1, [(1, 16, 16), (1, 16, 20)], (), 144),
+    ],
+    ids=["source", "and-video", "pictures", "short", "image", "pictures-of-an-image"],
+)
+def test_berninis_sources_are_chosen_among_and_its_pictures_kept(frames, context, grids, kept):
+    inputs = {"context_latents": [latent(1, 16, *shape) for shape in context]}
+    layout = read_tokens(wan(), (latent(1, 16, frames, 16, 20),), inputs).layout
+    assert (layout.suffix_grids, layout.kept_suffix_tokens) == (grids, kept)
+
+
 def test_wandancer_too_has_a_reference_in_front_of_the_video():
     dancer = wan(model_class("WanDancerModel", WanModel), ref_conv=object(), img_emb=object())
     inputs = {"reference_latent": latent(1, 16, 16, 20), "clip_fea_ref": CLIP}

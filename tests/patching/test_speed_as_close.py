@@ -54,6 +54,21 @@ def test_it_has_to_be_a_tenth_faster(runs, machine, monkeypatch, took, serves, c
     assert told in runs.line()
 
 
+@pytest.mark.parametrize(
+    ("dense", "serves"), [(0.0305, "native 32"), (0.0290, "native 32"), (0.0285, "dense")]
+)
+def test_where_what_was_chosen_gains_nothing_it_need_not_be_a_tenth_faster(
+    runs, machine, monkeypatch, dense, serves
+):
+    """Than that; than dense attention it has to be faster like any."""
+    machine.has_kernel("native")
+    machine.took |= {"native 32": 0.0275, "dense": dense}
+    seen = sparse_calls(machine, monkeypatch)
+    policy = in_halves(runs, density_is_fixed=True)
+    assert runs.call(policy=policy) == ("dense" if serves == "dense" else "fast")
+    assert seen[-1] == serves
+
+
 def test_each_is_held_against_the_other_in_its_best_precision(runs, machine, monkeypatch):
     machine.has_kernel("native", "int8")
     machine.took |= {"native 32": 0.020, "int8 32": 0.0112}
