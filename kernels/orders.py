@@ -91,9 +91,8 @@ def mirrored_order(order: Tensor, layout: TokenLayout) -> Tensor:
     opposite = torch.arange(layout.num_tokens, device=order.device)
     for first, grid in layout.grids():
         # Video tokens are counted frame by frame, row by row: opposite ones add up to the ends.
-        opposite[first : first + math.prod(grid)] = opposite[first : first + math.prod(grid)].flip(
-            0
-        )
+        tokens = slice(first, first + math.prod(grid))
+        opposite[tokens] = opposite[tokens].flip(0)
     return opposite[order]
 
 

@@ -21,8 +21,7 @@ from ..kernels.layout import Grid
 WAN, COGVIDEOX = "WAN", "CogVideoX"
 _FAMILY_BY_CLASS = {"WanModel": WAN, "CogVideoXTransformer3DModel": COGVIDEOX}
 
-# Sources and poses of more than this share of the video's tokens are chosen among as it is. Fewer
-# cost little, and all of a reference is what keeps a face.
+# Sources and poses of more than this share of the video's tokens are chosen among; fewer cost little.
 _LARGE_SHARE = 0.2
 
 # Where every layer makes one self-attention call, layers can be counted if the host does not say
@@ -111,8 +110,7 @@ def _grid(video: Tensor, patch: Sequence[int]) -> tuple[int, int, int]:
 
 def _whole_patches(latent: Tensor, patch: Sequence[int]) -> int:
     """Patches of a latent that is not padded: a convolution drops what does not fill one."""
-    axes = latent.shape[-len(patch) :]
-    return math.prod(n // p for n, p in zip(axes, patch, strict=True))
+    return math.prod(n // p for n, p in zip(latent.shape[-len(patch) :], patch, strict=True))
 
 
 def _argument(args: Sequence[Any], kwargs: dict[str, Any], position: int, name: str) -> Any:
@@ -141,8 +139,8 @@ def _wan_tokens(
     pictures = _argument(args, kwargs, 4, "time_dim_concat")
     if pictures is not None:
         suffix += _blocks(pictures.shape[2], patch[0]) * height * width
-    behind = sum(map(math.prod, videos))
     # Pictures stand between the video and the others.
+    behind = sum(map(math.prod, videos))
     chosen = behind > _LARGE_SHARE * frames * height * width and pictures is None
     text = _argument(args, kwargs, 2, "context")
     images = [_argument(args, kwargs, 3, "clip_fea"), *images]
@@ -194,7 +192,7 @@ def _read_wan_in_context(model: Any, args: Sequence[Any], kwargs: dict[str, Any]
     """WanModel itself, which appends Bernini's context latents, each of its own size."""
     context = kwargs.get("context_latents") or ()
     grids = [_grid(latent, model.patch_size) for latent in context]
-    # Sources come first, in one of an image as large as it, then pictures of what is to be in it.
+    # Sources, of an image as large as it, then pictures, all of which is what keeps a face.
     video = _grid(_argument(args, kwargs, 0, "x"), model.patch_size)
     videos = list(itertools.takewhile(lambda grid: grid[0] > 1 or grid == video, grids))
     suffix = sum(map(math.prod, grids[len(videos) :]))
