@@ -21,7 +21,7 @@ from ..kernels.layout import Grid
 WAN, COGVIDEOX = "WAN", "CogVideoX"
 _FAMILY_BY_CLASS = {"WanModel": WAN, "CogVideoXTransformer3DModel": COGVIDEOX}
 
-# Sources and poses of more than this share of the video's tokens are chosen among; fewer cost little.
+# Of the video's tokens: more sources and poses than that are chosen among, fewer cost little.
 _LARGE_SHARE = 0.2
 
 # Where every layer makes one self-attention call, layers can be counted if the host does not say
