@@ -57,7 +57,8 @@ def part_of_schedule(args: tuple[Any, ...], starts_inside: bool, goes_to_the_end
         args: of CFGGuider.outer_sample.
     """
     try:
-        falls = bool(args[SIGMAS][-1] < args[SIGMAS][0])
+        # Where noise rises nothing is denoised. Else it is known to fall, and reading it waits.
+        falls = starts_inside or goes_to_the_end or bool(args[SIGMAS][-1] < args[SIGMAS][0])
     except Exception:  # it is no more than a hint
         return ""
     return _PARTS[starts_inside, goes_to_the_end] if falls else ""
