@@ -29,8 +29,16 @@ PLAN_BLOCK_SIZES = (4, 8, *BLOCK_SIZES)
 MAX_ENTRIES = 2**31 - 1
 
 
-def check_pairs(pairs: int) -> None:
-    """Raise ValueError for more pairs of blocks, over samples and heads, than lists can have."""
+def check_pairs(sequences: int, tokens: int, block_m: int, block_n: int) -> None:
+    """Raise ValueError for more pairs of blocks than lists can have, before any is made.
+
+    Args:
+        sequences: samples times heads. tokens: of queries, and as many keys.
+    """
+    _check_pairs(sequences * -(-tokens // block_m) * -(-tokens // block_n))
+
+
+def _check_pairs(pairs: int) -> None:
     if pairs > MAX_ENTRIES:
         raise ValueError(
             f"{pairs} block pairs exceed the limit of {MAX_ENTRIES}; use larger blocks"
@@ -163,7 +171,7 @@ class BlockPlan:
             kept = tuple(level for level in kept if level in present) or kept[:1]
         if pooled_remainder:
             kept = tuple(sorted({*kept, block_n}))
-        check_pairs(levels.numel())
+        _check_pairs(levels.numel())
         if packed:
             levels = filled_up(levels, block_n) if pooled_remainder else levels
             indices, bounds = packed_lists(levels, kept)

@@ -57,7 +57,8 @@ def part_of_schedule(args: tuple[Any, ...], starts_inside: bool, goes_to_the_end
         args: of CFGGuider.outer_sample.
     """
     try:
-        # Where noise rises nothing is denoised. Else it is known to fall, and reading it waits.
+        # Rising noise is no part of denoising. What starts inside or goes to the end is known to
+        # fall: asking the device once more would be a wait for nothing.
         falls = starts_inside or goes_to_the_end or bool(args[SIGMAS][-1] < args[SIGMAS][0])
     except Exception:  # it is no more than a hint
         return ""

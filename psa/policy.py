@@ -158,8 +158,7 @@ class PsaPolicy:
                 f"the layout {layout} has {layout.num_tokens} tokens; got {q.shape[2]} queries "
                 f"and {k.shape[2]} keys"
             )
-        blocks = -(-layout.num_tokens // self.block_m) * -(-layout.num_tokens // self.block_n)
-        check_pairs(q.shape[0] * q.shape[1] * blocks)  # before anything of that size is made
+        check_pairs(q.shape[0] * q.shape[1], layout.num_tokens, self.block_m, self.block_n)
         # Autocast concatenates no half precision but its own.
         with without_autocast(q.device.type):
             # Not kept in a name: the scores are four bytes a block pair, and the lists as many.

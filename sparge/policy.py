@@ -206,8 +206,7 @@ class SpargePolicy:
         if self.checkpoint is not None:
             simthreshd1, cdfthreshd = self._tuned(self.checkpoint, layer, q).unbind()
         block_m, block_n = self.blocks(layout)
-        blocks = -(-layout.num_tokens // block_m) * -(-layout.num_tokens // block_n)
-        check_pairs(q.shape[0] * q.shape[1] * blocks)  # before anything of that size is made
+        check_pairs(q.shape[0] * q.shape[1], layout.num_tokens, block_m, block_n)
         kept = block_map(
             q,
             k,

@@ -157,3 +157,24 @@ def test_an_order_of_tokens_is_undone_in_the_output(model, install_band, sample)
     assert run_history(patched).latest.sparse().calls == 3 * 4
     # And a band in reversed order is the band: it is symmetric.
     assert run_history(patched).latest.sparse().density == 1.0
+
+
+def test_a_call_with_a_mask_of_somebody_elses_is_dense_under_that_mask(model, install_band, sample):
+    def masked(below):
+        def override(func, q, k, v, heads, **kwargs):
+            if q.shape[1] == k.shape[1] == 400:
+                kwargs["mask"] = torch.zeros(400, 400).index_fill_(1, torch.arange(200), -9.0)
+            return (below or func)(*((func,) if below else ()), q, k, v, heads, **kwargs)
+
+        override.previous = below
+        return override
+
+    patched, plain = install_band(model, dense_layers=()), model.clone()
+    for each in (patched, plain):
+        options = each.model_options["transformer_options"]
+        options[OVERRIDE_KEY] = masked(options.get(OVERRIDE_KEY))
+    assert torch.equal(sample(patched), sample(plain))
+    record = run_history(patched).latest
+    assert record.sparse().calls == 0
+    assert "the call has an attention mask" in record.dense_reasons()
+    assert not torch.equal(sample(plain), sample(model))

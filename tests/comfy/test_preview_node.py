@@ -277,3 +277,11 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_graph(
     picture, density, _, _ = preview(patch(models("wan"), "PatchRadialAttention"), WAN_480P)
     assert picture.shape == (64, 64, 3) and density < 1
     assert any("Pillow 10.1" in message for message in caplog.messages)
+
+
+def test_what_conditioning_may_add_is_said_not_to_be_counted(models, preview, monkeypatch):
+    model, said = patch(models("wan"), "PatchSpargeAttention"), "are not counted: they add work."
+    assert said not in preview(model, (1, 16, 21, 60, 104))[3]
+    asked = "sparse_video_attention.patching.preview.may_have_more_tokens"
+    monkeypatch.setattr(asked, lambda net: True)
+    assert said in preview(model, (1, 16, 21, 60, 104))[3]

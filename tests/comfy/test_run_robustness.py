@@ -76,27 +76,6 @@ def test_one_call_without_memory_is_dense_and_the_next_is_sparse_again(
     assert "\n" not in record.summary()
 
 
-def test_a_call_with_a_mask_of_somebody_elses_is_dense_under_that_mask(model, install_band, sample):
-    def masked(below):
-        def override(func, q, k, v, heads, **kwargs):
-            if q.shape[1] == k.shape[1] == 400:
-                kwargs["mask"] = torch.zeros(400, 400).index_fill_(1, torch.arange(200), -9.0)
-            return (below or func)(*((func,) if below else ()), q, k, v, heads, **kwargs)
-
-        override.previous = below
-        return override
-
-    patched, plain = install_band(model, dense_layers=()), model.clone()
-    for each in (patched, plain):
-        options = each.model_options["transformer_options"]
-        options[OVERRIDE_KEY] = masked(options.get(OVERRIDE_KEY))
-    assert torch.equal(sample(patched), sample(plain))
-    record = run_history(patched).latest
-    assert record.sparse().calls == 0
-    assert "the call has an attention mask" in record.dense_reasons()
-    assert not torch.equal(sample(plain), sample(model))
-
-
 def test_a_precision_nobody_offers_gives_way_and_says_so(model, install_band, sample, comfyui):
     from sparse_video_attention.nodes.radial import PatchRadialAttention
 

@@ -127,16 +127,6 @@ def test_text_sees_and_is_seen_at_full_resolution(mask_mode):
     assert (levels[:, others] != 1).any(-1).all()
 
 
-@pytest.mark.parametrize("mask_mode", ["topk", "thresholdbound"])
-def test_a_video_behind_the_video_is_chosen_among_like_more_frames_of_it(mask_mode):
-    policy = PsaPolicy(PYRAMID, mask_mode, block_m=64, block_n=32)
-    longer = TokenLayout(6, 20, 25, prefix_tokens=33, suffix_tokens=70)
-    behind = TokenLayout(4, 20, 25, 33, suffix_tokens=1070, suffix_grids=((2, 20, 25),))
-    q, k, _ = random_qkv(longer)
-    levels = levels_of(policy, q, k, behind)
-    assert torch.equal(levels, levels_of(policy, q, k, longer))
-
-
 def test_rows_too_short_for_a_share_keep_their_best_block():
     layout = TokenLayout(2, 8, 20)
     policy = PsaPolicy(((1, (0.0, 0.1)), (8, (0.1, 0.15))), "topk", block_m=64, block_n=64)

@@ -1,4 +1,4 @@
-"""Where presets with use_rearrange put tokens, and that it changes nothing by itself."""
+"""Where tokens are: those that presets with use_rearrange move, those behind the video."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from sparse_video_attention.kernels import TokenLayout, block_sparse_attention
 from sparse_video_attention.psa import PsaPolicy
 
-from .test_policy import EVERYTHING, LAYOUTS, PYRAMID, random_qkv
+from .test_policy import EVERYTHING, LAYOUTS, PYRAMID, levels_of, random_qkv
 
 
 @pytest.mark.parametrize("method", ["Gilbert", "STA"])
@@ -56,3 +56,13 @@ def test_steps_take_turns_with_the_mirrored_order(method):
 
 def test_tokens_that_keep_their_places_keep_them_in_every_step():
     assert PsaPolicy(PYRAMID).orders(LAYOUTS["N1000"]) == (None,)
+
+
+@pytest.mark.parametrize("mask_mode", ["topk", "thresholdbound"])
+def test_a_video_behind_the_video_is_chosen_among_like_more_frames_of_it(mask_mode):
+    policy = PsaPolicy(PYRAMID, mask_mode, block_m=64, block_n=32)
+    longer = TokenLayout(6, 20, 25, prefix_tokens=33, suffix_tokens=70)
+    behind = TokenLayout(4, 20, 25, 33, suffix_tokens=1070, suffix_grids=((2, 20, 25),))
+    q, k, _ = random_qkv(longer)
+    levels = levels_of(policy, q, k, behind)
+    assert torch.equal(levels, levels_of(policy, q, k, longer))

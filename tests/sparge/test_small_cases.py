@@ -154,3 +154,12 @@ def test_a_video_behind_the_video_is_chosen_among_like_more_frames_of_it(block_s
     assert torch.equal(*(plan.to_levels() for plan in plans))
     all_kept = replace(behind, suffix_grids=())
     assert plans[1].density() < 0.4 < policy.plan(q, k, all_kept, layer=0, scale=0.2).density()
+
+
+def test_neither_the_inputs_nor_the_random_generator_change():
+    q, k = random_qk(heads=2, q_len=333, k_len=451)
+    before, state = (q.clone(), k.clone()), torch.get_rng_state()
+    how = {"topk": 0.3, "groups": (16, 8), "pooled": True, "subtract_key_mean": True}
+    block_map(q, k, simthreshd1=0.1, **how)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(q, before[0]) and torch.equal(k, before[1])
